@@ -1,0 +1,207 @@
+"""Alignment: the matrix W that carries node scores from a source model to a target model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from dfa_lens.errors import AlignmentError, FileError, unknown
+from dfa_lens.nodes import NodeSet
+from dfa_lens.scores import NodeScores, load_tensors, save_tensors
+
+Scaling = Literal["unit", "raw"]
+"""What is done to source scores before W, in training and in every transfer.
+
+- ``unit``: divided by their Euclidean length. Scores of one task and of another then weigh the same, and so does
+  one model beside another.
+- ``raw``: as they are (the paper).
+"""
+
+_FORMAT = "dfa_lens alignment 1"
+
+
+def scale(values: Float[Tensor, "*task node"], scaling: Scaling) -> Float[Tensor, "*task node"]:
+    """Source scores made ready for W."""
+    if scaling == "raw":
+        return values
+    if scaling != "unit":
+        raise unknown("scaling", scaling, ("unit", "raw"), AlignmentError)
+    length = values.norm(dim=-1, keepdim=True)
+    if (length == 0).any():
+        raise AlignmentError("All source scores are zero: they can't be scaled to unit length and carry no ranking.")
+    return values / length
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One step of an alignment: scale the scores, multiply by W."""
+
+    W: Float[Tensor, "source target"]
+    source: NodeSet
+    target: NodeSet
+    scaling: Scaling = "unit"
+
+    def __post_init__(self) -> None:
+        if tuple(self.W.shape) != (len(self.source), len(self.target)):
+            raise AlignmentError(
+                f"W has shape {list(self.W.shape)}, but there are {len(self.source)} source and {len(self.target)} "
+                "target nodes."
+            )
+        if not torch.isfinite(self.W).all():
+            raise AlignmentError(f"W has {int((~torch.isfinite(self.W)).sum())} entries that are not finite.")
+
+    def __call__(self, values: Float[Tensor, "*task source"]) -> Float[Tensor, "*task target"]:
+        return scale(values, self.scaling) @ self.W
+
+
+@dataclass(frozen=True)
+class Alignment:
+    """Carries node scores from a source model to a target model: ŝ = s·W.
+
+    Made by :func:`dfa_lens.fit`, by :meth:`of`, or by chaining: ``second @ first`` first applies ``first``.
+
+    Attributes
+    ----------
+    stages:
+        One for a trained alignment; several for a chain.
+    temperature:
+        T in the soft mask g = sigmoid(ŝ/T).
+    history:
+        One record per training step (step, loss, kl, sparsity); empty when it was not trained.
+    meta:
+        How it was trained: JSON-like.
+    """
+
+    stages: tuple[Stage, ...]
+    temperature: float = 1.0
+    history: tuple[Mapping[str, float], ...] = ()
+    meta: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.stages:
+            raise AlignmentError("An alignment needs at least one stage.")
+        if not self.temperature > 0:
+            raise AlignmentError(f"The temperature must be positive, not {self.temperature}.")
+        for first, second in zip(self.stages, self.stages[1:], strict=False):
+            if first.target != second.source:
+                raise AlignmentError(
+                    f"The alignments can't be chained: one ends on {len(first.target)} nodes, the next starts from "
+                    f"{len(second.source)} other nodes. `second @ first` applies `first` first."
+                )
+
+    @classmethod
+    def of(
+        cls,
+        W: Float[Tensor, "source target"],
+        source: NodeSet,
+        target: NodeSet,
+        *,
+        scaling: Scaling = "unit",
+        temperature: float = 1.0,
+        history: Sequence[Mapping[str, float]] = (),
+        meta: Mapping[str, Any] | None = None,
+    ) -> Alignment:
+        """An alignment of one matrix."""
+        stage = Stage(torch.as_tensor(W).detach().float().cpu(), source, target, scaling)
+        return cls((stage,), temperature, tuple(history), dict(meta or {}))
+
+    @property
+    def W(self) -> Float[Tensor, "source target"]:
+        """The matrix; of a chain, the product of its matrices (the scaling between them changes no ranking)."""
+        product = self.stages[0].W
+        for stage in self.stages[1:]:
+            product = product @ stage.W
+        return product
+
+    @property
+    def source(self) -> NodeSet:
+        """The nodes it takes scores on."""
+        return self.stages[0].source
+
+    @property
+    def target(self) -> NodeSet:
+        """The nodes it gives scores on."""
+        return self.stages[-1].target
+
+    def transfer(self, scores: NodeScores) -> NodeScores:
+        """ŝ = s·W: scores on the target's nodes.
+
+        Raises
+        ------
+        ScoreError
+            If the scores belong to other nodes than the alignment's source.
+        """
+        scores.require(self.source, "The source scores")
+        values = scores.values
+        for stage in self.stages:
+            values = stage(values)
+        return NodeScores(values, self.target, {"method": "transfer", "source": dict(scores.meta), **self.meta})
+
+    def mask(self, scores: NodeScores) -> Float[Tensor, " target"]:
+        """The soft mask g = sigmoid(ŝ/T) that the scores give on the target: 0 to 1 for every node."""
+        return torch.sigmoid(self.transfer(scores).values / self.temperature)
+
+    def contributions(self, scores: NodeScores) -> Float[Tensor, "source target"]:
+        """How much each source node adds to each target node: s_i·W_ij, after scaling; the columns add up to ŝ.
+
+        For a chain the intermediate scaling is one factor over everything, so columns still add up to ŝ.
+        """
+        scores.require(self.source, "The source scores")
+        out = scale(scores.values, self.stages[0].scaling)[:, None] * self.stages[0].W
+        for stage in self.stages[1:]:
+            total = out.sum(0)
+            factor = total.norm() if stage.scaling == "unit" else 1.0
+            out = (out / factor) @ stage.W
+        return out
+
+    def __matmul__(self, first: Alignment) -> Alignment:
+        """``second @ first``: the alignment that applies ``first``, then ``second`` (1B→3B, then 3B→8B)."""
+        if not isinstance(first, Alignment):
+            return NotImplemented
+        return Alignment(
+            (*first.stages, *self.stages), self.temperature, (), {"chain": [dict(first.meta), dict(self.meta)]}
+        )
+
+    def save(self, path: str | Path) -> None:
+        """Write a safetensors file: matrices, node sets, temperature, history and provenance."""
+        tensors = {f"W.{i}": stage.W for i, stage in enumerate(self.stages)}
+        description = {
+            "temperature": self.temperature,
+            "meta": dict(self.meta),
+            "history": [dict(record) for record in self.history],
+            "stages": [
+                {"scaling": s.scaling, "source": s.source.to_records(), "target": s.target.to_records()}
+                for s in self.stages
+            ],
+        }
+        save_tensors(path, tensors, {"alignment": json.dumps(description, default=str)}, _FORMAT)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Alignment:
+        """Read what :meth:`save` wrote; a :class:`FileError` says what is wrong with anything else."""
+        tensors, metadata = load_tensors(path, _FORMAT)
+        try:
+            description = json.loads(metadata["alignment"])
+            stages = tuple(
+                Stage(
+                    tensors[f"W.{i}"],
+                    NodeSet.from_records(record["source"]),
+                    NodeSet.from_records(record["target"]),
+                    record["scaling"],
+                )
+                for i, record in enumerate(description["stages"])
+            )
+            return cls(stages, description["temperature"], tuple(description["history"]), description["meta"])
+        except KeyError as error:
+            raise FileError(f"{path} lacks {error}: it was not written by this version's Alignment.save.") from error
+
+    def __repr__(self) -> str:
+        sizes = " → ".join(str(len(nodes)) for nodes in (self.source, *(stage.target for stage in self.stages)))
+        return f"Alignment({sizes} nodes)"

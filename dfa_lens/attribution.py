@@ -1,0 +1,455 @@
+"""Attribution: how much every node matters for the metric.
+
+With A the activation of node j, Δ = A_clean - A_corrupt and m the metric (positive scores: restoring the clean
+activation helps):
+
+- ``nap``: s_j = Δ·∂m/∂A at the clean run (node attribution patching).
+- ``nap-ig-inputs``: the gradient averaged over runs whose embedding is corrupt + (k/steps)(clean - corrupt),
+  k = 1 … steps. ``nap`` is its case of one step.
+- ``nap-ig-activations``: the gradient averaged over runs in which the node's hook point, and nothing else, is at
+  corrupt + (k/steps)(clean - corrupt): the path integral of that group alone.
+- ``exact``: m(clean) - m(clean with this node at its corrupt activation), what the others approximate.
+
+All sums run over positions and width, then over examples in float64, and are divided by the number of examples: no
+result depends on how the examples are batched.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal, get_args
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from dfa_lens import hooks, metrics
+from dfa_lens.errors import DfaError, NodeError, unknown
+from dfa_lens.hooks import Activations, HookedModel, HookFunction
+from dfa_lens.nodes import INPUT_POINT, NodeSet, Site
+from dfa_lens.prompts import PromptPairs
+from dfa_lens.scores import NodeScores
+
+logger = logging.getLogger(__name__)
+
+Method = Literal["nap", "nap-ig-inputs", "nap-ig-activations", "exact"]
+"""The attribution methods; see the module's text for their equations."""
+
+#: Above this part of m(clean) - m(corrupt) left unexplained, the integration steps are called too few.
+INCOMPLETE = 0.25
+#: ``steps="auto"`` starts here, doubles, and gives up (with a warning) beyond the last.
+AUTO_STEPS = (5, 10, 20, 40, 80)
+
+
+class IntegrationWarning(UserWarning):
+    """The integration steps are too few for the scores to mean what they promise."""
+
+
+def attribute(
+    model: HookedModel,
+    pairs: PromptPairs,
+    *,
+    method: Method = "nap-ig-inputs",
+    steps: int | Literal["auto"] = 5,
+    nodes: NodeSet | None = None,
+    metric: str | Callable[..., Tensor] | None = None,
+    batch_size: int = 16,
+    progress: bool = False,
+    mlp_gradient: Literal["output", "input"] = "output",
+    accumulate: Literal["own", "all"] = "own",
+    tolerance: float = 0.02,
+) -> NodeScores:
+    """Score every node by how much its clean activation helps the metric.
+
+    Parameters
+    ----------
+    model:
+        A HookedTransformer or TransformerBridge; left as it was.
+    pairs:
+        Clean and corrupt prompts with their answers.
+    method:
+        One of :data:`Method`. The default costs ``1 + 2·steps`` forward passes a batch and follows ``exact`` much
+        more closely than ``nap`` (3 passes); ``nap-ig-activations`` and ``exact`` cost passes in proportion to the
+        number of layers and of nodes.
+    steps:
+        Integration steps of the two ``nap-ig`` methods, at least 1; 5 as in the paper. "auto" doubles them from 5 on
+        until no score moves by more than ``tolerance`` of the largest one.
+    nodes:
+        Which nodes; default: all attention heads and MLP blocks.
+    metric:
+        See :class:`~dfa_lens.prompts.PromptPairs`; default: that of ``pairs``, the logit difference.
+    batch_size:
+        Examples a pass. Changes memory and time, never the scores.
+    progress:
+        Show a progress bar.
+    mlp_gradient:
+        "output" is right. "input" multiplies an MLP's difference at its output with the gradient at its input, as
+        the released code does (EAP-IG issue 22): comparison only.
+    accumulate:
+        "own" is right. "all" makes ``nap-ig-activations`` add up every node's gradient on the passes of every group,
+        as the released code does: comparison only.
+    tolerance:
+        For ``steps="auto"``.
+
+    Returns
+    -------
+    NodeScores
+        On the CPU in float32. ``.meta["completeness"]`` says how much of the metric's change theory promises as a sum
+        ("expected"), what the scores add up to ("explained"), and the part that is missing ("residual", relative):
+        for ``nap-ig-inputs`` the embedding's integral against m(clean) - m(corrupt); for ``nap-ig-activations`` each
+        group's integral against ablating the group. The other methods promise no sum.
+
+    Raises
+    ------
+    DfaError
+        If a name is misspelt, ``steps`` is below 1, or the metric is not finite.
+    PromptError, NodeError, HookError
+        If pairs or nodes do not fit the model.
+
+    Examples
+    --------
+    >>> import dfa_lens as dfa
+    >>> model = dfa.zoo.load("llama3-tiny-source")
+    >>> pairs = dfa.tasks.load("ioi", model.tokenizer, n=8)
+    >>> scores = dfa.attribute(model, pairs, method="nap")
+    >>> scores.values.shape
+    torch.Size([54])
+    """
+    if method not in get_args(Method):
+        raise unknown("method", method, get_args(Method))
+    if steps != "auto" and (not isinstance(steps, int) or steps < 1):
+        raise DfaError(f"steps must be a whole number of at least 1, or 'auto', not {steps!r}.")
+    if mlp_gradient not in ("output", "input"):
+        raise unknown("mlp_gradient", mlp_gradient, ("output", "input"))
+    if accumulate not in ("own", "all"):
+        raise unknown("accumulate", accumulate, ("own", "all"))
+    nodes = nodes if nodes is not None else NodeSet.heads_and_mlps(model)
+    chosen = pairs.metric if metric is None else metric
+    pairs.check_vocabulary(int(model.cfg.d_vocab))
+
+    def once(n: int) -> NodeScores:
+        job = _Job(model, nodes, metrics.resolve(chosen), method, n, mlp_gradient, accumulate)
+        totals = torch.zeros(len(nodes), dtype=torch.float64)
+        sums: dict[str, float] = {}
+        with hooks.frozen(model), tqdm(total=len(pairs), desc=method, unit="pair", disable=not progress) as bar:
+            for _, batch in pairs.batches(batch_size):
+                result = job.run(batch)
+                totals += result.scores
+                for key, value in result.sums.items():
+                    sums[key] = sums.get(key, 0.0) + value
+                bar.update(len(batch))
+        values = totals / len(pairs)
+        means = {key: value / len(pairs) for key, value in sums.items()}
+        meta: dict[str, Any] = {
+            "method": method,
+            "metric": metrics.name_of(chosen),
+            "examples": len(pairs),
+            "model": str(getattr(model.cfg, "model_name", "")),
+        }
+        if method.startswith("nap-ig"):
+            meta["steps"] = n
+        for name, value, usual in (("mlp_gradient", mlp_gradient, "output"), ("accumulate", accumulate, "own")):
+            if value != usual:
+                meta[name] = value
+        meta["metric_clean"], meta["metric_corrupt"] = means["clean"], means["corrupt"]
+        if "expected" in means:
+            expected, explained = means["expected"], means["explained"]
+            scale = max(means.get("scale", abs(expected)), 1e-12)
+            residual = means.get("gap", abs(expected - explained)) / scale
+            meta["completeness"] = {"expected": expected, "explained": explained, "residual": residual}
+        return NodeScores(values.float(), nodes, meta)
+
+    if steps == "auto" and method.startswith("nap-ig"):
+        scores = _until_settled(once, tolerance)
+    else:
+        scores = once(1 if steps == "auto" else steps)
+    residual = scores.meta.get("completeness", {}).get("residual", 0.0)
+    if residual > INCOMPLETE and steps != "auto":
+        warnings.warn(
+            f"{method} with {scores.meta['steps']} steps leaves {residual:.0%} of the metric's change unexplained "
+            f"(see meta['completeness']): take more steps, or steps='auto'.",
+            IntegrationWarning,
+            stacklevel=2,
+        )
+    return scores
+
+
+def _until_settled(once: Callable[[int], NodeScores], tolerance: float) -> NodeScores:
+    scores = once(AUTO_STEPS[0])
+    change = float("inf")
+    for n in AUTO_STEPS[1:]:
+        finer = once(n)
+        change = float((finer.values - scores.values).abs().max() / finer.values.abs().max().clamp_min(1e-12))
+        scores = finer
+        scores.meta["settled"] = change
+        if change <= tolerance:
+            return scores
+    warnings.warn(
+        f"After {AUTO_STEPS[-1]} steps the scores still move by {change:.1%} of the largest one (tolerance {tolerance:.1%}).",
+        IntegrationWarning,
+        stacklevel=3,
+    )
+    return scores
+
+
+@dataclass
+class _Result:
+    """Sums over the examples of one batch."""
+
+    scores: Float[Tensor, " node"]
+    sums: dict[str, float]
+
+
+@dataclass
+class _Job:
+    """One attribution: what every batch needs."""
+
+    model: HookedModel
+    nodes: NodeSet
+    metric: metrics.Metric
+    method: str
+    steps: int
+    mlp_gradient: str
+    accumulate: str
+
+    def run(self, batch: PromptPairs) -> _Result:
+        if self.method in ("nap", "nap-ig-inputs"):
+            return self._gradients(batch, 1 if self.method == "nap" else self.steps)
+        if self.method == "nap-ig-activations":
+            return self._paths(batch)
+        return self._exact(batch)
+
+    # --- nap and nap-ig-inputs -------------------------------------------------------------------------------
+
+    def _gradients(self, batch: PromptPairs, steps: int) -> _Result:
+        totals = torch.zeros(len(self.nodes), dtype=torch.float64)
+        corrupt, corrupt_logits = self._record(batch.corrupt, batch, also=INPUT_POINT)
+        corrupt_embed = corrupt[INPUT_POINT]
+        deltas: Activations = {}
+        seen: dict[str, Tensor] = {}  # the clean embedding and the clean logits
+        input_score = 0.0
+
+        # The last step is the clean run, so it goes first: the differences are read off it.
+        for k in range(steps, 0, -1):
+            leaves: dict[str, Tensor] = {}
+
+            def embed(now: Tensor, k: int = k, leaves: dict[str, Tensor] = leaves) -> Tensor:
+                clean = seen.setdefault("embed", now.detach().clone())
+                leaf = clean if k == steps else torch.lerp(corrupt_embed, clean, k / steps)
+                leaves["embed"] = leaf.detach().clone().requires_grad_(True)
+                return leaves["embed"]
+
+            def difference(site: Site, now: Tensor) -> None:
+                hooks.check_site(site, now)
+                if site.point not in deltas:
+                    # in place of the recorded activation, which nothing else needs: one cache, not two
+                    deltas[site.point] = now.detach() - corrupt.pop(site.point)
+
+            taps: list[tuple[str, HookFunction]] = [(INPUT_POINT, embed)]
+            taps += [(site.point, partial(difference, site)) for site in self.nodes.sites]
+            taps += self._gradient_taps(deltas, totals)
+            with torch.enable_grad():
+                logits = hooks.run(self.model, batch.clean, batch.lengths, taps)
+                clean_logits = seen.setdefault("logits", logits.detach())
+                values = self._measure(logits, batch, clean_logits)
+                (gradient,) = torch.autograd.grad(values.sum(), [leaves["embed"]])
+            seen.setdefault("clean", values.detach())
+            delta = seen["embed"].float() - corrupt_embed.float()
+            input_score += float((delta * gradient.float()).sum(dtype=torch.float64))
+        totals /= steps
+        clean_value = float(seen["clean"].sum(dtype=torch.float64))
+        corrupt_value = float(
+            self._measure(corrupt_logits, batch, seen["logits"]).sum(dtype=torch.float64)
+        )
+        sums = {"clean": clean_value, "corrupt": corrupt_value}
+        if self.method == "nap-ig-inputs":
+            sums |= {"expected": clean_value - corrupt_value, "explained": input_score / steps}
+        return _Result(totals, sums)
+
+    def _gradient_taps(self, deltas: Activations, totals: Tensor) -> list[tuple[str, HookFunction]]:
+        """Hooks that add Δ·gradient to ``totals`` while the gradient passes by, so that no gradient is kept."""
+
+        def tap(site: Site, now: Tensor) -> Tensor:
+            # A view of our own: a hook on the tensor itself could fire for the parts of several users of it.
+            now = now.view_as(now)
+            now.register_hook(lambda gradient: self._add(totals, site, deltas[site.point], gradient))
+            return now
+
+        out: list[tuple[str, HookFunction]] = []
+        for site in self.nodes.sites:
+            if self.mlp_gradient == "input" and self.nodes[site.positions[0]].kind == "mlp":
+                out += self._mlp_input_taps(site, deltas, totals)
+            else:
+                out.append((site.point, partial(tap, site)))
+        return out
+
+    def _mlp_input_taps(self, site: Site, deltas: Activations, totals: Tensor) -> list[tuple[str, HookFunction]]:
+        """The gradient at the MLP's input, needing no flag: that of the stream before it, less what skips the MLP."""
+
+        def tap(sign: float, now: Tensor) -> Tensor:
+            now = now.view_as(now)
+            now.register_hook(lambda gradient: self._add(totals, site, deltas[site.point], sign * gradient))
+            return now
+
+        block = site.point.removesuffix(".hook_mlp_out")
+        if block == site.point:
+            raise NodeError(f"mlp_gradient='input' is defined for MLP blocks, not for {site.point!r}.")
+        if hooks.is_bridge(self.model):
+            return [(f"{block}.ln2.hook_in", partial(tap, 1.0))]
+        return [(f"{block}.hook_resid_mid", partial(tap, 1.0)), (f"{block}.hook_resid_post", partial(tap, -1.0))]
+
+    def _add(self, totals: Tensor, site: Site, delta: Tensor, gradient: Tensor) -> None:
+        """Add Σ Δ·gradient over examples, positions and width to each node of a site.
+
+        Padding needs no care here: attention is causal and the padding is on the right, so the gradient of anything
+        read at the last real token is exactly zero there.
+        """
+        product = delta.float() * gradient.float()
+        if site.axis is None:
+            part = product.sum(dtype=torch.float64)[None]
+        else:
+            others = [axis for axis in range(product.ndim) if axis != site.axis]
+            part = product.sum(others, dtype=torch.float64)[list(site.slices)]
+        totals[list(site.positions)] += part.cpu()
+
+    # --- nap-ig-activations ----------------------------------------------------------------------------------
+
+    def _paths(self, batch: PromptPairs) -> _Result:
+        totals = torch.zeros(len(self.nodes), dtype=torch.float64)
+        corrupt, corrupt_logits = self._record(batch.corrupt, batch)
+        clean, clean_logits = self._record(batch.clean, batch)
+        deltas = {point: clean[point] - corrupt[point] for point in clean}
+        clean_values = self._measure(clean_logits, batch, clean_logits)
+        clean_value = float(clean_values.sum(dtype=torch.float64))
+        corrupt_value = float(self._measure(corrupt_logits, batch, clean_logits).sum(dtype=torch.float64))
+        sums = {"clean": clean_value, "corrupt": corrupt_value, "expected": 0.0, "explained": 0.0}
+        sums |= {"gap": 0.0, "scale": 0.0}
+        for site in self.nodes.sites:
+            before = totals.clone()
+            for k in range(1, self.steps + 1):
+                self._one_path_step(batch, site, k / self.steps, corrupt, deltas, clean_logits, totals)
+            with torch.no_grad():
+                ablated = hooks.run(
+                    self.model, batch.clean, batch.lengths, [(site.point, _replace(site, corrupt[site.point]))]
+                )
+                effect = clean_value - float(self._measure(ablated, batch, clean_logits).sum(dtype=torch.float64))
+            if len(site.positions) == (site.size or 1):  # the whole group is scored: its scores must add up
+                explained = float((totals - before)[list(site.positions)].sum()) / self.steps
+                sums["expected"] += effect
+                sums["explained"] += explained
+                sums["gap"] += abs(effect - explained)
+                sums["scale"] += abs(effect)
+        if self.accumulate == "all":
+            # the released code also walks the path of the embedding
+            passes = [k / self.steps for k in range(1, self.steps + 1)]
+            embeds, _ = self._record(batch.corrupt, batch, also=INPUT_POINT)
+            clean_embeds, _ = self._record(batch.clean, batch, also=INPUT_POINT)
+            start = embeds[INPUT_POINT]
+            deltas_embed = clean_embeds[INPUT_POINT] - start
+            if INPUT_POINT not in {site.point for site in self.nodes.sites}:
+                site = Site(INPUT_POINT, -1, None, None, (), (0,))
+                for fraction in passes:
+                    self._one_path_step(
+                        batch, site, fraction, {INPUT_POINT: start}, {**deltas, INPUT_POINT: deltas_embed},
+                        clean_logits, totals, count_site=False,
+                    )
+        return _Result(totals / self.steps, sums)
+
+    def _one_path_step(
+        self,
+        batch: PromptPairs,
+        site: Site,
+        fraction: float,
+        corrupt: Activations,
+        deltas: Activations,
+        clean_logits: Tensor,
+        totals: Tensor,
+        *,
+        count_site: bool = True,
+    ) -> None:
+        leaves: dict[str, Tensor] = {}
+
+        def function(now: Tensor) -> Tensor:
+            hooks.check_site(site, now)
+            leaves["at"] = (corrupt[site.point] + fraction * deltas[site.point]).requires_grad_(True)
+            return leaves["at"]
+
+        taps: list[tuple[str, HookFunction]] = [(site.point, function)]
+        if self.accumulate == "all":
+            later = [s for s in self.nodes.sites if s is not site]
+            taps += [(s.point, partial(self._tap_if_live, s, deltas, totals)) for s in later]
+        with torch.enable_grad():
+            logits = hooks.run(self.model, batch.clean, batch.lengths, taps)
+            values = self._measure(logits, batch, clean_logits)
+            (gradient,) = torch.autograd.grad(values.sum(), [leaves["at"]])
+        if count_site:
+            self._add(totals, site, deltas[site.point], gradient)
+
+    def _tap_if_live(self, site: Site, deltas: Activations, totals: Tensor, now: Tensor) -> Tensor:
+        if now.requires_grad:
+            now = now.view_as(now)
+            now.register_hook(lambda gradient: self._add(totals, site, deltas[site.point], gradient))
+        return now
+
+    # --- exact -----------------------------------------------------------------------------------------------
+
+    def _exact(self, batch: PromptPairs) -> _Result:
+        totals = torch.zeros(len(self.nodes), dtype=torch.float64)
+        corrupt, corrupt_logits = self._record(batch.corrupt, batch)
+        with torch.no_grad():
+            clean_logits = hooks.run(self.model, batch.clean, batch.lengths)
+            clean = self._measure(clean_logits, batch, clean_logits)
+            for site, position, slice_index in _single_nodes(self.nodes):
+                function = _replace(site, corrupt[site.point], slice_index)
+                logits = hooks.run(self.model, batch.clean, batch.lengths, [(site.point, function)])
+                effect = clean - self._measure(logits, batch, clean_logits)
+                totals[position] = effect.sum(dtype=torch.float64).cpu()
+            corrupt_value = float(self._measure(corrupt_logits, batch, clean_logits).sum(dtype=torch.float64))
+        return _Result(totals, {"clean": float(clean.sum(dtype=torch.float64)), "corrupt": corrupt_value})
+
+    # --- shared ----------------------------------------------------------------------------------------------
+
+    def _record(
+        self, tokens: Tensor, batch: PromptPairs, *, also: str | None = None
+    ) -> tuple[Activations, Tensor]:
+        into: Activations = {}
+        taps = hooks.record_hooks(self.nodes, into)
+        if also is not None and also not in {site.point for site in self.nodes.sites}:
+            taps.append((also, lambda now: into.__setitem__(also, now.detach().clone())))
+        with torch.no_grad():
+            logits = hooks.run(self.model, tokens, batch.lengths, taps)
+        return into, logits
+
+    def _measure(self, logits: Tensor, batch: PromptPairs, clean_logits: Tensor) -> Float[Tensor, " batch"]:
+        values = self.metric(logits, batch, clean_logits)
+        if not torch.isfinite(values).all():
+            raise DfaError(
+                f"The metric is {values[~torch.isfinite(values)][0].item()} on some example: the model's logits "
+                "overflow, or the metric does not suit them."
+            )
+        return values
+
+
+def _replace(site: Site, other: Tensor, slice_index: int | None = None) -> HookFunction:
+    """Put another activation in place of a site's, or of one slice of it."""
+
+    def function(now: Tensor) -> Tensor:
+        hooks.check_site(site, now)
+        if slice_index is None and site.covers_all:
+            return other.to(now.device, now.dtype).expand_as(now)
+        assert site.axis is not None
+        index = torch.tensor(site.slices if slice_index is None else [slice_index], device=now.device)
+        return now.index_copy(site.axis, index, other.to(now.device, now.dtype).index_select(site.axis, index))
+
+    return function
+
+
+def _single_nodes(nodes: NodeSet) -> Iterator[tuple[Site, int, int | None]]:
+    for site in nodes.sites:
+        for i, position in enumerate(site.positions):
+            yield site, position, site.slices[i] if site.slices else None

@@ -1,0 +1,64 @@
+"""Every error that dfa_lens raises on purpose.
+
+All of them derive from :class:`DfaError`, so one ``except dfa.DfaError`` catches what the library itself rejects
+and lets everything else (a bug, an out-of-memory, Ctrl-C) through. Where a built-in error says the same thing,
+ours derives from that as well.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class DfaError(Exception):
+    """The root of every error of ours."""
+
+
+class NodeError(DfaError, ValueError):
+    """A node, node set or hook point that does not exist, or does not fit where it is used."""
+
+
+class HookError(DfaError, RuntimeError):
+    """The model can't be hooked as asked: a point that never fires, a flag that is off, a wrong shape."""
+
+
+class PromptError(DfaError, ValueError):
+    """Prompt pairs that can't be used: lengths, ids, answers."""
+
+
+class TaskError(DfaError, ValueError):
+    """An unknown task, split or counterfactual, or data that does not have the expected form."""
+
+
+class ScoreError(DfaError, ValueError):
+    """Scores that can't be used: not finite, of the wrong length, of another node set."""
+
+
+class AlignmentError(DfaError, ValueError):
+    """An alignment that can't be trained, composed or applied."""
+
+
+class TrainingError(DfaError, RuntimeError):
+    """Training that went wrong: a loss that is not finite."""
+
+
+class FaithfulnessError(DfaError, ValueError):
+    """A faithfulness curve that is not defined."""
+
+
+class ModelError(DfaError, ValueError):
+    """A model that can't be loaded or used."""
+
+
+class FileError(DfaError, OSError):
+    """A file that is missing, broken, or not one of ours."""
+
+
+def unknown(what: str, given: object, valid: Iterable[str], error: type[DfaError] = DfaError) -> DfaError:
+    """An error that quotes the misspelt name, lists the valid ones and guesses which was meant."""
+    names = list(valid)
+    close = difflib.get_close_matches(str(given), names, n=1)
+    hint = f" Did you mean {close[0]!r}?" if close else ""
+    listing = ", ".join(repr(name) for name in names) if names else "there are none"
+    return error(f"Unknown {what} {given!r}: expected one of {listing}.{hint}")

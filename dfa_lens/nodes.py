@@ -1,0 +1,293 @@
+"""Which slices of which hook points are nodes, and in what order.
+
+A node is one attention head or one MLP block; more generally one slice of one hook point. A :class:`NodeSet` is
+plain data: it needs a model to be made, but not to be kept, compared, saved or read.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from typing import Any, overload
+
+from dfa_lens.errors import NodeError
+
+HEAD_POINT = "blocks.{layer}.attn.hook_z"
+MLP_POINT = "blocks.{layer}.hook_mlp_out"
+INPUT_POINT = "hook_embed"
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """One node: a slice of the activation at one hook point.
+
+    Attributes
+    ----------
+    name:
+        "a3.h7", "m3", "input", or the hook point's name with the slice in brackets.
+    point:
+        The hook point's name in TransformerLens.
+    kind:
+        "head", "mlp", "input" or "custom".
+    layer:
+        The block that it belongs to, counted from 0; -1 before the first block.
+    axis, index, size:
+        The node is slice ``index`` of ``size`` along ``axis`` of the activation (axis 0 is the batch); all three
+        are None when the node is the whole activation.
+    """
+
+    name: str
+    point: str
+    kind: str
+    layer: int
+    axis: int | None = None
+    index: int | None = None
+    size: int | None = None
+
+
+@dataclass(frozen=True)
+class Site:
+    """The nodes that share one hook point: they are recorded, gated and ablated together.
+
+    Attributes
+    ----------
+    point, layer, axis, size:
+        As in :class:`Node`.
+    slices:
+        The slices along ``axis`` that are nodes of the set, or () when the whole activation is one node.
+    positions:
+        Where those nodes stand in the node set, in the order of ``slices``.
+    """
+
+    point: str
+    layer: int
+    axis: int | None
+    size: int | None
+    slices: tuple[int, ...]
+    positions: tuple[int, ...]
+
+    @cached_property
+    def covers_all(self) -> bool:
+        """Whether every slice of the activation is a node of the set, in order."""
+        return self.axis is None or self.slices == tuple(range(self.size or 0))
+
+    @cached_property
+    def span(self) -> slice | None:
+        """The nodes' positions as a slice, where they are consecutive."""
+        first, n = self.positions[0], len(self.positions)
+        return slice(first, first + n) if self.positions == tuple(range(first, first + n)) else None
+
+
+class NodeSet(Sequence[Node]):
+    """An ordered set of nodes.
+
+    ``len``, iteration, ``in`` (a node or a name) and equality work as expected; ``nodes[i]`` is a node,
+    ``nodes[i:j]``, ``nodes["a3.*"]`` (a name pattern) and ``nodes[[...]]`` (positions or names) are node sets.
+
+    Raises
+    ------
+    NodeError
+        If two nodes have the same name, or overlap at one hook point.
+    """
+
+    def __init__(self, nodes: Iterable[Node]) -> None:
+        self._nodes = tuple(nodes)
+        if not self._nodes:
+            raise NodeError("A node set needs at least one node.")
+        self._position = {node.name: i for i, node in enumerate(self._nodes)}
+        if len(self._position) != len(self._nodes):
+            double = next(n.name for i, n in enumerate(self._nodes) if self._position[n.name] != i)
+            raise NodeError(f"Node {double!r} is in the set twice.")
+        self.sites  # noqa: B018 - overlapping nodes are found here, not in the middle of a run
+
+    # --- making one ------------------------------------------------------------------------------------------
+
+    @classmethod
+    def heads_and_mlps(cls, model: Any, with_input: bool = False) -> NodeSet:
+        """All attention heads and MLP blocks in canonical order: a0.h0 … a0.h{H-1}, m0, a1.h0, …
+
+        Parameters
+        ----------
+        model:
+            A HookedTransformer or TransformerBridge; only ``model.cfg`` is read.
+        with_input:
+            Put the embedding first, as the node "input", as MIB's released code ranks it.
+
+        Examples
+        --------
+        >>> import dfa_lens as dfa
+        >>> nodes = dfa.NodeSet.heads_and_mlps(dfa.zoo.load("llama3-tiny-source"))
+        >>> len(nodes), nodes.names[:3], nodes.names[-1]
+        (54, ('a0.h0', 'a0.h1', 'a0.h2'), 'm5')
+        """
+        return cls.for_sizes(int(model.cfg.n_layers), int(model.cfg.n_heads), with_input=with_input)
+
+    @classmethod
+    def for_sizes(cls, n_layers: int, n_heads: int, *, with_input: bool = False) -> NodeSet:
+        """As :meth:`heads_and_mlps`, from the two numbers alone."""
+        nodes: list[Node] = []
+        if with_input:
+            nodes.append(Node("input", INPUT_POINT, "input", -1))
+        for layer in range(n_layers):
+            nodes += [
+                Node(f"a{layer}.h{head}", HEAD_POINT.format(layer=layer), "head", layer, 2, head, n_heads)
+                for head in range(n_heads)
+            ]
+            nodes.append(Node(f"m{layer}", MLP_POINT.format(layer=layer), "mlp", layer))
+        return cls(nodes)
+
+    @classmethod
+    def from_points(cls, model: Any, points: Mapping[str, int | None]) -> NodeSet:
+        """Nodes at hook points of your choice.
+
+        Parameters
+        ----------
+        model:
+            Run once on a single token, to see that the points fire and how large they are.
+        points:
+            Hook point (a name, or a pattern with ``{layer}``, which stands for every layer) → the axis that is cut
+            into nodes (0 is the batch and can't be cut), or None for one node. Heads of ``attn.hook_z``,
+            ``attn.hook_k`` and ``attn.hook_v`` lie along axis 2, as do the neurons of ``mlp.hook_post``.
+
+        Returns
+        -------
+        NodeSet
+            By layer, then in the order given. Names are like "blocks.3.attn.hook_v[1]".
+
+        Raises
+        ------
+        NodeError
+            If a point does not exist or the axis is not there.
+        HookError
+            If a point exists but does not fire.
+        """
+        from dfa_lens import hooks
+
+        names: list[tuple[int, str, int | None]] = []
+        for pattern, axis in points.items():
+            if "{layer}" in pattern:
+                layers = range(int(model.cfg.n_layers))
+                names += [(layer, pattern.format(layer=layer), axis) for layer in layers]
+            else:
+                names.append((_layer_of(pattern), pattern, axis))
+        names.sort(key=lambda item: item[0])  # stable: the given order within a layer
+        shapes = hooks.shapes(model, [name for _, name, _ in names])
+        nodes: list[Node] = []
+        for layer, name, axis in names:
+            if axis is None:
+                nodes.append(Node(name, name, "custom", layer))
+                continue
+            shape = shapes[name]
+            if not 1 <= axis < len(shape):
+                raise NodeError(
+                    f"Hook point {name!r} has shape {list(shape)} (batch first): axis {axis} can't be cut into nodes; "
+                    f"use 1 to {len(shape) - 1}, or None for one node."
+                )
+            size = int(shape[axis])
+            nodes += [Node(f"{name}[{i}]", name, "custom", layer, axis, i, size) for i in range(size)]
+        return cls(nodes)
+
+    @classmethod
+    def from_records(cls, records: Iterable[Mapping[str, Any]]) -> NodeSet:
+        """The inverse of :meth:`to_records`."""
+        try:
+            return cls(Node(**record) for record in records)
+        except TypeError as error:
+            raise NodeError(f"Not a list of nodes: {error}.") from None
+
+    def to_records(self) -> list[dict[str, Any]]:
+        """The nodes as plain dictionaries, for JSON."""
+        return [asdict(node) for node in self._nodes]
+
+    # --- reading it ------------------------------------------------------------------------------------------
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The nodes' names in order."""
+        return tuple(self._position)
+
+    @cached_property
+    def n_layers(self) -> int:
+        """One more than the highest layer of any node."""
+        return 1 + max(node.layer for node in self._nodes)
+
+    @cached_property
+    def sites(self) -> tuple[Site, ...]:
+        """The nodes grouped by hook point, in the order of each group's first node."""
+        by_point: dict[str, list[int]] = {}
+        for position, node in enumerate(self._nodes):
+            by_point.setdefault(node.point, []).append(position)
+        sites = []
+        for point, positions in by_point.items():
+            first = self._nodes[positions[0]]
+            members = [self._nodes[p] for p in positions]
+            whole = [node for node in members if node.axis is None]
+            slices = tuple(node.index for node in members if node.index is not None)
+            if (whole and len(members) > 1) or len(set(slices)) < len(members) - len(whole):
+                raise NodeError(f"Nodes at hook point {point!r} overlap: {', '.join(n.name for n in members[:4])}.")
+            if any((node.axis, node.size) != (first.axis, first.size) for node in members):
+                raise NodeError(f"Nodes at hook point {point!r} cut it along different axes or into different sizes.")
+            sites.append(Site(point, first.layer, first.axis, first.size, slices, tuple(positions)))
+        return tuple(sites)
+
+    def position(self, name: str) -> int:
+        """Where the node called ``name`` stands."""
+        if name not in self._position:
+            example = ", ".join(repr(n) for n in self.names[:3])
+            raise NodeError(f"No node {name!r} in this set of {len(self)} nodes ({example}, …).")
+        return self._position[name]
+
+    def where(self, condition: Callable[[Node], bool]) -> NodeSet:
+        """The nodes for which ``condition`` holds: ``nodes.where(lambda n: n.kind == "head" and n.layer < 4)``."""
+        return NodeSet(node for node in self._nodes if condition(node))
+
+    def relative_depth(self) -> list[float]:
+        """Each node's depth between 0 (first block, and before) and 1 (last block)."""
+        last = max(self.n_layers - 1, 1)
+        return [max(node.layer, 0) / last for node in self._nodes]
+
+    def __add__(self, other: NodeSet) -> NodeSet:
+        """The nodes of both, this set's first; the names must differ."""
+        return NodeSet((*self._nodes, *other._nodes))
+
+    def __len__(self) -> int:
+        return len(self._nodes)
+
+    def __iter__(self) -> Iterator[Node]:
+        return iter(self._nodes)
+
+    def __contains__(self, item: object) -> bool:
+        return item in self._position if isinstance(item, str) else item in self._nodes
+
+    @overload
+    def __getitem__(self, item: int) -> Node: ...
+    @overload
+    def __getitem__(self, item: slice | str | Sequence[int | str]) -> NodeSet: ...
+    def __getitem__(self, item: int | slice | str | Sequence[int | str]) -> Node | NodeSet:
+        if isinstance(item, int):
+            return self._nodes[item]
+        if isinstance(item, slice):
+            return NodeSet(self._nodes[item])
+        if isinstance(item, str):
+            found = [node for node in self._nodes if fnmatch.fnmatchcase(node.name, item)]
+            if not found:
+                raise NodeError(f"No node matches {item!r}; names are like {self.names[0]!r} and {self.names[-1]!r}.")
+            return NodeSet(found)
+        return NodeSet(self._nodes[self.position(i) if isinstance(i, str) else i] for i in item)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, NodeSet) and self._nodes == other._nodes
+
+    def __hash__(self) -> int:
+        return hash(self._nodes)
+
+    def __repr__(self) -> str:
+        shown = ", ".join(self.names[:3]) + (f", …, {self.names[-1]}" if len(self) > 3 else "")
+        return f"NodeSet({len(self)} nodes: {shown})"
+
+
+def _layer_of(point: str) -> int:
+    parts = point.split(".")
+    return int(parts[1]) if len(parts) > 1 and parts[0] == "blocks" and parts[1].isdigit() else -1

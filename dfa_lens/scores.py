@@ -1,0 +1,179 @@
+"""NodeScores: one number per node, with its provenance."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from dfa_lens.errors import FileError, ScoreError, unknown
+from dfa_lens.nodes import NodeSet
+
+Ranking = Literal["signed", "absolute"]
+"""How nodes are ordered: by score, or by its absolute value. Ties keep node order."""
+
+_FORMAT = "dfa_lens scores 1"
+
+
+class NodeScores:
+    """A score for every node of a node set.
+
+    Positive means: restoring this node's clean activation helps the metric.
+
+    Parameters
+    ----------
+    values:
+        [node], any floating dtype; kept as float32 on the CPU.
+    nodes:
+        The node set that they belong to.
+    meta:
+        Where they come from (method, metric, number of examples, …): JSON-like.
+
+    Raises
+    ------
+    ScoreError
+        If the number of values is wrong or one is not finite.
+    """
+
+    def __init__(self, values: Float[Tensor, " node"], nodes: NodeSet, meta: Mapping[str, Any] | None = None) -> None:
+        values = torch.as_tensor(values).detach().to(device="cpu", dtype=torch.float32)
+        if values.ndim != 1 or len(values) != len(nodes):
+            raise ScoreError(f"Scores of shape {list(values.shape)} for {len(nodes)} nodes; one per node is needed.")
+        finite = torch.isfinite(values)
+        if not finite.all():
+            bad = [nodes.names[i] for i in (~finite).nonzero()[:, 0].tolist()]
+            raise ScoreError(
+                f"{len(bad)} of {len(nodes)} scores are not finite (first: {values[~finite][0].item()} at {bad[0]}). "
+                "In half precision an overflow in the model is the usual cause."
+            )
+        self.values: Tensor = values
+        self.nodes = nodes
+        self.meta: dict[str, Any] = dict(meta or {})
+
+    # --- reading ---------------------------------------------------------------------------------------------
+
+    def order(self, rank: Ranking = "signed") -> Int[Tensor, " node"]:
+        """The nodes' positions, best first; ties keep node order."""
+        if rank not in ("signed", "absolute"):
+            raise unknown("ranking", rank, ("signed", "absolute"), ScoreError)
+        key = self.values if rank == "signed" else self.values.abs()
+        return torch.argsort(key, descending=True, stable=True)
+
+    def ranks(self, rank: Ranking = "signed") -> Int[Tensor, " node"]:
+        """Each node's rank: 1 for the best."""
+        out = torch.empty(len(self), dtype=torch.long)
+        out[self.order(rank)] = torch.arange(1, len(self) + 1)
+        return out
+
+    def top(self, k: int, *, rank: Ranking = "signed") -> dict[str, float]:
+        """The ``k`` best nodes, best first, with their scores."""
+        if not 0 <= k <= len(self):
+            raise ScoreError(f"k must be between 0 and the number of nodes, {len(self)}, not {k}.")
+        return {self.nodes.names[i]: float(self.values[i]) for i in self.order(rank)[:k].tolist()}
+
+    def to_frame(self) -> Any:
+        """A pandas table, a row per node: node, kind, layer, index, score, rank."""
+        import pandas as pd
+
+        return pd.DataFrame(
+            {
+                "node": self.nodes.names,
+                "kind": [node.kind for node in self.nodes],
+                "layer": [node.layer for node in self.nodes],
+                "index": pd.array([node.index for node in self.nodes], dtype="Int64"),
+                "score": self.values.numpy(),
+                "rank": self.ranks().numpy(),
+            }
+        )
+
+    def require(self, nodes: NodeSet, what: str = "these scores") -> None:
+        """A :class:`ScoreError` unless the scores belong to ``nodes``."""
+        if self.nodes != nodes:
+            raise ScoreError(
+                f"{what} belong to {len(self.nodes)} nodes ({self.nodes.names[0]} … {self.nodes.names[-1]}), but "
+                f"{len(nodes)} are expected ({nodes.names[0]} … {nodes.names[-1]}): they come from another model or "
+                "another choice of nodes."
+            )
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def __getitem__(self, name: str) -> float:
+        """The score of the node called ``name``."""
+        return float(self.values[self.nodes.position(name)])
+
+    def __repr__(self) -> str:
+        best = ", ".join(f"{name} {score:+.3g}" for name, score in self.top(min(3, len(self))).items())
+        method = f"{self.meta['method']}, " if "method" in self.meta else ""
+        return f"NodeScores({method}{len(self)} nodes, best: {best})"
+
+    # --- files -----------------------------------------------------------------------------------------------
+
+    def save(self, path: str | Path) -> None:
+        """Write a safetensors file with the values, the nodes and the provenance."""
+        metadata = {"nodes": json.dumps(self.nodes.to_records()), "meta": json.dumps(self.meta, default=str)}
+        save_tensors(path, {"values": self.values}, metadata, _FORMAT)
+
+    @classmethod
+    def load(cls, path: str | Path) -> NodeScores:
+        """Read what :meth:`save` wrote.
+
+        Raises
+        ------
+        FileError
+            If the file is missing, broken, or not a file of scores.
+        """
+        tensors, metadata = load_tensors(path, _FORMAT)
+        return cls(tensors["values"], NodeSet.from_records(json.loads(metadata["nodes"])), json.loads(metadata["meta"]))
+
+
+def write_atomically(path: str | Path, data: bytes) -> None:
+    """Write a whole file or none: an interrupted write leaves what was there before."""
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    except OSError as error:
+        raise FileError(f"Can't write {path}: {error.strerror or error}.") from error
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+        mask = os.umask(0)
+        os.umask(mask)
+        os.chmod(name, 0o666 & ~mask)  # mkstemp makes private files; these are ordinary ones
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def save_tensors(path: str | Path, tensors: dict[str, Tensor], metadata: dict[str, str], format_name: str) -> None:
+    """A safetensors file of ours, written whole or not at all."""
+    from safetensors.torch import save
+
+    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    write_atomically(path, save(contiguous, {"format": format_name, **metadata}))
+
+
+def load_tensors(path: str | Path, format_name: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors and metadata of a safetensors file that was written as ``format_name``."""
+    from safetensors import SafetensorError, safe_open
+
+    if not Path(path).is_file():
+        raise FileError(f"There is no file {path}.")
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            metadata = dict(file.metadata() or {})
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+    except SafetensorError as error:
+        raise FileError(f"{path} is not a readable safetensors file: {error}.") from error
+    if metadata.get("format") != format_name:
+        raise FileError(f"{path} is not a file of {format_name.rsplit(' ', 1)[0]!r}.")
+    return tensors, metadata

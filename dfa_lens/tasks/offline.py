@@ -1,0 +1,345 @@
+"""The six offline tasks: small analogues of the MIB six that need no network.
+
+Each task is a stream of :class:`Example`, drawn from a seeded generator. An example's ``key`` names what the
+example is about and is the same for its clean and its corrupt prompt; the split is a hash of the key, so that no
+split ever shares a prompt with another, not even a clean prompt of one with a corrupt prompt of the other.
+
+These tasks keep the *roles* of the originals (which tokens must be moved, bound or looked up) and the same
+default counterfactuals. They lack their natural language, their length and their open vocabulary; the two ARC
+analogues ask about a fixed world of some sixty animals instead of school science, and whether a model puts the two
+facts of ``arc-challenge`` together or has learned each combination by heart is not known.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
+
+from dfa_lens.errors import TaskError, unknown
+from dfa_lens.tasks import world
+
+SPLITS: dict[str, range] = {"train": range(0, 80), "validation": range(80, 90), "test": range(90, 100)}
+"""Per cent of all keys that belong to each split."""
+
+
+class Example(NamedTuple):
+    """One prompt pair as text. ``answer`` is right for ``clean``, ``wrong`` is right for ``corrupt``.
+
+    (Under the ``abc`` counterfactual of ioi the corrupt prompt has no right answer among the two.)
+    """
+
+    clean: str
+    corrupt: str
+    answer: str
+    wrong: str
+    key: str
+    template: int
+
+
+@dataclass(frozen=True)
+class OfflineTask:
+    """A task: how to draw an example, and what it is about."""
+
+    name: str
+    summary: str
+    counterfactuals: tuple[str, ...]  #: names, the default first
+    draw: Callable[..., Example]  #: ``draw(rng, split=…, counterfactual=…, **options)``
+    options: tuple[str, ...] = ()  #: names of further keyword options of ``draw``
+
+
+def split_of(key: str) -> str:
+    """The split to which a key belongs: a hash, so the same on every machine and in every session."""
+    percent = int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "big") % 100
+    return next(name for name, percents in SPLITS.items() if percent in percents)
+
+
+# --- ioi -----------------------------------------------------------------------------------------------------
+
+_IOI_TEMPLATES = (
+    "When {a} and {b} went to the {place}, {s} gave a {object} to",
+    "After {a} and {b} met at the {place}, {s} handed the {object} to",
+    "While {a} and {b} were working at the {place}, {s} sent a {object} to",
+    "{a} and {b} had lunch at the {place}. Later {s} offered the {object} to",
+    "Yesterday {a} and {b} visited the {place}. There {s} showed a {object} to",
+    "Friends {a} and {b} found a {object} at the {place}, and {s} gave it to",
+    "The {place} was quiet when {a} and {b} came in with the {object}. Soon {s} passed it to",
+    "Then {a} and {b} took the {object} from the {place}, and {s} wanted to sell it to",
+)
+
+
+def _ioi(rng: random.Random, *, split: str | None, counterfactual: str) -> Example:
+    indirect_object, subject = rng.sample(world.NAMES, 2)
+    place, thing = rng.choice(world.PLACES), rng.choice(world.OBJECTS)
+    template = rng.randrange(len(_IOI_TEMPLATES))
+    first, second = (indirect_object, subject) if rng.random() < 0.5 else (subject, indirect_object)
+    fill = partial(_IOI_TEMPLATES[template].format, place=place, object=thing)
+    if counterfactual == "s2_io_flip":
+        corrupt = fill(a=first, b=second, s=indirect_object)
+    else:  # abc: three names that say nothing about who receives
+        others = [name for name in rng.sample(world.NAMES, 5) if name not in (indirect_object, subject)]
+        corrupt = fill(a=others[0], b=others[1], s=others[2])
+    return Example(
+        clean=fill(a=first, b=second, s=subject),
+        corrupt=corrupt,
+        answer=f" {indirect_object}",
+        wrong=f" {subject}",
+        key="|".join(["ioi", *sorted((indirect_object, subject)), place, thing]),
+        template=template,
+    )
+
+
+# --- four-choice tasks: mcqa and the two arcs ------------------------------------------------------------------
+
+
+def _choices(
+    rng: random.Random, counterfactual: str, options: list[str], right: str
+) -> tuple[tuple[str, str], tuple[str, str]]:
+    """(clean block, answer letter), (corrupt block, its letter) for shuffled options."""
+    clean_letters = list(world.LETTERS[:4])
+    corrupt_options, corrupt_letters = options, clean_letters
+    if counterfactual == "symbol":  # same options, letters that the clean prompt does not have
+        corrupt_letters = rng.sample(world.LETTERS[4:], 4)
+    else:  # answer_position: same letters, the right option changes places with another
+        here = options.index(right)
+        there = rng.choice([i for i in range(4) if i != here])
+        corrupt_options = list(options)
+        corrupt_options[here], corrupt_options[there] = corrupt_options[there], corrupt_options[here]
+
+    def block(letters: list[str], shown: list[str]) -> tuple[str, str]:
+        lines = [f"{letter}. {option}" for letter, option in zip(letters, shown, strict=True)]
+        return "\n".join([*lines, "Answer:"]), f" {letters[shown.index(right)]}"
+
+    return block(clean_letters, options), block(corrupt_letters, corrupt_options)
+
+
+def _choice_example(
+    rng: random.Random, counterfactual: str, name: str, stem: str, options: list[str], right: str, template: int
+) -> Example:
+    rng.shuffle(options)
+    (clean, answer), (corrupt, wrong) = _choices(rng, counterfactual, options, right)
+    return Example(
+        clean=f"{stem}\n{clean}",
+        corrupt=f"{stem}\n{corrupt}",
+        answer=answer,
+        wrong=wrong,
+        # the options as a set: a corrupt prompt may show them in another order
+        key="|".join([name, stem, *sorted(options)]),
+        template=template,
+    )
+
+
+_MCQA_TEMPLATES = (
+    "Question: The {object} is {color}. What color is the {object}?",
+    "The {object} on the table is {color}. Which color does the {object} have?",
+    "Question: Someone found a {color} {object}. What is the color of the {object}?",
+    "In the room is a {color} {object}. What color is the {object}?",
+)
+
+
+def _mcqa(rng: random.Random, *, split: str | None, counterfactual: str) -> Example:
+    thing = rng.choice(world.OBJECTS)
+    options = rng.sample(world.COLORS, 4)
+    right = options[0]
+    template = rng.randrange(len(_MCQA_TEMPLATES))
+    stem = _MCQA_TEMPLATES[template].format(object=thing, color=right)
+    return _choice_example(rng, counterfactual, "mcqa", stem, options, right, template)
+
+
+def _arc_easy(rng: random.Random, *, split: str | None, counterfactual: str) -> Example:
+    relation = rng.choice(list(world.QUESTIONS))
+    animal = rng.choice(world.ANIMALS)
+    right = getattr(animal, relation)
+    options = [right, *rng.sample([v for v in world.values(relation) if v != right], 3)]
+    template = rng.randrange(len(world.QUESTIONS[relation]))
+    stem = "Question: " + world.QUESTIONS[relation][template].format(x=f"the {animal.name}")
+    return _choice_example(rng, counterfactual, "arc-easy", stem, options, right, template)
+
+
+def _arc_challenge(rng: random.Random, *, split: str | None, counterfactual: str) -> Example:
+    relation, quality = hop = rng.choice(list(world.SECOND_HOP))
+    table = world.SECOND_HOP[hop]
+    animal = rng.choice(world.ANIMALS)
+    right = table[getattr(animal, relation)]
+    options = [right, *rng.sample(sorted({v for v in table.values() if v != right}), 3)]
+    template = rng.randrange(len(world.SECOND_HOP_QUESTIONS[hop]))
+    stem = "Question: " + world.SECOND_HOP_QUESTIONS[hop][template].format(x=f"the {animal.name}")
+    return _choice_example(rng, counterfactual, "arc-challenge", stem, options, right, template)
+
+
+# --- arithmetic ----------------------------------------------------------------------------------------------
+
+_ARITHMETIC_TEMPLATES = {
+    "addition": (
+        ("{a} + {b} =", " {c}", ", "),
+        ("The sum of {a} and {b} is", " {c}", ". "),
+        ("Question: What is {a} plus {b}?\nAnswer:", " {c}", "\n"),
+    ),
+    "subtraction": (
+        ("{a} - {b} =", " {c}", ", "),
+        ("The difference between {a} and {b} is", " {c}", ". "),
+        ("Question: What is {a} minus {b}?\nAnswer:", " {c}", "\n"),
+    ),
+}
+
+
+def _operands(rng: random.Random, operation: str, split: str | None, max_number: int) -> tuple[int, int, int]:
+    """Operands and result, all between 0 and ``max_number``, the operand pair belonging to ``split``."""
+    while True:
+        if operation == "addition":
+            c = rng.randrange(2, max_number + 1)
+            a = rng.randrange(1, c)
+            triple = (a, c - a, c)
+        else:
+            a = rng.randrange(1, max_number + 1)
+            b = rng.randrange(1, a + 1)
+            triple = (a, b, a - b)
+        if split is None or split_of(f"{operation}|{triple[0]}|{triple[1]}") == split:
+            return triple
+
+
+def _arithmetic(
+    rng: random.Random,
+    *,
+    split: str | None,
+    counterfactual: str,
+    operation: str,
+    shots: int = 1,
+    max_number: int = 99,
+) -> Example:
+    if not 0 <= shots <= 8:
+        raise TaskError(f"shots must be between 0 and 8, not {shots!r}.")
+    if not 10 <= max_number <= 99:
+        raise TaskError(f"max_number must be between 10 and 99, not {max_number!r}: results have one token each.")
+    template = rng.randrange(len(_ARITHMETIC_TEMPLATES[operation]))
+    question, result, separator = _ARITHMETIC_TEMPLATES[operation][template]
+    # worked examples come from the training pairs in every split: no test sum is ever shown solved
+    shown = ""
+    for _ in range(shots):
+        a, b, c = _operands(rng, operation, "train", max_number)
+        shown += question.format(a=a, b=b) + result.format(c=c) + separator
+    a, b, c = _operands(rng, operation, split, max_number)
+    while True:
+        a2, b2, c2 = _operands(rng, operation, split, max_number)
+        if counterfactual == "operand1":
+            b2, c2 = b, a2 + b if operation == "addition" else a2 - b
+            if not 0 <= c2 <= max_number or (split and split_of(f"{operation}|{a2}|{b2}") != split):
+                continue
+        if c2 != c:
+            break
+    return Example(
+        clean=shown + question.format(a=a, b=b),
+        corrupt=shown + question.format(a=a2, b=b2),
+        answer=f" {c}",
+        wrong=f" {c2}",
+        key=f"{operation}|{a}|{b}",
+        template=template,
+    )
+
+
+TASKS: dict[str, OfflineTask] = {
+    task.name: task
+    for task in (
+        OfflineTask(
+            "ioi",
+            "Indirect object identification: two names, one of them acts; the other one receives.",
+            ("s2_io_flip", "abc"),
+            _ioi,
+        ),
+        OfflineTask(
+            "mcqa",
+            "Copy-colours: a stated colour has to be found among four lettered options.",
+            ("symbol", "answer_position"),
+            _mcqa,
+        ),
+        OfflineTask(
+            "addition",
+            "Two-operand addition with one worked example; results up to 99, one token each.",
+            ("random", "operand1"),
+            partial(_arithmetic, operation="addition"),
+            ("shots", "max_number"),
+        ),
+        OfflineTask(
+            "subtraction",
+            "Two-operand subtraction with one worked example; results from 0, one token each.",
+            ("random", "operand1"),
+            partial(_arithmetic, operation="subtraction"),
+            ("shots", "max_number"),
+        ),
+        OfflineTask(
+            "arc-easy",
+            "One fact of the small world, four lettered options.",
+            ("symbol", "answer_position"),
+            _arc_easy,
+        ),
+        OfflineTask(
+            "arc-challenge",
+            "Two facts of the small world in a row (an animal's home, then that home's colour), four lettered options.",
+            ("symbol", "answer_position"),
+            _arc_challenge,
+        ),
+    )
+}
+
+
+def stream(
+    task: str, *, split: str = "train", seed: int = 0, counterfactual: str | None = None, **options: int
+) -> Iterator[Example]:
+    """An endless, deterministic stream of examples of ``task`` in ``split``; prompts may repeat.
+
+    The same (task, split, seed, counterfactual, options) give the same stream on every machine.
+    """
+    if task not in TASKS:
+        raise unknown("task", task, TASKS, TaskError)
+    if split not in SPLITS:
+        raise unknown("split", split, SPLITS, TaskError)
+    known = TASKS[task]
+    counterfactual = counterfactual or known.counterfactuals[0]
+    if counterfactual not in known.counterfactuals:
+        raise unknown(f"counterfactual for {task!r}", counterfactual, known.counterfactuals, TaskError)
+    for option in options:
+        if option not in known.options:
+            raise unknown(f"option for {task!r}", option, known.options, TaskError)
+    rng = random.Random(f"{task}/{split}/{seed}/{counterfactual}")
+    while True:
+        example = known.draw(rng, split=split, counterfactual=counterfactual, **options)
+        if split_of(example.key) == split:
+            yield example
+
+
+def examples(
+    task: str,
+    *,
+    split: str = "train",
+    n: int = 64,
+    seed: int = 0,
+    counterfactual: str | None = None,
+    **options: int,
+) -> list[Example]:
+    """The first ``n`` examples of :func:`stream` with distinct clean prompts.
+
+    Raises
+    ------
+    TaskError
+        If a name is unknown, ``n`` is not positive, or fewer than ``n`` distinct prompts turn up.
+    """
+    if n < 1:
+        raise TaskError(f"n must be at least 1, not {n}.")
+    found: dict[str, Example] = {}
+    misses = 0
+    for example in stream(task, split=split, seed=seed, counterfactual=counterfactual, **options):
+        if example.clean in found:
+            misses += 1
+            if misses > 1000 + 20 * n:
+                raise TaskError(
+                    f"task {task!r}, split {split!r} has only about {len(found)} distinct prompts with these options; "
+                    f"{n} were asked for. Ask for fewer."
+                )
+            continue
+        found[example.clean] = example
+        if len(found) == n:
+            break
+    return list(found.values())
