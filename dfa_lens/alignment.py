@@ -81,7 +81,7 @@ class Alignment:
 
     stages: tuple[Stage, ...]
     temperature: float = 1.0
-    history: tuple[Mapping[str, float], ...] = ()
+    history: tuple[Mapping[str, float | int], ...] = ()
     meta: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -105,7 +105,7 @@ class Alignment:
         *,
         scaling: Scaling = "unit",
         temperature: float = 1.0,
-        history: Sequence[Mapping[str, float]] = (),
+        history: Sequence[Mapping[str, float | int]] = (),
         meta: Mapping[str, Any] | None = None,
     ) -> Alignment:
         """An alignment of one matrix."""

@@ -128,6 +128,13 @@ def attribute(
         raise unknown("mlp_gradient", mlp_gradient, ("output", "input"))
     if accumulate not in ("own", "all"):
         raise unknown("accumulate", accumulate, ("own", "all"))
+    if method in ("nap-ig-activations", "exact") and mlp_gradient == "input" and accumulate == "own":
+        raise DfaError(
+            f"mlp_gradient='input' reproduces the released code, in which {method!r} has it only together with "
+            "accumulate='all'."
+            if method == "nap-ig-activations"
+            else "mlp_gradient says which gradient to take; 'exact' takes none."
+        )
     nodes = nodes if nodes is not None else NodeSet.heads_and_mlps(model)
     chosen = pairs.metric if metric is None else metric
     pairs.check_vocabulary(int(model.cfg.d_vocab))
@@ -221,7 +228,7 @@ class _Job:
         if self.method in ("nap", "nap-ig-inputs"):
             return self._gradients(batch, 1 if self.method == "nap" else self.steps)
         if self.method == "nap-ig-activations":
-            return self._paths(batch)
+            return self._all_paths(batch) if self.accumulate == "all" else self._paths(batch)
         return self._exact(batch)
 
     # --- nap and nap-ig-inputs -------------------------------------------------------------------------------
@@ -344,20 +351,6 @@ class _Job:
                 sums["explained"] += explained
                 sums["gap"] += abs(effect - explained)
                 sums["scale"] += abs(effect)
-        if self.accumulate == "all":
-            # the released code also walks the path of the embedding
-            passes = [k / self.steps for k in range(1, self.steps + 1)]
-            embeds, _ = self._record(batch.corrupt, batch, also=INPUT_POINT)
-            clean_embeds, _ = self._record(batch.clean, batch, also=INPUT_POINT)
-            start = embeds[INPUT_POINT]
-            deltas_embed = clean_embeds[INPUT_POINT] - start
-            if INPUT_POINT not in {site.point for site in self.nodes.sites}:
-                site = Site(INPUT_POINT, -1, None, None, (), (0,))
-                for fraction in passes:
-                    self._one_path_step(
-                        batch, site, fraction, {INPUT_POINT: start}, {**deltas, INPUT_POINT: deltas_embed},
-                        clean_logits, totals, count_site=False,
-                    )
         return _Result(totals / self.steps, sums)
 
     def _one_path_step(
@@ -369,8 +362,6 @@ class _Job:
         deltas: Activations,
         clean_logits: Tensor,
         totals: Tensor,
-        *,
-        count_site: bool = True,
     ) -> None:
         leaves: dict[str, Tensor] = {}
 
@@ -379,22 +370,41 @@ class _Job:
             leaves["at"] = (corrupt[site.point] + fraction * deltas[site.point]).requires_grad_(True)
             return leaves["at"]
 
-        taps: list[tuple[str, HookFunction]] = [(site.point, function)]
-        if self.accumulate == "all":
-            later = [s for s in self.nodes.sites if s is not site]
-            taps += [(s.point, partial(self._tap_if_live, s, deltas, totals)) for s in later]
         with torch.enable_grad():
-            logits = hooks.run(self.model, batch.clean, batch.lengths, taps)
+            logits = hooks.run(self.model, batch.clean, batch.lengths, [(site.point, function)])
             values = self._measure(logits, batch, clean_logits)
             (gradient,) = torch.autograd.grad(values.sum(), [leaves["at"]])
-        if count_site:
-            self._add(totals, site, deltas[site.point], gradient)
+        self._add(totals, site, deltas[site.point], gradient)
 
-    def _tap_if_live(self, site: Site, deltas: Activations, totals: Tensor, now: Tensor) -> Tensor:
-        if now.requires_grad:
-            now = now.view_as(now)
-            now.register_hook(lambda gradient: self._add(totals, site, deltas[site.point], gradient))
-        return now
+    def _all_paths(self, batch: PromptPairs) -> _Result:
+        """As released: on every pass of every group's path, the embedding's among them, every node's Δ·gradient is
+        added up; the mean over all passes."""
+        totals = torch.zeros(len(self.nodes), dtype=torch.float64)
+        corrupt, corrupt_logits = self._record(batch.corrupt, batch, also=INPUT_POINT)
+        clean, clean_logits = self._record(batch.clean, batch, also=INPUT_POINT)
+        deltas = {point: clean[point] - corrupt[point] for point in clean}
+        for point in clean:
+            for k in range(1, self.steps + 1):
+                leaves: dict[str, Tensor] = {}
+
+                def embed(now: Tensor, leaves: dict[str, Tensor] = leaves) -> Tensor:
+                    leaves["embed"] = now.detach().clone().requires_grad_(True)
+                    return leaves["embed"]
+
+                def move(now: Tensor, point: str = point, fraction: float = k / self.steps) -> Tensor:
+                    # keeps `now` in the graph at weight 0, so that every node has a gradient
+                    return corrupt[point] + fraction * deltas[point] + 0 * now
+
+                taps: list[tuple[str, HookFunction]] = [(INPUT_POINT, embed), (point, move)]
+                with torch.enable_grad():
+                    logits = hooks.run(
+                        self.model, batch.clean, batch.lengths, [*taps, *self._gradient_taps(deltas, totals)]
+                    )
+                    values = self._measure(logits, batch, clean_logits)
+                    torch.autograd.grad(values.sum(), [leaves["embed"]])
+        values_of = (self._measure(logits, batch, clean_logits) for logits in (clean_logits, corrupt_logits))
+        clean_value, corrupt_value = (float(values.sum(dtype=torch.float64)) for values in values_of)
+        return _Result(totals / (len(clean) * self.steps), {"clean": clean_value, "corrupt": corrupt_value})
 
     # --- exact -----------------------------------------------------------------------------------------------
 

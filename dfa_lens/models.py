@@ -6,6 +6,7 @@ Together with :mod:`dfa_lens.hooks` this is all that knows TransformerLens: here
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
@@ -190,10 +191,13 @@ def _hooked(name: str, hf_model: Any, tokenizer: Any, dtype: torch.dtype, device
     )
     convert = weight_conversions.convert_qwen2_weights if qwen else weight_conversions.convert_llama_weights
     state = convert(hf_model, cfg)
-    model = HookedTransformer(cfg, tokenizer, move_to_device=False)
-    model.load_and_process_state_dict(
-        state, fold_ln=False, center_writing_weights=False, center_unembed=False, fold_value_biases=False
-    )
+    with warnings.catch_warnings():
+        # It was asked for, and the installed version has it.
+        warnings.filterwarnings("ignore", "HookedTransformer is deprecated", DeprecationWarning)
+        model = HookedTransformer(cfg, tokenizer, move_to_device=False)
+        model.load_and_process_state_dict(
+            state, fold_ln=False, center_writing_weights=False, center_unembed=False, fold_value_biases=False
+        )
     model.to(device, print_details=False)
     model.eval()
     return model

@@ -133,6 +133,79 @@ class NodeScores:
         tensors, metadata = load_tensors(path, _FORMAT)
         return cls(tensors["values"], NodeSet.from_records(json.loads(metadata["nodes"])), json.loads(metadata["meta"]))
 
+    # --- MIB ---------------------------------------------------------------------------------------------------
+
+    def to_mib(self, path: str | Path) -> None:
+        """Write the scores as MIB's circuit-track JSON: ``cfg``, ``nodes`` (score, in_graph) and ``edges`` (none).
+
+        Node names are the same there; "input" gets score 0 when it is not among the nodes, as MIB's loaders want it,
+        and "logits" has no score.
+
+        Raises
+        ------
+        ScoreError
+            If the scores are not those of every head and MLP block of a model.
+        """
+        layers, heads = _layers_and_heads(self.nodes)
+        full = NodeSet.for_sizes(layers, heads, with_input=True)
+        by_name = dict(zip(self.nodes.names, self.values.tolist(), strict=True))
+        nodes: dict[str, Any] = {name: {"score": by_name.get(name, 0.0), "in_graph": True} for name in full.names}
+        nodes["logits"] = {"in_graph": True}
+        cfg = {
+            "n_layers": layers,
+            "n_heads": heads,
+            "parallel_attn_mlp": False,
+            "model_name": str(self.meta.get("model", "")),
+        }
+        write_atomically(path, json.dumps({"cfg": cfg, "nodes": nodes, "edges": {}}, indent=1).encode())
+
+    @classmethod
+    def from_mib(cls, path: str | Path, *, nodes: NodeSet | None = None) -> NodeScores:
+        """Read MIB's circuit-track JSON.
+
+        Parameters
+        ----------
+        nodes:
+            The nodes of the model that the scores are for; default: input, heads and MLP blocks, of the sizes that
+            the file states.
+
+        Raises
+        ------
+        FileError
+            If the file is not such a file, or lacks a node.
+        ScoreError
+            If its sizes are not those of ``nodes``.
+        """
+        try:
+            data = json.loads(Path(path).read_text())
+            layers, heads = int(data["cfg"]["n_layers"]), int(data["cfg"]["n_heads"])
+            entries = dict(data["nodes"])
+        except OSError as error:
+            raise FileError(f"There is no readable file {path}.") from error
+        except (ValueError, TypeError, KeyError) as error:
+            raise FileError(f"{path} is not a MIB score file (JSON with cfg and nodes): {error!r}.") from error
+        if nodes is None:
+            nodes = NodeSet.for_sizes(layers, heads, with_input=True)
+        elif (wanted := _layers_and_heads(nodes)) != (layers, heads):
+            raise ScoreError(
+                f"{path} is for {layers} layers × {heads} heads, but the nodes are those of {wanted[0]} layers × "
+                f"{wanted[1]} heads."
+            )
+        values = []
+        for name in nodes.names:
+            score = entries.get(name, {}).get("score")
+            if score is None:
+                raise FileError(f"{path} lacks the score of node {name!r}.")
+            values.append(float(score))
+        return cls(torch.tensor(values), nodes, {"model": data["cfg"].get("model_name", ""), "format": "mib"})
+
+
+def _layers_and_heads(nodes: NodeSet) -> tuple[int, int]:
+    layers, heads = nodes.n_layers, max((node.size or 0 for node in nodes if node.kind == "head"), default=0)
+    if heads == 0 or nodes not in (NodeSet.for_sizes(layers, heads), NodeSet.for_sizes(layers, heads, with_input=True)):
+        raise ScoreError("MIB's format holds every head and MLP block of a model (and the input); these are other nodes.")
+    return layers, heads
+
 
 def write_atomically(path: str | Path, data: bytes) -> None:
     """Write a whole file or none: an interrupted write leaves what was there before."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 import torch
@@ -138,7 +138,7 @@ def fit(
 
     data = _Data(target, gated, tasks, pairs, intervention, positions, cache)
     order = _order(len(data), batch_size, steps, generator if shuffle else None)
-    history: list[dict[str, float]] = []
+    history: list[dict[str, float | int]] = []
     with hooks.frozen(target):
         data.fill(batch_size)
         bar = tqdm(range(steps), desc="fit", unit="step", disable=not progress)
@@ -240,23 +240,15 @@ class _Batch:
         own = masks[self.task.to(masks.device)]
         gates = hooks.gate_hooks(nodes, own, clean=self.clean, corrupt=self.corrupt, intervention=intervention)
         tokens = self.pairs.corrupt if intervention == "restore" else self.pairs.clean
-        lengths, where = _run_arguments(self.pairs, positions)
-        logits = hooks.run(model, tokens, lengths, gates, positions=where)
+        where: Literal["answer", "all"] = "answer" if positions == "answer" else "all"
+        logits = hooks.run(model, tokens, self.pairs.lengths, gates, positions=where)
         log_p = logits.float().log_softmax(-1)
         target = self.log_p_clean.to(log_p.device)
         divergence = (target.exp() * (target - log_p)).sum(-1)
-        if positions == "all":
+        if where == "all":
             real = hooks.attention_mask(self.pairs.lengths, tokens.shape[1], divergence.device)
             divergence = divergence * real
         return divergence.sum() / len(self.pairs)
-
-
-def _run_arguments(pairs: PromptPairs, positions: Positions) -> tuple[Tensor, Literal["answer", "all"]]:
-    if positions == "answer":
-        return pairs.lengths, "answer"
-    if positions == "all":
-        return pairs.lengths, "all"
-    return torch.full_like(pairs.lengths, pairs.clean.shape[1]), "all"  # padding taken for real tokens
 
 
 class _Data:
@@ -274,6 +266,8 @@ class _Data:
     ) -> None:
         self.model, self.nodes, self.positions, self.cache = model, nodes, positions, cache
         self.pairs = PromptPairs.concat([pairs[task] for task in tasks])
+        if positions == "all-padded":  # padding is taken for real tokens
+            self.pairs = replace(self.pairs, lengths=torch.full_like(self.pairs.lengths, self.pairs.clean.shape[1]))
         self.task = torch.cat([torch.full((len(pairs[task]),), i) for i, task in enumerate(tasks)])
         self.needs = {"circuit": ("corrupt",), "restore": ("clean",), "interpolate": ("clean", "corrupt")}[intervention]
         self.kept: dict[str, Activations] = {}
@@ -325,13 +319,13 @@ class _Data:
         return _Batch(part, self.task[rows], runs.get("clean"), runs.get("corrupt"), log_p)
 
     def _compute(self, part: PromptPairs) -> tuple[dict[str, Activations], Tensor]:
-        lengths, where = _run_arguments(part, self.positions)
+        where: Literal["answer", "all"] = "answer" if self.positions == "answer" else "all"
         runs: dict[str, Activations] = {}
         with torch.no_grad():
             if "corrupt" in self.needs:
                 hooks.run(
-                    self.model, part.corrupt, lengths, hooks.record_hooks(self.nodes, runs.setdefault("corrupt", {}))
+                    self.model, part.corrupt, part.lengths, hooks.record_hooks(self.nodes, runs.setdefault("corrupt", {}))
                 )
             taps = hooks.record_hooks(self.nodes, runs.setdefault("clean", {})) if "clean" in self.needs else []
-            logits = hooks.run(self.model, part.clean, lengths, taps, positions=where)
+            logits = hooks.run(self.model, part.clean, part.lengths, taps, positions=where)
         return runs, logits.float().log_softmax(-1)

@@ -188,7 +188,7 @@ _ARITHMETIC_TEMPLATES = {
 
 def _operands(rng: random.Random, operation: str, split: str | None, max_number: int) -> tuple[int, int, int]:
     """Operands and result, all between 0 and ``max_number``, the operand pair belonging to ``split``."""
-    while True:
+    for _ in range(20_000):
         if operation == "addition":
             c = rng.randrange(2, max_number + 1)
             a = rng.randrange(1, c)
@@ -199,6 +199,7 @@ def _operands(rng: random.Random, operation: str, split: str | None, max_number:
             triple = (a, b, a - b)
         if split is None or split_of(f"{operation}|{triple[0]}|{triple[1]}") == split:
             return triple
+    raise TaskError(f"The {split} split of {operation!r} has no operands up to {max_number}: take a larger max_number.")
 
 
 def _arithmetic(
@@ -221,15 +222,18 @@ def _arithmetic(
     for _ in range(shots):
         a, b, c = _operands(rng, operation, "train", max_number)
         shown += question.format(a=a, b=b) + result.format(c=c) + separator
-    a, b, c = _operands(rng, operation, split, max_number)
-    while True:
+    for attempt in range(2000):
+        if attempt % 50 == 0:  # no counterpart for these operands: others
+            a, b, c = _operands(rng, operation, split, max_number)
         a2, b2, c2 = _operands(rng, operation, split, max_number)
-        if counterfactual == "operand1":
+        fits = True
+        if counterfactual == "operand1":  # the second operand stays; the new pair must belong to the split, too
             b2, c2 = b, a2 + b if operation == "addition" else a2 - b
-            if not 0 <= c2 <= max_number or (split and split_of(f"{operation}|{a2}|{b2}") != split):
-                continue
-        if c2 != c:
+            fits = 0 <= c2 <= max_number and (split is None or split_of(f"{operation}|{a2}|{b2}") == split)
+        if fits and c2 != c:
             break
+    else:
+        raise TaskError(f"No two {operation} problems of the {split} split differ as {counterfactual!r} asks for.")
     return Example(
         clean=shown + question.format(a=a, b=b),
         corrupt=shown + question.format(a=a2, b=b2),

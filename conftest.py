@@ -1,0 +1,29 @@
+"""Shapes are checked while testing, and only then; no test reaches the network."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+from jaxtyping import install_import_hook
+
+# Modules whose signatures carry shapes. Installed before any of them is imported.
+install_import_hook(
+    [
+        f"dfa_lens.{name}"
+        for name in (
+            "alignment",
+            "attribution",
+            "controls",
+            "faithfulness",
+            "hooks",
+            "metrics",
+            "nodes",
+            "prompts",
+            "scores",
+            "statistics",
+            "training",
+        )
+    ],
+    "beartype.beartype",
+)

@@ -1,0 +1,129 @@
+"""Honest controls: what a transferred circuit must beat before its source can be said to matter.
+
+- :func:`random_w`, :func:`permuted_w`, :func:`scrambled`: is it this W, and this pairing with s?
+- :func:`depth_mean`: does a fixed map by relative depth do as well?
+- :func:`uniform`, :func:`random_scores`, put in for s in training *and* transfer: does the source matter at all?
+- :func:`target_only`: a free mask on the target under the same loss: what is the ceiling?
+- :func:`regression`: least squares from source scores to gold scores of the target.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from dfa_lens.alignment import Alignment, Scaling, scale
+from dfa_lens.errors import AlignmentError
+from dfa_lens.hooks import HookedModel
+from dfa_lens.nodes import Node, NodeSet
+from dfa_lens.prompts import PromptPairs
+from dfa_lens.scores import NodeScores
+from dfa_lens.training import fit
+
+
+def random_w(source: NodeSet, target: NodeSet, *, seed: int = 0) -> Alignment:
+    """An alignment whose W is drawn from a standard normal distribution."""
+    generator = torch.Generator().manual_seed(seed)
+    W = torch.randn(len(source), len(target), generator=generator)
+    return Alignment.of(W, source, target, meta={"control": "random-w", "seed": seed})
+
+
+def permuted_w(alignment: Alignment, *, seed: int = 0) -> Alignment:
+    """The alignment with the columns of W (the target nodes) in random order."""
+    order = torch.randperm(len(alignment.target), generator=torch.Generator().manual_seed(seed))
+    last = alignment.stages[-1]
+    permuted = Alignment.of(last.W[:, order], last.source, last.target, scaling=last.scaling)
+    return Alignment(
+        (*alignment.stages[:-1], *permuted.stages), alignment.temperature, (), {"control": "permuted-w", "seed": seed}
+    )
+
+
+def scrambled(scores: NodeScores, *, seed: int = 0) -> NodeScores:
+    """The same values on the wrong nodes: put in for s at transfer."""
+    order = torch.randperm(len(scores), generator=torch.Generator().manual_seed(seed))
+    return NodeScores(scores.values[order], scores.nodes, {**scores.meta, "control": "scrambled-s", "seed": seed})
+
+
+def uniform(nodes: NodeSet) -> NodeScores:
+    """The same score, 1, for every node: put in for s in training and transfer."""
+    return NodeScores(torch.ones(len(nodes)), nodes, {"control": "uniform-s"})
+
+
+def random_scores(nodes: NodeSet, *, seed: int = 0) -> NodeScores:
+    """Standard normal scores: put in for s in training and transfer, with another seed for every task."""
+    values = torch.randn(len(nodes), generator=torch.Generator().manual_seed(seed))
+    return NodeScores(values, nodes, {"control": "random-s", "seed": seed})
+
+
+def depth_mean(source: NodeSet, target: NodeSet) -> Alignment:
+    """A fixed alignment by relative depth, with nothing learned.
+
+    Every source layer goes to its two nearest target layers by relative depth, linearly weighted, and there evenly to
+    all nodes of its own kind (heads to heads, MLPs to MLPs).
+    """
+    W = torch.zeros(len(source), len(target))
+    last_source, last_target = max(source.n_layers - 1, 1), max(target.n_layers - 1, 1)
+    members: dict[tuple[int, str], list[int]] = {}
+    for j, node in enumerate(target):
+        members.setdefault((node.layer, node.kind), []).append(j)
+    for i, node in enumerate(source):
+        at = max(node.layer, 0) / last_source * last_target
+        below = min(int(at), target.n_layers - 1)
+        above = min(below + 1, target.n_layers - 1)
+        for layer, weight in ((below, 1 - (at - below)), (above, at - below)):
+            alike = members.get((layer, node.kind), [])
+            if alike and weight > 0:
+                W[i, alike] += weight / len(alike)
+    if not W.any():
+        raise AlignmentError("Source and target have no nodes of the same kind: depth_mean has nothing to map.")
+    return Alignment.of(W, source, target, meta={"control": "depth-mean"})
+
+
+_CONSTANT = NodeSet([Node("constant", "constant", "custom", -1)])
+
+
+def target_only(target: HookedModel, pairs: Mapping[str, PromptPairs], **options: Any) -> NodeScores:
+    """A free mask on the target, trained with the same loss: the ceiling of every transfer.
+
+    Parameters
+    ----------
+    pairs:
+        The training pairs by task; all tasks share one mask.
+    options:
+        As for :func:`dfa_lens.fit`.
+    """
+    one = NodeScores(torch.ones(1), _CONSTANT, {"control": "target-only"})
+    return fit(target, dict.fromkeys(pairs, one), pairs, **options).transfer(one)
+
+
+def regression(
+    scores: Mapping[str, NodeScores],
+    gold: Mapping[str, NodeScores],
+    *,
+    ridge: float = 0.0,
+    scaling: Scaling = "unit",
+) -> Alignment:
+    """Least squares from source scores to gold scores of the target, both scaled.
+
+    Parameters
+    ----------
+    ridge:
+        Weight of the squared entries of W. At 0 the solution of least norm is taken (there are fewer tasks than
+        nodes, so many fit exactly).
+    """
+    if set(scores) != set(gold) or not scores:
+        raise AlignmentError(f"scores and gold need the same tasks, not {sorted(scores)} and {sorted(gold)}.")
+    if ridge < 0:
+        raise AlignmentError(f"ridge must be 0 or more, not {ridge}.")
+    tasks = list(scores)
+    source, target = scores[tasks[0]].nodes, gold[tasks[0]].nodes
+    for task in tasks:
+        scores[task].require(source, f"The scores of task {task!r}")
+        gold[task].require(target, f"The gold scores of task {task!r}")
+    S = scale(torch.stack([scores[task].values for task in tasks]), scaling).double()
+    G = scale(torch.stack([gold[task].values for task in tasks]), "unit").double()
+    gram = S @ S.T + ridge * torch.eye(len(tasks), dtype=torch.float64)
+    W = S.T @ torch.linalg.pinv(gram, hermitian=True) @ G  # the dual form: tasks are few, nodes are many
+    return Alignment.of(W, source, target, scaling=scaling, meta={"control": "regression", "ridge": ridge})

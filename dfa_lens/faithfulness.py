@@ -1,0 +1,358 @@
+"""Faithfulness curves: how much of the model's behaviour the best k nodes keep, for every k.
+
+f_k = (m(C_k) - m(∅)) / (m(M) - m(∅)), with m(M) the clean run, m(∅) the corrupt run (embedding included) and C_k the
+clean run in which every node outside the k best is at its corrupt activation. Each m is averaged over examples before
+the division; f is never clipped, and goes above 1 when nodes that work against the answer are left out.
+
+CPR is the area under f over the kept fraction, CMD the area under ``|1 - f|`` (trapezoids, linear axis).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal, get_args
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from dfa_lens import hooks, metrics
+from dfa_lens.errors import FaithfulnessError, unknown
+from dfa_lens.hooks import Activations, HookedModel
+from dfa_lens.nodes import NodeSet
+from dfa_lens.prompts import PromptPairs
+from dfa_lens.scores import NodeScores, Ranking
+from dfa_lens.statistics import Interval, bootstrap
+
+Protocol = Literal["nodes", "mib"]
+"""What is ranked, and at which sizes.
+
+- ``nodes``: heads and MLP blocks; the embedding is always clean, so f_0 is what the direct path from the embedding to
+  the logits gives. Sizes from 0 to all, dense enough that a finer grid moves CPR by less than 0.005.
+- ``mib``: what MIB's released code does. The embedding is ranked as one more node, ``input``, and the sizes are ten
+  fixed fractions. While ``input`` is outside the circuit no clean information enters and f = 0. Scores without an
+  ``input`` (all transferred ones) give it 0.
+"""
+
+MIB_FRACTIONS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class FaithfulnessCurve:
+    """f at every circuit size, with the runs behind it.
+
+    Attributes
+    ----------
+    fractions, sizes:
+        [size] the kept fraction, and k, the number of kept nodes.
+    per_example:
+        [size, example] the metric of every circuit on every example.
+    clean_values, corrupt_values:
+        [example] the metric of the clean and of the corrupt run.
+    kl:
+        [size] mean KL(P_clean ‖ P_circuit) at the answer position: where it disagrees with f, the circuit moves the
+        two compared logits but not the rest of the distribution.
+    protocol, rank:
+        As asked for.
+    n_nodes:
+        How many nodes were ranked.
+    """
+
+    fractions: Float[np.ndarray, " size"]
+    sizes: Int[np.ndarray, " size"]
+    per_example: Float[np.ndarray, "size example"]
+    clean_values: Float[np.ndarray, " example"]
+    corrupt_values: Float[np.ndarray, " example"]
+    kl: Float[np.ndarray, " size"]
+    protocol: Protocol
+    rank: Ranking
+    n_nodes: int
+
+    @cached_property
+    def faithfulness(self) -> Float[np.ndarray, " size"]:
+        """f_k for every size: the ratio of means, not the mean of ratios."""
+        return self._f(self.per_example.mean(1), self.clean_values.mean(), self.corrupt_values.mean())
+
+    @staticmethod
+    def _f(circuit: Any, clean: Any, corrupt: Any) -> Any:
+        return (circuit - corrupt) / (clean - corrupt)
+
+    @property
+    def cpr(self) -> float:
+        """Area under f: higher is better, about 1 for a circuit that is faithful at every size."""
+        return area(self.fractions, self.faithfulness)
+
+    @property
+    def cmd(self) -> float:
+        """Area under ``|1 - f|``: lower is better, 0 for a circuit that is exactly faithful at every size."""
+        return area(self.fractions, np.abs(1 - self.faithfulness))
+
+    @property
+    def mean_kl(self) -> float:
+        """Area under the KL to the clean answer distribution: lower is better."""
+        return area(self.fractions, self.kl)
+
+    @cached_property
+    def _floor(self) -> Float[np.ndarray, " size"]:
+        f = np.full(len(self.sizes), self.faithfulness[0])
+        f[self.sizes == self.n_nodes] = self.faithfulness[self.sizes == self.n_nodes]
+        return f
+
+    @property
+    def floor(self) -> float:
+        """The CPR of the empty circuit on this grid: f_0 at every size but the last, which is always the whole model.
+
+        0.25 in the ``mib`` protocol, whatever the model. A CPR means something only above it.
+        """
+        return area(self.fractions, self._floor)
+
+    @property
+    def cmd_floor(self) -> float:
+        """The CMD of the empty circuit on this grid (a ceiling: lower is better). 0.749 in the ``mib`` protocol."""
+        return area(self.fractions, np.abs(1 - self._floor))
+
+    def cpr_interval(self, confidence: float = 0.95, *, resamples: int = 2000, seed: int = 0) -> Interval:
+        """Bootstrap interval of the CPR over examples, the ratio resampled as a ratio."""
+        return self._interval(lambda f: f, confidence, resamples, seed)
+
+    def cmd_interval(self, confidence: float = 0.95, *, resamples: int = 2000, seed: int = 0) -> Interval:
+        """Bootstrap interval of the CMD over examples."""
+        return self._interval(lambda f: np.abs(1 - f), confidence, resamples, seed)
+
+    def band(
+        self, confidence: float = 0.95, *, resamples: int = 2000, seed: int = 0
+    ) -> tuple[Float[np.ndarray, " size"], Float[np.ndarray, " size"]]:
+        """Lower and upper bootstrap limits of f at every size."""
+        rng = np.random.default_rng(seed)
+        index = rng.integers(len(self.clean_values), size=(resamples, len(self.clean_values)))
+        f = self._resampled(index)
+        tail = (1 - confidence) / 2
+        low, high = np.quantile(f, [tail, 1 - tail], axis=1)
+        return low, high
+
+    def _resampled(self, index: Int[np.ndarray, "*resample example"]) -> Float[np.ndarray, "size *resample"]:
+        """f for resampled examples: [size, ...], one for each row of ``index``."""
+        return self._f(
+            self.per_example[:, index].mean(-1), self.clean_values[index].mean(-1), self.corrupt_values[index].mean(-1)
+        )
+
+    def _interval(self, of: Callable[[Any], Any], confidence: float, resamples: int, seed: int) -> Interval:
+        def statistic(index: np.ndarray, axis: int = -1) -> np.ndarray:
+            f = self._resampled(np.moveaxis(index, axis, -1).astype(int))
+            return np.trapezoid(of(f), self.fractions, axis=0)
+
+        return bootstrap(np.arange(len(self.clean_values)), statistic, confidence, resamples, seed)
+
+    def at(self, k: int) -> float:
+        """f for k nodes, linear between the sizes that were run."""
+        if not 0 <= k <= self.n_nodes:
+            raise FaithfulnessError(f"k must be between 0 and {self.n_nodes}, not {k}.")
+        return float(np.interp(k, self.sizes, self.faithfulness))
+
+    def to_frame(self) -> Any:
+        """A pandas table, a row per size: fraction, size, faithfulness, kl."""
+        import pandas as pd
+
+        return pd.DataFrame(
+            {"fraction": self.fractions, "size": self.sizes, "faithfulness": self.faithfulness, "kl": self.kl}
+        )
+
+    def __repr__(self) -> str:
+        return (
+            f"FaithfulnessCurve({self.protocol}, CPR {self.cpr:.3f}, CMD {self.cmd:.3f}, floor {self.floor:.3f}, "
+            f"{len(self.sizes)} sizes of {self.n_nodes} nodes, {len(self.clean_values)} examples)"
+        )
+
+
+def area(fractions: Float[np.ndarray, " size"], values: Float[np.ndarray, " size"]) -> float:
+    """The area under ``values`` by trapezoids on a linear axis."""
+    return float(np.trapezoid(values, fractions))
+
+
+def default_sizes(n_nodes: int) -> list[int]:
+    """Circuit sizes from 0 to all: every size up to 8, then about 2 % apart, so about 50 in all.
+
+    Measured on the shipped models, running every size instead moves CPR by less than 0.005.
+    """
+    step = max(n_nodes / 48, 1.0)
+    sizes = {*range(min(8, n_nodes) + 1), *(round(i * step) for i in range(1, 49)), n_nodes}
+    return sorted(size for size in sizes if size <= n_nodes)
+
+
+def faithfulness_curve(
+    model: HookedModel,
+    pairs: PromptPairs,
+    scores: NodeScores,
+    *,
+    protocol: Protocol = "nodes",
+    rank: Ranking = "signed",
+    batch_size: int = 16,
+    progress: bool = False,
+    sizes: Sequence[int] | None = None,
+    fractions: Sequence[float] | None = None,
+    metric: str | Callable[..., Tensor] | None = None,
+) -> FaithfulnessCurve:
+    """Keep the k best nodes, corrupt the others, measure; for every k.
+
+    Parameters
+    ----------
+    model:
+        The model that the scores belong to; left as it was.
+    pairs:
+        Prompts that were not used to get the scores.
+    scores:
+        The ranking to judge. A node "input" takes part in the ``mib`` protocol only.
+    protocol:
+        See :data:`Protocol`.
+    rank:
+        "signed" (for CPR) or "absolute" (for CMD); ties keep node order.
+    sizes, fractions:
+        Circuit sizes to run, or fractions of the nodes (k = ⌊fraction·n⌋); default: :func:`default_sizes`, or MIB's
+        ten fractions.
+    metric:
+        Default: that of ``pairs``, the logit difference.
+
+    Raises
+    ------
+    FaithfulnessError
+        If the clean and the corrupt run have the same mean metric, so that f is not defined; or the sizes are out of
+        range.
+    NodeError, ScoreError
+        If the scores belong to another model.
+
+    Examples
+    --------
+    >>> import dfa_lens as dfa
+    >>> model = dfa.zoo.load("llama3-tiny-source")
+    >>> pairs = dfa.tasks.load("ioi", model.tokenizer, split="test", n=8)
+    >>> curve = dfa.faithfulness_curve(model, pairs, dfa.attribute(model, pairs, method="nap"), sizes=[0, 27, 54])
+    >>> curve.sizes.tolist(), float(curve.faithfulness[-1])
+    ([0, 27, 54], 1.0)
+    """
+    if protocol not in get_args(Protocol):
+        raise unknown("protocol", protocol, get_args(Protocol), FaithfulnessError)
+    if sizes is not None and fractions is not None:
+        raise FaithfulnessError("Give sizes or fractions, not both.")
+    pairs.check_vocabulary(int(model.cfg.d_vocab))
+    ranked = _with_input(scores, model) if protocol == "mib" else _without_input(scores)
+    n = len(ranked)
+    order = ranked.order(rank)
+    grid, ks = _grid(n, protocol, sizes, fractions)
+
+    keep = torch.zeros(len(ks), n, dtype=torch.bool)
+    for i, k in enumerate(ks):
+        keep[i, order[:k]] = True
+    if protocol == "mib":  # the first node is the embedding
+        with_input, keep = keep[:, 0], keep[:, 1:]
+        nodes = ranked.nodes[1:]
+    else:
+        with_input, nodes = torch.ones(len(ks), dtype=torch.bool), ranked.nodes
+
+    chosen = metrics.resolve(pairs.metric if metric is None else metric)
+    runs = _run_all(model, pairs, nodes, keep, with_input, chosen, batch_size, progress)
+    clean, corrupt = float(runs.clean.mean()), float(runs.corrupt.mean())
+    if not abs(clean - corrupt) > 1e-9 * max(abs(clean), abs(corrupt), 1e-30):
+        raise FaithfulnessError(
+            f"The clean and the corrupt run have the same mean metric ({clean:.6g} and {corrupt:.6g}): faithfulness is "
+            "not defined on these pairs."
+        )
+    return FaithfulnessCurve(
+        fractions=np.asarray(grid, dtype=np.float64),
+        sizes=np.asarray(ks),
+        per_example=runs.circuits.numpy(),
+        clean_values=runs.clean.numpy(),
+        corrupt_values=runs.corrupt.numpy(),
+        kl=runs.kl.numpy().mean(1),
+        protocol=protocol,
+        rank=rank,
+        n_nodes=n,
+    )
+
+
+def _without_input(scores: NodeScores) -> NodeScores:
+    inputs = [i for i, node in enumerate(scores.nodes) if node.kind == "input"]
+    if not inputs:
+        return scores
+    rest = [i for i in range(len(scores)) if i not in inputs]
+    return NodeScores(scores.values[rest], scores.nodes[rest], scores.meta)
+
+
+def _with_input(scores: NodeScores, model: HookedModel) -> NodeScores:
+    nodes = NodeSet.heads_and_mlps(model, with_input=True)
+    if scores.nodes == nodes:
+        return scores
+    if scores.nodes != nodes[1:]:
+        raise FaithfulnessError(
+            f"The mib protocol ranks the {len(nodes)} nodes of this model (input, heads, MLP blocks); the scores have "
+            f"{len(scores)} other nodes. Use protocol='nodes'."
+        )
+    return NodeScores(torch.cat([torch.zeros(1), scores.values]), nodes, scores.meta)
+
+
+def _grid(
+    n: int, protocol: Protocol, sizes: Sequence[int] | None, fractions: Sequence[float] | None
+) -> tuple[list[float], list[int]]:
+    if fractions is None and protocol == "mib" and sizes is None:
+        fractions = MIB_FRACTIONS
+    if fractions is not None:
+        grid = [float(fraction) for fraction in fractions]
+        ks = [int(fraction * n) for fraction in grid]
+    else:
+        ks = [int(k) for k in (default_sizes(n) if sizes is None else sizes)]
+        grid = [k / n for k in ks]
+    if len(ks) < 2 or ks != sorted(ks) or min(ks) < 0 or max(ks) > n or len(set(grid)) < len(grid):
+        raise FaithfulnessError(f"Sizes must be at least two, rising, and between 0 and {n}, not {ks}.")
+    return grid, ks
+
+
+@dataclass
+class _Runs:
+    """The metric of every run on every example, in the order of the examples; float64."""
+
+    clean: Float[Tensor, " example"]
+    corrupt: Float[Tensor, " example"]
+    circuits: Float[Tensor, "size example"]
+    kl: Float[Tensor, "size example"]
+
+
+def _run_all(
+    model: HookedModel,
+    pairs: PromptPairs,
+    nodes: NodeSet,
+    keep: Bool[Tensor, "size node"],
+    with_input: Bool[Tensor, " size"],
+    metric: metrics.Metric,
+    batch_size: int,
+    progress: bool,
+) -> _Runs:
+    n, n_sizes = len(pairs), len(keep)
+    runs = _Runs(*(torch.zeros(shape, dtype=torch.float64) for shape in ((n,), (n,), (n_sizes, n), (n_sizes, n))))
+    with (
+        torch.no_grad(),
+        hooks.frozen(model),
+        tqdm(total=n * n_sizes, desc="curve", unit="run", disable=not progress) as bar,
+    ):
+        for rows, batch in pairs.batches(batch_size):
+            clean_logits = hooks.run(model, batch.clean, batch.lengths)
+            corrupt: Activations = {}
+            corrupt_logits = hooks.run(model, batch.corrupt, batch.lengths, hooks.record_hooks(nodes, corrupt))
+            log_p_clean = clean_logits.float().log_softmax(-1)
+            runs.clean[rows] = metric(clean_logits, batch, clean_logits).double().cpu()
+            runs.corrupt[rows] = metric(corrupt_logits, batch, clean_logits).double().cpu()
+            for i in range(n_sizes):
+                if not with_input[i]:
+                    logits = corrupt_logits  # no clean information enters: exactly the corrupt run
+                elif keep[i].all():
+                    logits = clean_logits
+                else:
+                    gates = hooks.gate_hooks(nodes, keep[i].float(), corrupt=corrupt)
+                    logits = hooks.run(model, batch.clean, batch.lengths, gates)
+                runs.circuits[i, rows] = metric(logits, batch, clean_logits).double().cpu()
+                log_p = logits.float().log_softmax(-1)
+                runs.kl[i, rows] = (log_p_clean.exp() * (log_p_clean - log_p)).sum(-1).double().cpu()
+                bar.update(len(batch))
+    return runs

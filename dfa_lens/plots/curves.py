@@ -1,0 +1,113 @@
+"""Faithfulness curves in one figure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import plotly.graph_objects as go
+
+from dfa_lens.errors import FaithfulnessError
+from dfa_lens.faithfulness import FaithfulnessCurve
+from dfa_lens.plots import style
+
+
+def curves(
+    curves: Mapping[str, FaithfulnessCurve],
+    *,
+    title: str | None = None,
+    confidence: float | None = 0.95,
+    width: int | None = None,
+    height: int = 420,
+) -> go.Figure:
+    """Faithfulness against the kept fraction, one line for each setting.
+
+    The legend gives each setting's CPR; the dashed line is the floor (what the empty circuit gets on this grid), the
+    dotted one a faithful circuit, f = 1. A button switches the horizontal axis to logarithmic, where the empty circuit
+    is not shown.
+
+    Parameters
+    ----------
+    curves:
+        Label → curve, all of one protocol.
+    confidence:
+        Of the bootstrap bands over examples; None leaves them out.
+
+    Raises
+    ------
+    FaithfulnessError
+        If there are no curves, or they are of different protocols.
+    """
+    if not curves:
+        raise FaithfulnessError("There are no curves to draw.")
+    protocols = {curve.protocol for curve in curves.values()}
+    if len(protocols) > 1:
+        raise FaithfulnessError(f"Curves of different protocols don't compare: {', '.join(sorted(protocols))}.")
+    figure = go.Figure()
+    first = next(iter(curves.values()))
+    figure.add_trace(
+        go.Scatter(
+            x=first.fractions,
+            y=first._floor,
+            mode="lines",
+            line={"color": "#888888", "dash": "dash", "width": 1.5},
+            name=f"empty circuit (floor {first.floor:.3f})",
+            hoverinfo="skip",
+        )
+    )
+    for i, (label, curve) in enumerate(curves.items()):
+        color = style.LINES[i % len(style.LINES)]
+        if confidence is not None and len(curve.clean_values) > 1:
+            low, high = curve.band(confidence)
+            red, green, blue = (int(color[j : j + 2], 16) for j in (1, 3, 5))
+            figure.add_trace(
+                go.Scatter(
+                    x=np.concatenate([curve.fractions, curve.fractions[::-1]]),
+                    y=np.concatenate([high, low[::-1]]),
+                    fill="toself",
+                    fillcolor=f"rgba({red},{green},{blue},0.15)",
+                    line={"width": 0},
+                    hoverinfo="skip",
+                    showlegend=False,
+                    legendgroup=label,
+                    name=f"{style.text(label)} band",
+                )
+            )
+        figure.add_trace(
+            go.Scatter(
+                x=curve.fractions,
+                y=curve.faithfulness,
+                customdata=curve.sizes,
+                mode="lines+markers",
+                marker={"size": 4},
+                line={"color": color, "width": 2},
+                legendgroup=label,
+                name=f"{style.text(label)} (CPR {curve.cpr:.3f})",
+                hovertemplate=f"<b>{style.text(label)}</b><br>%{{customdata}} nodes (%{{x:.1%}})<br>f = %{{y:.3f}}"
+                "<extra></extra>",
+            )
+        )
+    figure.add_hline(y=1, line={"color": "#888888", "dash": "dot", "width": 1})
+    style.layout(figure, title, width=width, height=height)
+    figure.update_layout(
+        xaxis={"title": {"text": "fraction of nodes kept"}, "tickformat": ".0%", "gridcolor": "#eeeeee"},
+        yaxis={"title": {"text": "faithfulness f"}, "gridcolor": "#eeeeee", "zerolinecolor": "#cccccc"},
+        legend={"x": 1.02, "y": 1, "font": {"size": 12}},
+        updatemenus=[
+            {
+                "type": "buttons",
+                "direction": "right",
+                "x": 1.0,
+                "y": 1.02,
+                "xanchor": "right",
+                "yanchor": "bottom",
+                "pad": {"b": 2},
+                "font": {"size": 11},
+                "buttons": [
+                    {"label": "linear", "method": "relayout", "args": [{"xaxis.type": "linear"}]},
+                    {"label": "log", "method": "relayout", "args": [{"xaxis.type": "log"}]},
+                ],
+            }
+        ],
+    )
+    return figure

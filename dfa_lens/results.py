@@ -1,0 +1,96 @@
+"""Results of transfers: one tidy table, and the scores, alignments and curves behind it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from dfa_lens.alignment import Alignment
+from dfa_lens.faithfulness import FaithfulnessCurve
+from dfa_lens.scores import NodeScores
+
+GOLD = "gold"
+
+
+@dataclass(frozen=True)
+class TaskResult:
+    """What was found for one task in one family.
+
+    Attributes
+    ----------
+    source, gold:
+        Attribution on the source, and directly on the target.
+    alignments, circuits:
+        Setting → alignment, and setting → transferred scores ("in-distribution", "zero-shot", "random W", …).
+    curves:
+        Setting → faithfulness curve on the target, "gold" among them.
+    """
+
+    family: str
+    task: str
+    source: NodeScores
+    gold: NodeScores
+    alignments: Mapping[str, Alignment]
+    circuits: Mapping[str, NodeScores]
+    curves: Mapping[str, FaithfulnessCurve]
+
+    def rows(self) -> list[dict[str, Any]]:
+        """A row for every setting."""
+        gold_cpr = self.curves[GOLD].cpr
+        rows = []
+        for setting, curve in self.curves.items():
+            low, high = curve.cpr_interval()
+            rows.append(
+                {
+                    "family": self.family,
+                    "task": self.task,
+                    "setting": setting,
+                    "cpr": curve.cpr,
+                    "cpr_low": low,
+                    "cpr_high": high,
+                    "cmd": curve.cmd,
+                    "kl": curve.mean_kl,
+                    "recovery": curve.cpr / gold_cpr,
+                    "floor": curve.floor,
+                    "examples": len(curve.clean_values),
+                }
+            )
+        return rows
+
+
+@dataclass
+class Results:
+    """All results of a run, and where they come from.
+
+    Attributes
+    ----------
+    tasks:
+        One entry for each family and task.
+    provenance:
+        Command, versions, seeds: shown at the end of a report.
+    """
+
+    tasks: list[TaskResult] = field(default_factory=list)
+    provenance: dict[str, str] = field(default_factory=dict)
+
+    def table(self) -> Any:
+        """The tidy table (pandas): a row per family, task and setting, with CPR, its interval, CMD, mean KL, recovery
+        (CPR over gold's CPR) and the floor."""
+        import pandas as pd
+
+        return pd.DataFrame([row for result in self.tasks for row in result.rows()])
+
+    def summary(self) -> Any:
+        """CPR by family and task, a column for each setting and one for the floor; the last row of a family is its mean."""
+        import pandas as pd
+
+        table = self.table()
+        wide = table.pivot_table(index=["family", "task"], columns="setting", values="cpr", sort=False)
+        wide["floor"] = table.groupby(["family", "task"], sort=False)["floor"].first()
+        parts = []
+        for family, part in wide.groupby(level="family", sort=False):
+            mean = part.mean().to_frame().T
+            mean.index = pd.MultiIndex.from_tuples([(family, "mean")], names=["family", "task"])
+            parts += [part, mean] if len(part) > 1 else [part]
+        return pd.concat(parts)

@@ -1,0 +1,100 @@
+"""Intervals, tests and correlations, all by scipy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from dfa_lens.errors import DfaError, ScoreError
+from dfa_lens.scores import NodeScores
+
+
+class Interval(NamedTuple):
+    """A confidence interval."""
+
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"[{self.low:.3f}, {self.high:.3f}]"
+
+
+@dataclass(frozen=True)
+class Correlation:
+    """How well two score vectors agree: Pearson's r, Spearman's ρ, and the part of nodes with equal sign."""
+
+    pearson: float
+    spearman: float
+    sign_agreement: float
+
+
+def bootstrap(
+    data: np.ndarray,
+    statistic: Callable[..., np.ndarray],
+    confidence: float = 0.95,
+    resamples: int = 2000,
+    seed: int = 0,
+) -> Interval:
+    """Percentile bootstrap interval of ``statistic(data, axis=…)``.
+
+    With one example there is nothing to resample: the interval is then (nan, nan).
+    """
+    from scipy import stats
+
+    if not 0 < confidence < 1:
+        raise DfaError(f"confidence must be between 0 and 1, not {confidence}.")
+    if len(data) < 2:
+        return Interval(float("nan"), float("nan"))
+    found = stats.bootstrap(
+        (data,),
+        statistic,
+        confidence_level=confidence,
+        n_resamples=resamples,
+        method="percentile",
+        vectorized=True,
+        rng=np.random.default_rng(seed),
+    ).confidence_interval
+    return Interval(float(found.low), float(found.high))
+
+
+def correlation(first: NodeScores, second: NodeScores) -> Correlation:
+    """Agreement of two score vectors over the same nodes.
+
+    Raises
+    ------
+    ScoreError
+        If the nodes differ, or one vector is constant.
+    """
+    from scipy import stats
+
+    second.require(first.nodes, "The second scores")
+    a, b = first.values.double().numpy(), second.values.double().numpy()
+    if a.std() == 0 or b.std() == 0:
+        raise ScoreError("A constant score vector has no correlation with anything.")
+    return Correlation(
+        pearson=float(stats.pearsonr(a, b).statistic),
+        spearman=float(stats.spearmanr(a, b).statistic),
+        sign_agreement=float((np.sign(a) == np.sign(b)).mean()),
+    )
+
+
+def paired_test(first: Sequence[float], second: Sequence[float], *, resamples: int = 10_000, seed: int = 0) -> float:
+    """Two-sided p-value that paired values (same task, family, seed) have the same mean: sign-flip permutation test."""
+    from scipy import stats
+
+    a, b = np.asarray(first, dtype=float), np.asarray(second, dtype=float)
+    if a.shape != b.shape or a.ndim != 1 or len(a) < 2:
+        raise DfaError(f"A paired test needs two equally long lists of at least 2 values, not {a.shape} and {b.shape}.")
+    return float(
+        stats.permutation_test(
+            (a, b),
+            lambda x, y, axis: (x - y).mean(axis=axis),
+            permutation_type="samples",
+            vectorized=True,
+            n_resamples=resamples,
+            rng=np.random.default_rng(seed),
+        ).pvalue
+    )

@@ -1,0 +1,56 @@
+"""Fixtures that the tests share."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+from helpers import BACKENDS, random_model, random_pairs, state_of
+
+import dfa_lens as dfa
+
+
+@pytest.fixture(scope="session", params=BACKENDS)
+def model(request: pytest.FixtureRequest) -> Any:
+    return random_model(request.param)
+
+
+@pytest.fixture(scope="session")
+def any_model() -> Any:
+    """One backend is enough where the model is only a means."""
+    return random_model()
+
+
+@pytest.fixture(scope="session")
+def pairs() -> Any:
+    return random_pairs()
+
+
+@pytest.fixture(scope="session")
+def ragged() -> Any:
+    return random_pairs(ragged=True, seed=1)
+
+
+@pytest.fixture(scope="session")
+def zoo_source() -> Any:
+    return dfa.zoo.load("llama3-tiny-source")
+
+
+@pytest.fixture(scope="session")
+def zoo_target() -> Any:
+    return dfa.zoo.load("llama3-tiny-target")
+
+
+@pytest.fixture
+def unchanged():
+    """A context manager that fails when a model is not left as it was."""
+    @contextmanager
+    def check(model: Any):
+        before = state_of(model)
+        try:
+            yield
+        finally:
+            assert state_of(model) == before
+
+    return check

@@ -1,0 +1,94 @@
+"""Small models and prompt pairs that the tests share."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+import dfa_lens as dfa
+from dfa_lens.models import transformer_lens_major
+
+BACKENDS = ("hooked", "bridge") if transformer_lens_major() < 4 else ("bridge",)
+
+
+def random_model(backend: str = "auto", *, seed: int = 0, family: str = "llama", **sizes: Any) -> Any:
+    """A small random Llama- or Qwen-shaped model that was saved and loaded like any checkpoint."""
+    import tempfile
+    from pathlib import Path
+
+    from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+
+    from dfa_lens.zoo.tokenizer import build
+
+    common: dict[str, Any] = {
+        "vocab_size": 101,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 64,
+        "tie_word_embeddings": False,
+        "pad_token_id": 0,
+        "bos_token_id": None,
+        "eos_token_id": None,
+        "initializer_range": 0.3,  # large enough that nodes interact
+    } | sizes
+    torch.manual_seed(seed)
+    if family == "llama":
+        model = LlamaForCausalLM(LlamaConfig(**common))
+    else:
+        model = Qwen2ForCausalLM(Qwen2Config(**common))
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):  # transformers starts them at zero
+                torch.nn.init.normal_(parameter, std=0.3)
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        build(begin_of_text=False).save_pretrained(folder)
+        settings = Path(folder) / "tokenizer_config.json"
+        settings.write_text(settings.read_text().replace("TokenizersBackend", "PreTrainedTokenizerFast"))
+        return dfa.load_model(folder, backend=backend)
+
+
+def random_pairs(n: int = 6, width: int = 10, *, seed: int = 0, vocabulary: int = 101, ragged: bool = False) -> Any:
+    """Prompt pairs that differ in some positions; with ``ragged``, of different lengths."""
+    generator = torch.Generator().manual_seed(seed)
+    clean = torch.randint(1, vocabulary, (n, width), generator=generator)
+    corrupt = clean.clone()
+    lengths = torch.randint(width // 2, width + 1, (n,), generator=generator) if ragged else torch.full((n,), width)
+    for i in range(n):
+        for position in torch.randint(0, int(lengths[i]), (4,), generator=generator).tolist():
+            corrupt[i, position] = corrupt[i, position] % (vocabulary - 1) + 1
+        clean[i, lengths[i] :] = corrupt[i, lengths[i] :] = 0
+    answer = torch.randint(1, vocabulary - 1, (n,), generator=generator)
+    return dfa.PromptPairs(clean=clean, corrupt=corrupt, answer=answer, wrong=answer % (vocabulary - 1) + 1, lengths=lengths)
+
+
+def state_of(model: Any) -> dict[str, Any]:
+    """All that a run could leave behind in a model."""
+    return {
+        "hooks": {name: len(p.fwd_hooks) + len(p.bwd_hooks) for name, p in model.hook_dict.items()},
+        "torch hooks": sum(len(m._forward_hooks) + len(m._backward_hooks) for m in model.modules()),
+        "requires_grad": [p.requires_grad for p in model.parameters()],
+        "grads": [p.grad is None for p in model.parameters()],
+        "training": [m.training for m in model.modules()],
+        "dtype": [p.dtype for p in model.parameters()],
+        "weights": sum(float(p.detach().double().sum()) for p in model.parameters()),
+        "rng": torch.get_rng_state().tolist(),
+        "grad enabled": torch.is_grad_enabled(),
+    }
+
+
+def unchecked(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function without the run-time type checks of the tests: what a user gets, who may misspell a literal."""
+    return inspect.unwrap(function)
+
+
+def unchecked_pairs(**columns: Any) -> dfa.PromptPairs:
+    """``PromptPairs(**columns)`` without the run-time type checks of the tests."""
+    made = object.__new__(dfa.PromptPairs)
+    unchecked(dfa.PromptPairs.__init__)(made, **columns)
+    return made

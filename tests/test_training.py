@@ -1,0 +1,130 @@
+import pytest
+import torch
+from helpers import random_model, random_pairs, unchecked
+
+import dfa_lens as dfa
+from dfa_lens import hooks
+from dfa_lens.errors import AlignmentError, PromptError, ScoreError, TrainingError
+
+SOURCE = dfa.NodeSet.for_sizes(2, 2)
+
+
+def inputs(n=6, tasks=("a", "b")):
+    scores = {t: dfa.controls.random_scores(SOURCE, seed=i) for i, t in enumerate(tasks)}
+    pairs = {t: random_pairs(n, 10 + 2 * i, seed=i, ragged=True) for i, t in enumerate(tasks)}
+    return scores, pairs
+
+
+@pytest.mark.parametrize("intervention", ["circuit", "restore", "interpolate"])
+@pytest.mark.parametrize("positions", ["answer", "all", "all-padded"])
+def test_the_loss_is_its_equation(model, intervention, positions):
+    """The first step's loss, computed again example by example from the definition."""
+    scores, pairs = inputs()
+    options = {"intervention": intervention, "positions": positions, "sparsity": 0.7, "seed": 3}
+    alignment = dfa.fit(model, scores, pairs, steps=1, batch_size=12, initial_scale=0.5, **options)
+    record = alignment.history[0]
+    W0 = 0.5 * torch.randn(6, 15, generator=torch.Generator().manual_seed(3))
+    nodes = dfa.NodeSet.heads_and_mlps(model)
+    kl, mean_mask = 0.0, 0.0
+    width = 12
+    for task in scores:
+        s = scores[task].values / scores[task].values.norm()
+        g = torch.sigmoid(s @ W0)
+        mean_mask += len(pairs[task]) * float(g.mean())
+        for i in range(len(pairs[task])):
+            one = pairs[task][i]
+            if positions == "all-padded":
+                grow = width - one.clean.shape[1]
+                clean, corrupt = (torch.nn.functional.pad(t, (0, grow)) for t in (one.clean, one.corrupt))
+                lengths = torch.tensor([width])
+            else:
+                clean, corrupt, lengths = one.clean, one.corrupt, one.lengths
+            into_clean, into_corrupt = {}, {}
+            with torch.no_grad():
+                expected = hooks.run(model, clean, lengths, hooks.record_hooks(nodes, into_clean), positions="all")
+                hooks.run(model, corrupt, lengths, hooks.record_hooks(nodes, into_corrupt))
+                gates = hooks.gate_hooks(nodes, g, clean=into_clean, corrupt=into_corrupt, intervention=intervention)
+                run_on = corrupt if intervention == "restore" else clean
+                found = hooks.run(model, run_on, lengths, gates, positions="all")
+            p, q = expected.log_softmax(-1), found.log_softmax(-1)
+            each = (p.exp() * (p - q)).sum(-1)[0]
+            kl += float(each[-1] if positions == "answer" else each.sum())
+    assert record["kl"] == pytest.approx(kl / 12, rel=1e-4)
+    assert record["sparsity"] == pytest.approx(mean_mask / 12, rel=1e-5)
+    assert record["loss"] == pytest.approx(kl / 12 + 0.7 * mean_mask / 12, rel=1e-4)
+
+
+def test_training_lowers_the_loss(any_model):
+    scores, pairs = inputs(tasks=("a",))
+    history = dfa.fit(any_model, scores, pairs, steps=60, sparsity=1.0).history
+    assert history[-1]["loss"] < 0.8 * history[0]["loss"]
+    assert [record["step"] for record in history] == list(range(60))
+
+
+def test_determinism_and_seeds(any_model):
+    scores, pairs = inputs()
+    state = torch.get_rng_state()
+    first = dfa.fit(any_model, scores, pairs, steps=4, seed=1)
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.manual_seed(99)  # the global state plays no part
+    second = dfa.fit(any_model, scores, pairs, steps=4, seed=1)
+    assert torch.equal(first.W, second.W)
+    assert not torch.equal(first.W, dfa.fit(any_model, scores, pairs, steps=4, seed=2).W)
+
+
+@pytest.mark.parametrize("intervention", ["circuit", "restore", "interpolate"])
+def test_where_caches_live_changes_nothing(any_model, intervention):
+    scores, pairs = inputs()
+    options = {"steps": 4, "intervention": intervention, "positions": "all", "batch_size": 5}
+    W = {cache: dfa.fit(any_model, scores, pairs, cache=cache, **options).W for cache in ("device", "cpu", "recompute")}
+    torch.testing.assert_close(W["cpu"], W["device"])
+    torch.testing.assert_close(W["recompute"], W["device"], atol=1e-4, rtol=1e-3)
+
+
+def test_backends_agree():
+    from helpers import BACKENDS
+
+    if len(BACKENDS) < 2:
+        pytest.skip("one backend only")
+    scores, pairs = inputs()
+    W = [dfa.fit(random_model(b), scores, pairs, steps=5).W for b in BACKENDS]
+    torch.testing.assert_close(W[0], W[1], atol=1e-3, rtol=1e-3)
+
+
+def test_ungated_heads_feel_only_the_sparsity(any_model):
+    scores, pairs = inputs(tasks=("a",))
+    alignment = dfa.fit(any_model, scores, pairs, steps=10, gate_heads=False, initial_scale=0.0)
+    heads = [i for i, node in enumerate(alignment.target) if node.kind == "head"]
+    columns = alignment.W[:, heads]
+    torch.testing.assert_close(columns, columns[:, :1].expand_as(columns))
+    assert alignment.meta["gate_heads"] is False
+
+
+def test_target_only(any_model):
+    _, pairs = inputs()
+    mask = dfa.controls.target_only(any_model, pairs, steps=3)
+    assert mask.nodes == dfa.NodeSet.heads_and_mlps(any_model)
+
+
+def test_bad_input(any_model):
+    scores, pairs = inputs()
+    with pytest.raises(AlignmentError, match="Task 'b' is in scores but not in pairs"):
+        dfa.fit(any_model, scores, {"a": pairs["a"]})
+    with pytest.raises(AlignmentError, match="Task 'b' is in pairs but not in scores"):
+        dfa.fit(any_model, {"a": scores["a"]}, pairs)
+    with pytest.raises(AlignmentError, match="no training task"):
+        dfa.fit(any_model, {}, {})
+    with pytest.raises(ScoreError, match="scores of task 'b' belong to 12 nodes"):
+        dfa.fit(any_model, scores | {"b": dfa.controls.random_scores(dfa.NodeSet.for_sizes(3, 3))}, pairs)
+    for name, value in (("lr", 0.0), ("temperature", -1.0), ("sparsity", -0.1), ("steps", 0), ("batch_size", 0)):
+        with pytest.raises(AlignmentError, match=f"{name} must be"):
+            dfa.fit(any_model, scores, pairs, **{name: value})
+    with pytest.raises(AlignmentError, match="Unknown positions 'last'"):
+        unchecked(dfa.fit)(any_model, scores, pairs, positions="last")
+    with pytest.raises(AlignmentError, match=r"initial has shape \[2, 2\]"):
+        dfa.fit(any_model, scores, pairs, initial=torch.zeros(2, 2))
+    foreign = random_pairs(4, vocabulary=400)
+    with pytest.raises(PromptError, match="Task 'a': .*vocabulary has 101"):
+        dfa.fit(any_model, {"a": scores["a"]}, {"a": foreign})
+    with pytest.raises(TrainingError, match="The loss became nan at step 0 on a, b"):
+        dfa.fit(any_model, scores, pairs, initial=torch.full((6, 15), float("inf")))
