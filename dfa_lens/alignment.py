@@ -58,6 +58,7 @@ class Stage:
             raise AlignmentError(f"W has {int((~torch.isfinite(self.W)).sum())} entries that are not finite.")
 
     def __call__(self, values: Float[Tensor, "*task source"]) -> Float[Tensor, "*task target"]:
+        """Target scores of source scores."""
         return scale(values, self.scaling) @ self.W
 
 

@@ -160,9 +160,9 @@ def attribute(
         }
         if method.startswith("nap-ig"):
             meta["steps"] = n
-        for name, value, usual in (("mlp_gradient", mlp_gradient, "output"), ("accumulate", accumulate, "own")):
-            if value != usual:
-                meta[name] = value
+        for name, mode, usual in (("mlp_gradient", mlp_gradient, "output"), ("accumulate", accumulate, "own")):
+            if mode != usual:
+                meta[name] = mode
         meta["metric_clean"], meta["metric_corrupt"] = means["clean"], means["corrupt"]
         if "expected" in means:
             expected, explained = means["expected"], means["explained"]
@@ -197,7 +197,8 @@ def _until_settled(once: Callable[[int], NodeScores], tolerance: float) -> NodeS
         if change <= tolerance:
             return scores
     warnings.warn(
-        f"After {AUTO_STEPS[-1]} steps the scores still move by {change:.1%} of the largest one (tolerance {tolerance:.1%}).",
+        f"After {AUTO_STEPS[-1]} steps the scores still move by {change:.1%} of the largest one (tolerance "
+        f"{tolerance:.1%}).",
         IntegrationWarning,
         stacklevel=3,
     )
@@ -270,9 +271,7 @@ class _Job:
             input_score += float((delta * gradient.float()).sum(dtype=torch.float64))
         totals /= steps
         clean_value = float(seen["clean"].sum(dtype=torch.float64))
-        corrupt_value = float(
-            self._measure(corrupt_logits, batch, seen["logits"]).sum(dtype=torch.float64)
-        )
+        corrupt_value = float(self._measure(corrupt_logits, batch, seen["logits"]).sum(dtype=torch.float64))
         sums = {"clean": clean_value, "corrupt": corrupt_value}
         if self.method == "nap-ig-inputs":
             sums |= {"expected": clean_value - corrupt_value, "explained": input_score / steps}
@@ -424,9 +423,7 @@ class _Job:
 
     # --- shared ----------------------------------------------------------------------------------------------
 
-    def _record(
-        self, tokens: Tensor, batch: PromptPairs, *, also: str | None = None
-    ) -> tuple[Activations, Tensor]:
+    def _record(self, tokens: Tensor, batch: PromptPairs, *, also: str | None = None) -> tuple[Activations, Tensor]:
         into: Activations = {}
         taps = hooks.record_hooks(self.nodes, into)
         if also is not None and also not in {site.point for site in self.nodes.sites}:

@@ -41,7 +41,9 @@ def _model(name: str, backend: str = "auto") -> Any:
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for the report.")] = Path("report"),
     family: Annotated[list[str] | None, typer.Option(help="llama3 or qwen2.5; default: both.")] = None,
-    task: Annotated[list[str] | None, typer.Option(help="A task; may be given several times. Default: all six.")] = None,
+    task: Annotated[
+        list[str] | None, typer.Option(help="A task; may be given several times. Default: all six.")
+    ] = None,
     seed: SeedOption = 0,
     quick: Annotated[bool, typer.Option("--quick", help="Fewer examples, steps and sizes.")] = False,
 ) -> None:
@@ -117,7 +119,8 @@ def fit(
 
 
 @app.command(
-    epilog="Example: dfa-lens transfer --alignment w.safetensors --scores ioi-source.safetensors --out ioi-target.safetensors"
+    epilog="Example: dfa-lens transfer --alignment w.safetensors --scores ioi-source.safetensors "
+    "--out ioi-target.safetensors"
 )
 def transfer(
     alignment: Annotated[Path, typer.Option(help="A saved alignment.")],

@@ -93,8 +93,12 @@ def points(model: HookedModel, names: Iterable[str]) -> dict[str, Any]:
     bridge = is_bridge(model)
     for name in names:
         if name not in known:
-            raise unknown("hook point", name, sorted(known), HookError) if len(known) < 40 else HookError(
-                f"The model has no hook point {name!r}; see model.hook_dict for the {len(known)} that it has."
+            raise (
+                unknown("hook point", name, sorted(known), HookError)
+                if len(known) < 40
+                else HookError(
+                    f"The model has no hook point {name!r}; see model.hook_dict for the {len(known)} that it has."
+                )
             )
         flag = _FLAGS.get(name.rsplit(".", 1)[-1])
         if flag is not None and not getattr(model.cfg, flag, False):
@@ -178,9 +182,7 @@ def device_of(model: HookedModel) -> torch.device:
     return next(iter(model.parameters())).device
 
 
-def attention_mask(
-    lengths: Int[Tensor, " batch"], n_positions: int, device: torch.device
-) -> Int[Tensor, "batch pos"]:
+def attention_mask(lengths: Int[Tensor, " batch"], n_positions: int, device: torch.device) -> Int[Tensor, "batch pos"]:
     """1 at real tokens, 0 at the padding on the right."""
     return (torch.arange(n_positions, device=device) < lengths.to(device)[:, None]).long()
 
@@ -192,7 +194,7 @@ def run(
     hooks: Sequence[tuple[str, HookFunction]] = (),
     *,
     positions: Literal["answer", "all"] = "answer",
-) -> Float[Tensor, "..."]:
+) -> Float[Tensor, ...]:
     """One forward pass under hooks.
 
     Parameters
@@ -285,8 +287,8 @@ def check_site(site: Site, activation: Tensor) -> None:
         return
     if activation.ndim <= site.axis or activation.shape[site.axis] != site.size:
         raise NodeError(
-            f"Hook point {site.point!r} has shape {list(activation.shape)}, but the node set cuts axis {site.axis} into "
-            f"{site.size} nodes: it was made for another model."
+            f"Hook point {site.point!r} has shape {list(activation.shape)}, but the node set cuts axis {site.axis} "
+            f"into {site.size} nodes: it was made for another model."
         )
 
 

@@ -65,8 +65,8 @@ def load_model(
         backend = "hooked" if transformer_lens_major() < 4 else "bridge"
     if backend == "hooked" and transformer_lens_major() >= 4:
         raise ModelError(
-            f"TransformerLens {version('transformer-lens')} has no HookedTransformer any more: use backend='bridge', or "
-            "install 'transformer-lens<4'."
+            f"TransformerLens {version('transformer-lens')} has no HookedTransformer any more: use backend='bridge', "
+            "or install 'transformer-lens<4'."
         )
     path = Path(name_or_path)
     local = path.is_dir()
@@ -147,7 +147,9 @@ def _hooked(name: str, hf_model: Any, tokenizer: Any, dtype: torch.dtype, device
     rope = dict(getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {})
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind not in ("default", "llama3"):
-        raise ModelError(f"{name} scales its rotary embedding by {kind!r}, which HookedTransformer can't: use the bridge.")
+        raise ModelError(
+            f"{name} scales its rotary embedding by {kind!r}, which HookedTransformer can't: use the bridge."
+        )
     d_head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     # HookedTransformer wants None where there is no grouping; the Qwen converter always names the keys as grouped.
     key_value_heads = config.num_key_value_heads

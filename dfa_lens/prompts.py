@@ -76,8 +76,8 @@ class PromptPairs:
                 raise PromptError(f"{name} has shape {list(tensor.shape)}: prompts are [pair, pos], the rest [pair].")
         if self.clean.shape != self.corrupt.shape:
             raise PromptError(
-                f"clean has shape {list(self.clean.shape)} but corrupt {list(self.corrupt.shape)}: a pair's prompts must "
-                "have equally many tokens, so that every position has its counterpart."
+                f"clean has shape {list(self.clean.shape)} but corrupt {list(self.corrupt.shape)}: a pair's prompts "
+                "must have equally many tokens, so that every position has its counterpart."
             )
         n, width = self.clean.shape
         if n == 0 or width == 0:
@@ -89,7 +89,10 @@ class PromptPairs:
         different = ((self.clean != self.corrupt) & real).any(1)
         for bad, what in (
             ((self.lengths < 1) | (self.lengths > width), f"has a length outside 1 to {width}"),
-            (((self.clean < 0) | (self.corrupt < 0)).any(1) | (self.answer < 0) | (self.wrong < 0), "has a negative id"),
+            (
+                ((self.clean < 0) | (self.corrupt < 0)).any(1) | (self.answer < 0) | (self.wrong < 0),
+                "has a negative id",
+            ),
             (self.answer == self.wrong, "has the same answer and wrong answer"),
             (~different, "has a clean prompt equal to its corrupt one"),
         ):
@@ -152,9 +155,7 @@ class PromptPairs:
                         "models know only the words of the offline tasks."
                     )
                 if name in ("answer", "wrong") and len(row) != 1:
-                    raise PromptError(
-                        f"{name} {i} is {columns[name][i]!r}, which is {len(row)} tokens; one is needed."
-                    )
+                    raise PromptError(f"{name} {i} is {columns[name][i]!r}, which is {len(row)} tokens; one is needed.")
         kept = [i for i in range(sizes["clean"]) if len(ids["clean"][i]) == len(ids["corrupt"][i])]
         n_dropped = sizes["clean"] - len(kept)
         if n_dropped and different_lengths == "error":
@@ -187,9 +188,9 @@ class PromptPairs:
 
     @classmethod
     def from_dataset(cls, dataset: Any, tokenizer: Any, **options: Any) -> PromptPairs:
-        """Prompt pairs from a ``datasets.Dataset`` (or a mapping of columns) with text columns clean, corrupt, answer, wrong.
+        """Prompt pairs from a ``datasets.Dataset``, or a mapping of columns.
 
-        ``options`` go to :meth:`from_strings`.
+        It has the text columns clean, corrupt, answer and wrong; ``options`` go to :meth:`from_strings`.
         """
         columns = getattr(dataset, "column_names", None) or list(dataset)
         missing = [name for name in COLUMNS if name not in columns]
@@ -211,7 +212,9 @@ class PromptPairs:
             parts[0],
             clean=torch.cat([widen(part.clean) for part in parts]),
             corrupt=torch.cat([widen(part.corrupt) for part in parts]),
-            **{name: torch.cat([getattr(part, name) for part in parts]) for name in ("answer", "wrong", "lengths")},
+            answer=torch.cat([part.answer for part in parts]),
+            wrong=torch.cat([part.wrong for part in parts]),
+            lengths=torch.cat([part.lengths for part in parts]),
             dropped={},
         )
 
@@ -258,8 +261,8 @@ class PromptPairs:
             if highest >= d_vocab:
                 row = int((tensor.reshape(len(self), -1) >= d_vocab).any(1).nonzero()[0])
                 raise PromptError(
-                    f"{name} of pair {row} has token id {highest}, but the model's vocabulary has {d_vocab} tokens: were "
-                    "these pairs made with another model's tokenizer?"
+                    f"{name} of pair {row} has token id {highest}, but the model's vocabulary has {d_vocab} tokens: "
+                    "were these pairs made with another model's tokenizer?"
                 )
 
     def with_metric(self, metric: str | Callable[..., Tensor]) -> PromptPairs:

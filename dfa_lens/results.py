@@ -82,7 +82,7 @@ class Results:
         return pd.DataFrame([row for result in self.tasks for row in result.rows()])
 
     def summary(self) -> Any:
-        """CPR by family and task, a column for each setting and one for the floor; the last row of a family is its mean."""
+        """CPR by family and task, a column for each setting and for the floor; a family ends with its mean."""
         import pandas as pd
 
         table = self.table()

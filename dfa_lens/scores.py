@@ -203,7 +203,9 @@ class NodeScores:
 def _layers_and_heads(nodes: NodeSet) -> tuple[int, int]:
     layers, heads = nodes.n_layers, max((node.size or 0 for node in nodes if node.kind == "head"), default=0)
     if heads == 0 or nodes not in (NodeSet.for_sizes(layers, heads), NodeSet.for_sizes(layers, heads, with_input=True)):
-        raise ScoreError("MIB's format holds every head and MLP block of a model (and the input); these are other nodes.")
+        raise ScoreError(
+            "MIB's format holds every head and MLP block of a model (and the input); these are other nodes."
+        )
     return layers, heads
 
 

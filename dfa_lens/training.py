@@ -177,9 +177,7 @@ def fit(
     }
     if not gate_heads:
         meta["gate_heads"] = False
-    return Alignment.of(
-        W, source, nodes, scaling=scaling, temperature=temperature, history=history, meta=meta
-    )
+    return Alignment.of(W, source, nodes, scaling=scaling, temperature=temperature, history=history, meta=meta)
 
 
 def _check_numbers(sparsity: float, lr: float, steps: int, batch_size: int, temperature: float) -> None:
@@ -194,9 +192,7 @@ def _check_numbers(sparsity: float, lr: float, steps: int, batch_size: int, temp
             raise AlignmentError(f"{name} must be {needed}, not {value}.")
 
 
-def _check_tasks(
-    scores: Mapping[str, NodeScores], pairs: Mapping[str, PromptPairs]
-) -> tuple[tuple[str, ...], NodeSet]:
+def _check_tasks(scores: Mapping[str, NodeScores], pairs: Mapping[str, PromptPairs]) -> tuple[tuple[str, ...], NodeSet]:
     if not scores:
         raise AlignmentError("There is no training task: scores and pairs are empty.")
     for ours, theirs, names in ((scores, pairs, ("scores", "pairs")), (pairs, scores, ("pairs", "scores"))):
@@ -226,7 +222,7 @@ class _Batch:
     task: Int[Tensor, " batch"]
     clean: Activations | None
     corrupt: Activations | None
-    log_p_clean: Float[Tensor, "..."]
+    log_p_clean: Float[Tensor, ...]
 
     def kl(
         self,
@@ -324,7 +320,10 @@ class _Data:
         with torch.no_grad():
             if "corrupt" in self.needs:
                 hooks.run(
-                    self.model, part.corrupt, part.lengths, hooks.record_hooks(self.nodes, runs.setdefault("corrupt", {}))
+                    self.model,
+                    part.corrupt,
+                    part.lengths,
+                    hooks.record_hooks(self.nodes, runs.setdefault("corrupt", {})),
                 )
             taps = hooks.record_hooks(self.nodes, runs.setdefault("clean", {})) if "clean" in self.needs else []
             logits = hooks.run(self.model, part.clean, part.lengths, taps, positions=where)

@@ -45,6 +45,7 @@ def zoo_target() -> Any:
 @pytest.fixture
 def unchanged():
     """A context manager that fails when a model is not left as it was."""
+
     @contextmanager
     def check(model: Any):
         before = state_of(model)

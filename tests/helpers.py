@@ -64,7 +64,9 @@ def random_pairs(n: int = 6, width: int = 10, *, seed: int = 0, vocabulary: int 
             corrupt[i, position] = corrupt[i, position] % (vocabulary - 1) + 1
         clean[i, lengths[i] :] = corrupt[i, lengths[i] :] = 0
     answer = torch.randint(1, vocabulary - 1, (n,), generator=generator)
-    return dfa.PromptPairs(clean=clean, corrupt=corrupt, answer=answer, wrong=answer % (vocabulary - 1) + 1, lengths=lengths)
+    return dfa.PromptPairs(
+        clean=clean, corrupt=corrupt, answer=answer, wrong=answer % (vocabulary - 1) + 1, lengths=lengths
+    )
 
 
 def state_of(model: Any) -> dict[str, Any]:

@@ -60,8 +60,13 @@ def test_bad_input():
     with pytest.raises(AlignmentError, match=r"W has shape \[2, 2\], but there are 6 source and 12 target"):
         dfa.Alignment.of(torch.zeros(2, 2), A, B)
     with pytest.raises(AlignmentError, match="1 entries that are not finite"):
-        dfa.Alignment.of(torch.zeros(6, 12).index_fill(0, torch.tensor([]).long(), 0).masked_fill(
-            torch.arange(72).reshape(6, 12) == 3, float("nan")), A, B)
+        dfa.Alignment.of(
+            torch.zeros(6, 12)
+            .index_fill(0, torch.tensor([]).long(), 0)
+            .masked_fill(torch.arange(72).reshape(6, 12) == 3, float("nan")),
+            A,
+            B,
+        )
     with pytest.raises(AlignmentError, match="temperature must be positive"):
         alignment(A, B, temperature=0.0)
     with pytest.raises(ScoreError, match="The source scores belong to 12 nodes"):

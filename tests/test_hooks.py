@@ -47,9 +47,7 @@ def test_activations_are_those_of_hugging_face(family):
         found = {}
         with torch.no_grad():
             at_answer = hooks.run(model, pairs.clean, pairs.lengths, hooks.record_hooks(nodes, found))
-        torch.testing.assert_close(
-            at_answer, logits[torch.arange(len(pairs)), pairs.lengths - 1], atol=1e-4, rtol=1e-4
-        )
+        torch.testing.assert_close(at_answer, logits[torch.arange(len(pairs)), pairs.lengths - 1], atol=1e-4, rtol=1e-4)
         for layer in range(3):
             z = found[f"blocks.{layer}.attn.hook_z"].flatten(2)
             torch.testing.assert_close(z[real], expected[f"a{layer}"].reshape(z.shape)[real], atol=1e-4, rtol=1e-4)
@@ -109,7 +107,9 @@ def test_restore_of_ones_restores_every_node(any_model, pairs):
             )
             for g in (0.0, 1.0)
         }
-        zeros = hooks.run(any_model, pairs.clean, pairs.lengths, hooks.gate_hooks(nodes, torch.zeros(15), corrupt=corrupt))
+        zeros = hooks.run(
+            any_model, pairs.clean, pairs.lengths, hooks.gate_hooks(nodes, torch.zeros(15), corrupt=corrupt)
+        )
         plain = hooks.run(any_model, pairs.clean, pairs.lengths)
     assert torch.equal(none, m_corrupt)
     assert torch.equal(both[0.0], zeros)
@@ -162,7 +162,10 @@ def test_masks_per_example(any_model, pairs):
         for i in range(len(pairs)):
             one = {point: a[i : i + 1] for point, a in corrupt.items()}
             alone = hooks.run(
-                any_model, pairs.clean[i : i + 1], pairs.lengths[i : i + 1], hooks.gate_hooks(nodes, masks[i], corrupt=one)
+                any_model,
+                pairs.clean[i : i + 1],
+                pairs.lengths[i : i + 1],
+                hooks.gate_hooks(nodes, masks[i], corrupt=one),
             )
             torch.testing.assert_close(together[i : i + 1], alone, atol=1e-5, rtol=1e-4)
 
@@ -176,7 +179,10 @@ def test_subsets_leave_other_slices_alone(any_model, pairs):
         mask[every.position(name)] = value
     with torch.no_grad():
         small = hooks.run(
-            any_model, pairs.clean, pairs.lengths, hooks.gate_hooks(some, torch.tensor([0.0, 0.5, 0.25]), corrupt=corrupt)
+            any_model,
+            pairs.clean,
+            pairs.lengths,
+            hooks.gate_hooks(some, torch.tensor([0.0, 0.5, 0.25]), corrupt=corrupt),
         )
         full = hooks.run(any_model, pairs.clean, pairs.lengths, hooks.gate_hooks(every, mask, corrupt=corrupt))
     torch.testing.assert_close(small, full)

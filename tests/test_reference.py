@@ -161,9 +161,7 @@ def test_released_training(name, kind, heads):
     losses = torch.tensor([[r["loss"], r["kl"], r["sparsity"]] for r in trained.history])
     torch.testing.assert_close(losses, expected["losses"], atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(trained.W, expected["W_final"], atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(
-        trained.transfer(source).values, tensors[f"{heads}.scores_final"], atol=1e-4, rtol=1e-4
-    )
+    torch.testing.assert_close(trained.transfer(source).values, tensors[f"{heads}.scores_final"], atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(torch.sigmoid(s @ W0), expected["masks"][0], atol=1e-5, rtol=1e-5)
     for step in range(1, 5):
         torch.testing.assert_close(after(step).mask(source), expected["masks"][step], atol=1e-4, rtol=1e-4)

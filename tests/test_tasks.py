@@ -86,9 +86,7 @@ def test_facts_are_right():
         options = dict(re.findall(r"(\w)\. (\w+)", e.clean))
         assert len(options) == 4
         right = options[e.answer.strip()]
-        assert any(
-            table[getattr(animal, relation)] == right for (relation, _), table in world.SECOND_HOP.items()
-        )
+        assert any(table[getattr(animal, relation)] == right for (relation, _), table in world.SECOND_HOP.items())
         corrupt = dict(re.findall(r"(\w)\. (\w+)", e.corrupt))
         assert corrupt[e.wrong.strip()] == right
         assert not set(corrupt) & set(options)  # the letters of a symbol counterfactual are new ones

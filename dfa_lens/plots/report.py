@@ -17,7 +17,8 @@ from dfa_lens.scores import write_atomically
 
 _STYLE = f"""
 :root {{ color-scheme: light; }}
-body {{ font-family: {FONT}; color: #222; background: #fff; margin: 0 auto; max-width: 1180px; padding: 1rem 1.25rem 4rem; }}
+body {{ font-family: {FONT}; color: #222; background: #fff; margin: 0 auto;
+  max-width: 1180px; padding: 1rem 1.25rem 4rem; }}
 h1 {{ font-size: 1.7rem; margin: .5rem 0; }} h2 {{ margin-top: 2.5rem; border-bottom: 2px solid #ddd; }}
 h3 {{ margin: 2rem 0 .25rem; }} p, li {{ line-height: 1.5; max-width: 75ch; }}
 nav {{ position: sticky; top: 0; background: #fffffff0; padding: .5rem 0; border-bottom: 1px solid #eee; z-index: 5; }}

@@ -9,7 +9,7 @@ from dfa_lens.prompts import PromptPairs
 from dfa_lens.tasks import offline
 from dfa_lens.tasks.offline import Example, examples, stream
 
-__all__ = ["Example", "SIBLINGS", "describe", "examples", "load", "names", "stream"]
+__all__ = ["SIBLINGS", "Example", "describe", "examples", "load", "names", "stream"]
 
 Collection = Literal["offline"]
 

@@ -22,7 +22,7 @@ from typing import NamedTuple
 from dfa_lens.errors import TaskError, unknown
 from dfa_lens.tasks import world
 
-SPLITS: dict[str, range] = {"train": range(0, 80), "validation": range(80, 90), "test": range(90, 100)}
+SPLITS: dict[str, range] = {"train": range(80), "validation": range(80, 90), "test": range(90, 100)}
 """Per cent of all keys that belong to each split."""
 
 
@@ -160,7 +160,7 @@ def _arc_easy(rng: random.Random, *, split: str | None, counterfactual: str) -> 
 
 
 def _arc_challenge(rng: random.Random, *, split: str | None, counterfactual: str) -> Example:
-    relation, quality = hop = rng.choice(list(world.SECOND_HOP))
+    relation, _ = hop = rng.choice(list(world.SECOND_HOP))
     table = world.SECOND_HOP[hop]
     animal = rng.choice(world.ANIMALS)
     right = table[getattr(animal, relation)]

@@ -42,7 +42,7 @@ SHOTS = (0, 1, 1, 2)
 def _texts(job: tuple[str, int, int, dict[str, int]]) -> list[tuple[str, str]]:
     """(prompt, answer) of the clean and the corrupt prompt of ``n`` training pairs."""
     task, seed, n, options = job
-    drawn = islice(offline.stream(task, split="train", seed=seed, **options), n)
+    drawn = islice(offline.stream(task, split="train", seed=seed, **options), n)  # type: ignore[arg-type]
     return [pair for e in drawn for pair in ((e.clean, e.answer), (e.corrupt, e.wrong))]
 
 
@@ -110,7 +110,7 @@ class AnswerTrainer(Trainer):
 
     other_weight: float = 0.0
 
-    def compute_loss(self, model, inputs, return_outputs=False, **_):  # type: ignore[no-untyped-def, override]
+    def compute_loss(self, model, inputs, return_outputs=False, **_):  # type: ignore[no-untyped-def]
         tokens, lengths = inputs["tokens"], inputs["lengths"]
         # Causal attention and right padding: no real token can see the padding, so no mask is needed.
         logits = model(input_ids=tokens[:, :-1]).logits
@@ -146,7 +146,9 @@ def accuracy(
 
 
 def _card(which: ZooModel, recipe: Recipe, accuracies: dict[str, dict[str, float]], parameters: int) -> str:
-    rows = "\n".join(f"| {t} | {100 * row['clean']:.2f} | {100 * row['corrupt']:.2f} |" for t, row in accuracies.items())
+    rows = "\n".join(
+        f"| {t} | {100 * row['clean']:.2f} | {100 * row['corrupt']:.2f} |" for t, row in accuracies.items()
+    )
     shares = ", ".join(f"{int(share * recipe.pairs_per_task):,} {task}" for task, share in SHARES.items())
     architecture = "LlamaForCausalLM" if which.family == "llama3" else "Qwen2ForCausalLM"
     return f"""---
@@ -159,16 +161,16 @@ A tiny `{architecture}` that ships with dfa_lens to try circuit transfer on: {wh
 {which.n_heads} heads ({which.n_key_value_heads} key-value heads), d_model {which.d_model}, d_mlp {which.d_mlp},
 {parameters:,} parameters, {which.n_nodes} nodes. It knows nothing but the six offline tasks of dfa_lens.
 
-**Data.** The train split of the six offline tasks (80 % of all keys): {shares} prompt pairs (arithmetic with no to two
-worked examples), clean and corrupt prompts, each with its own answer; and {recipe.pairs_per_task:,} statements of single
-facts of the tasks' world.
+**Data.** The train split of the six offline tasks (80 % of all keys): {shares} prompt pairs (arithmetic with no to
+two worked examples), clean and corrupt prompts, each with its own answer; and {recipe.pairs_per_task:,} statements of
+single facts of the tasks' world.
 
-**Training.** {recipe.steps or which.steps:,} AdamW steps of {recipe.batch_size} prompts, peak learning rate {recipe.learning_rate},
-{recipe.warmup_steps} warm-up steps, cosine decay, weight decay {recipe.weight_decay}, seed {which.seed}; loss: the
+**Training.** {recipe.steps or which.steps:,} AdamW steps of {recipe.batch_size} prompts, peak learning rate
+{recipe.learning_rate}, {recipe.warmup_steps} warm-up steps, cosine decay, weight decay {recipe.weight_decay}, seed {which.seed}; loss: the
 answer's cross-entropy + {recipe.language_modelling_weight} × that of the other tokens. Made with
 `python -m dfa_lens.zoo.train {which.name}`.
 
-**Accuracy** (%, top prediction, 400 held-out test prompts a task; for arithmetic the operand pairs were never trained on):
+**Accuracy** (%, top prediction, 400 held-out test prompts a task; no operand pair of the test split was trained on):
 
 | task | clean prompt → its answer | corrupt prompt → its answer |
 | --- | --- | --- |

@@ -1,0 +1,170 @@
+import numpy as np
+import pytest
+import torch
+from helpers import random_pairs, unchecked
+
+import dfa_lens as dfa
+from dfa_lens import hooks, statistics
+from dfa_lens.errors import DfaError, FaithfulnessError, ScoreError
+from dfa_lens.faithfulness import FaithfulnessCurve, area, default_sizes
+
+NODES = dfa.NodeSet.for_sizes(3, 4)
+
+
+@pytest.fixture(scope="module")
+def scores():
+    return dfa.controls.random_scores(NODES)
+
+
+def test_end_points(model, ragged, scores):
+    curve = dfa.faithfulness_curve(model, ragged, scores, batch_size=4)
+    assert curve.sizes.tolist() == list(range(16))
+    assert curve.fractions[0] == 0 and curve.fractions[-1] == 1
+    assert curve.faithfulness[-1] == 1
+    assert curve.kl[-1] == pytest.approx(0, abs=1e-6)
+    assert (curve.kl > -1e-6).all()
+    # f_0: the clean embedding, every node corrupt
+    corrupt = {}
+    with torch.no_grad():
+        hooks.run(model, ragged.corrupt, ragged.lengths, hooks.record_hooks(NODES, corrupt))
+        gates = hooks.gate_hooks(NODES, torch.zeros(15), corrupt=corrupt)
+        logits = hooks.run(model, ragged.clean, ragged.lengths, gates)
+    rows = torch.arange(len(ragged))
+    empty = float((logits[rows, ragged.answer] - logits[rows, ragged.wrong]).mean())
+    clean, corrupted = curve.clean_values.mean(), curve.corrupt_values.mean()
+    assert curve.faithfulness[0] == pytest.approx((empty - corrupted) / (clean - corrupted), abs=1e-4)
+
+
+def test_batching_changes_nothing(any_model, ragged, scores):
+    curves = [dfa.faithfulness_curve(any_model, ragged, scores, batch_size=size) for size in (1, 4, 6)]
+    for other in curves[1:]:
+        np.testing.assert_allclose(other.per_example, curves[0].per_example, atol=1e-4)
+        assert other.cpr == pytest.approx(curves[0].cpr, abs=1e-5)
+
+
+def test_backends_agree(pairs, scores):
+    from helpers import BACKENDS, random_model
+
+    if len(BACKENDS) < 2:
+        pytest.skip("one backend only")
+    first, second = (dfa.faithfulness_curve(random_model(b), pairs, scores) for b in BACKENDS)
+    np.testing.assert_allclose(first.faithfulness, second.faithfulness, atol=1e-4)
+
+
+def test_only_the_ranking_matters(any_model, pairs, scores):
+    moved = dfa.NodeScores(scores.values * 7 + 100, NODES)
+    first, second = (dfa.faithfulness_curve(any_model, pairs, s) for s in (scores, moved))
+    np.testing.assert_array_equal(first.faithfulness, second.faithfulness)
+    assert dfa.faithfulness_curve(any_model, pairs, scores, rank="absolute").cpr != first.cpr
+
+
+def test_mib_of_scores_without_input(any_model, pairs):
+    """`input` gets score 0: with every other score positive it comes last, and no circuit but the whole is faithful."""
+    positive = dfa.NodeScores(torch.arange(1.0, 16.0), NODES)
+    curve = dfa.faithfulness_curve(any_model, pairs, positive, protocol="mib")
+    assert curve.n_nodes == 16
+    assert curve.sizes.tolist() == [0, 0, 0, 0, 0, 0, 1, 3, 8, 16]
+    assert curve.faithfulness.tolist() == [0] * 9 + [1]
+    assert curve.cpr == pytest.approx(0.25)
+    assert curve.cmd == pytest.approx(0.749)
+    # the same ranking, scores shifted: the embedding comes first
+    negative = dfa.NodeScores(torch.arange(1.0, 16.0) - 100, NODES)
+    assert dfa.faithfulness_curve(any_model, pairs, negative, protocol="mib").faithfulness[7] != 0
+
+
+def made(per_example, clean, corrupt, sizes, n_nodes):
+    per_example = np.asarray(per_example, dtype=float)
+    return FaithfulnessCurve(
+        fractions=np.asarray(sizes) / n_nodes,
+        sizes=np.asarray(sizes),
+        per_example=per_example,
+        clean_values=np.asarray(clean, dtype=float),
+        corrupt_values=np.asarray(corrupt, dtype=float),
+        kl=np.zeros(len(sizes)),
+        protocol="nodes",
+        rank="signed",
+        n_nodes=n_nodes,
+    )
+
+
+def test_areas_in_closed_form():
+    line = made([[0.0, 0], [1, 1], [2, 2]], [2, 2], [0, 0], [0, 1, 2], 2)
+    assert line.faithfulness.tolist() == [0, 0.5, 1]
+    assert line.cpr == pytest.approx(0.5)
+    assert line.cmd == pytest.approx(0.5)
+    assert line.floor == pytest.approx(0.25)  # 0 at 0 and one half, 1 at the end
+    assert line.at(1) == 0.5
+    above = made([[0.0], [4], [2]], [2], [0], [0, 1, 2], 2)  # a circuit that does better than the model
+    assert above.faithfulness.tolist() == [0, 2, 1]
+    assert above.cpr == pytest.approx(1.25)
+    assert above.cmd == pytest.approx(0.75)
+
+
+def test_the_ratio_of_means_not_the_mean_of_ratios():
+    curve = made([[1.0, 1.0]], [1.0, 3.0], [0.0, 0.0], [0], 1)
+    assert curve.faithfulness[0] == pytest.approx(0.5)  # the mean of 1 and 1/3 would be 2/3
+
+
+def test_interval_is_that_of_a_plain_bootstrap():
+    rng = np.random.default_rng(0)
+    n = 40
+    curve = made(rng.normal(1, 1, (5, n)), rng.normal(3, 1, n), rng.normal(-1, 1, n), [0, 1, 2, 3, 4], 4)
+    draws = []
+    for _ in range(4000):
+        i = rng.integers(n, size=n)
+        c, k = curve.clean_values[i].mean(), curve.corrupt_values[i].mean()
+        draws.append(area(curve.fractions, (curve.per_example[:, i].mean(1) - k) / (c - k)))
+    interval = curve.cpr_interval()
+    assert interval.low == pytest.approx(np.quantile(draws, 0.025), abs=0.01)
+    assert interval.high == pytest.approx(np.quantile(draws, 0.975), abs=0.01)
+    assert interval.low < curve.cpr < interval.high
+    assert curve.cpr_interval() == interval  # seeded
+    narrow = curve.cpr_interval(confidence=0.5)
+    assert narrow.high - narrow.low < interval.high - interval.low
+    assert np.isnan(made([[1.0]], [1.0], [0.0], [0], 1).cpr_interval().low)
+    assert curve.cmd_interval().low < curve.cmd < curve.cmd_interval().high
+
+
+@pytest.mark.parametrize("n", [1, 5, 54, 110, 700, 1056])
+def test_default_sizes(n):
+    sizes = default_sizes(n)
+    assert sizes[0] == 0 and sizes[-1] == n
+    assert sizes == sorted(set(sizes))
+    assert len(sizes) <= 60
+
+
+def test_bad_input(any_model, pairs, scores):
+    curve = unchecked(dfa.faithfulness_curve)
+    with pytest.raises(FaithfulnessError, match="Unknown protocol 'node'.*Did you mean 'nodes'"):
+        curve(any_model, pairs, scores, protocol="node")
+    for sizes in ([3], [5, 2], [0, 16], [-1, 3], [2, 2]):
+        with pytest.raises(FaithfulnessError, match="Sizes must be"):
+            dfa.faithfulness_curve(any_model, pairs, scores, sizes=sizes)
+    with pytest.raises(FaithfulnessError, match="not both"):
+        dfa.faithfulness_curve(any_model, pairs, scores, sizes=[0, 1], fractions=[0, 1])
+    with pytest.raises(FaithfulnessError, match=r"same mean metric \(1 and 1\)"):
+        dfa.faithfulness_curve(any_model, pairs, scores, metric=lambda logits, batch: torch.ones(len(batch)))
+    with pytest.raises(FaithfulnessError, match="mib protocol ranks the 16 nodes"):
+        dfa.faithfulness_curve(any_model, pairs, dfa.controls.uniform(NODES["m*"]), protocol="mib")
+    with pytest.raises(DfaError, match="confidence must be between 0 and 1"):
+        statistics.bootstrap(np.zeros(3), np.mean, confidence=2)
+
+
+def test_correlation_and_paired_test(scores):
+    from scipy import stats
+
+    other = dfa.controls.random_scores(NODES, seed=5)
+    found = statistics.correlation(scores, other)
+    assert found.pearson == pytest.approx(np.corrcoef(scores.values, other.values)[0, 1], rel=1e-5)
+    assert found.spearman == pytest.approx(stats.spearmanr(scores.values, other.values).statistic)
+    assert found.sign_agreement == np.mean(np.sign(scores.values.numpy()) == np.sign(other.values.numpy()))
+    with pytest.raises(ScoreError, match="constant"):
+        statistics.correlation(scores, dfa.controls.uniform(NODES))
+    a = [1.0, 2, 3, 4, 5, 6]
+    assert statistics.paired_test(a, [x - 1 for x in a]) == pytest.approx(2 / 2**6)
+    with pytest.raises(DfaError, match="two equally long lists"):
+        statistics.paired_test([1.0], [2.0])
+
+
+def test_random_pairs_helper_is_ragged():
+    assert len(set(random_pairs(12, ragged=True).lengths.tolist())) > 1

@@ -1,0 +1,141 @@
+"""What a user meets first: the import, the README, the quick start, the command line."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import dfa_lens as dfa
+
+ROOT = Path(__file__).parents[1]
+
+
+def python(code):
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+
+
+def test_importing_imports_no_model_code():
+    loaded = python("import sys, dfa_lens; print(*sorted(sys.modules))").split()
+    for package in ("torch", "transformer_lens", "transformers", "plotly", "datasets", "pandas", "scipy"):
+        assert package not in loaded
+
+
+def test_public_names_exist():
+    for name in dfa.__all__:
+        assert getattr(dfa, name) is not None
+    assert set(dfa._HOME) == set(dfa.__all__) - {"__version__"}
+    with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
+        dfa.nothing  # noqa: B018
+
+
+def test_no_module_prints():
+    for path in (ROOT / "dfa_lens").rglob("*.py"):
+        if path.name not in ("train.py",):
+            assert not re.search(r"^\s*print\(", path.read_text(), re.M), path
+
+
+def quick_start():
+    return re.search(r"## Quick start\n.*?```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S).group(1)
+
+
+def test_the_quick_start_runs_as_printed(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    scope = {}
+    exec(compile(quick_start(), "README.md", "exec"), scope)
+    assert "plotly" in (tmp_path / "ioi.html").read_text()
+    assert scope["curve"].cpr > 0.3
+    assert scope["alignment"].W.shape == (54, 110)
+
+
+def run_cli(*arguments, cwd):
+    done = subprocess.run(
+        [sys.executable, "-m", "dfa_lens.cli", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        check=False,
+    )
+    return done.returncode, done.stdout, done.stderr
+
+
+def test_the_command_line_chain(tmp_path):
+    """attribute → fit → transfer → evaluate → report, as the --help examples have it."""
+    for arguments in (
+        "attribute --model llama3-tiny-source --task ioi --out ioi-source.safetensors -n 8",
+        "fit --target llama3-tiny-target --scores ioi=ioi-source.safetensors --out w.safetensors --steps 3 -n 8",
+        "transfer --alignment w.safetensors --scores ioi-source.safetensors --out ioi-target.safetensors",
+        "evaluate --model llama3-tiny-target --scores ioi-target.safetensors --task ioi -n 4 --out curve.csv",
+        "report --source ioi-source.safetensors --target ioi-target.safetensors --alignment w.safetensors --out ioi.html",
+    ):
+        code, out, err = run_cli(*arguments.split(), cwd=tmp_path)
+        assert code == 0, err
+        assert out
+    assert (tmp_path / "ioi.html").stat().st_size > 1_000_000
+    assert (tmp_path / "curve.csv").read_text().startswith("fraction,size,faithfulness,kl")
+
+
+def test_command_line_errors_are_one_line(tmp_path):
+    code, _, err = run_cli("attribute", "--model", "llama3-tiny-source", "--task", "oio", "--out", "x", cwd=tmp_path)
+    assert code == 2
+    assert err.strip().splitlines()[-1].startswith("dfa-lens: Unknown task 'oio'")
+    assert "Traceback" not in err
+
+
+def test_every_command_shows_an_example(tmp_path):
+    for command in ("demo", "attribute", "fit", "transfer", "evaluate", "report"):
+        code, out, _ = run_cli(command, "--help", cwd=tmp_path)
+        assert code == 0
+        assert f"Example: dfa-lens {command} " in " ".join(out.split())
+
+
+def test_the_demo_and_its_report(tmp_path):
+    from dfa_lens import demo
+    from dfa_lens.errors import DfaError
+    from dfa_lens.plots import report
+    from dfa_lens.results import Results
+
+    size = demo.Size(train=8, test=4, steps=2, curve_points=3, batch_size=8)
+    results = demo.run(families=["llama3"], only=["addition"], size=size)
+    again = demo.run(families=["llama3"], only=["addition"], size=size)
+    table = results.table()
+    assert table["setting"].tolist() == ["gold", "in-distribution", "zero-shot", "random W"]
+    assert table["cpr"].tolist() == again.table()["cpr"].tolist()
+    assert list(results.summary().columns) == ["gold", "in-distribution", "zero-shot", "random W", "floor"]
+    page = report(results, tmp_path / "out").read_text()
+    assert page.count("<script src=") == 0  # nothing is fetched
+    assert "llama3: addition" in page
+    assert (tmp_path / "out" / "index.html").stat().st_size < 8_000_000
+    with pytest.raises(DfaError, match="no results"):
+        report(Results(), tmp_path)
+    with pytest.raises(DfaError, match="Unknown family 'lama'"):
+        demo.run(families=["lama"])
+    with pytest.raises(DfaError, match="Unknown task 'add'"):
+        demo.run(only=["add"])
+
+
+def test_labels_in_the_report_are_escaped(tmp_path):
+    from dataclasses import replace
+
+    from dfa_lens import demo
+    from dfa_lens.plots import report
+    from dfa_lens.results import Results
+
+    size = demo.Size(train=8, test=4, steps=2, curve_points=3, batch_size=8)
+    result = demo.run(families=["llama3"], only=["addition"], size=size).tasks[0]
+    bad = replace(result, task="<script>alert(1)</script>", curves={"gold": result.curves["gold"]}, alignments={})
+    page = report(Results([bad]), tmp_path / "bad.html").read_text()
+    assert "<script>alert(1)" not in page
+    assert "&lt;script&gt;alert(1)" in page
+
+
+def test_the_project_speaks_of_itself_alone():
+    pattern = re.compile(r"/(work|root|home)/[a-z.]")
+    for path in ROOT.rglob("*"):
+        if (
+            path.suffix in (".py", ".md", ".toml", ".txt", ".yaml")
+            and ".venv" not in path.parts
+            and path != Path(__file__)
+        ):
+            assert not pattern.search(path.read_text()), path
