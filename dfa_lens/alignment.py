@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import pickle
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -203,6 +205,43 @@ class Alignment:
         except KeyError as error:
             raise FileError(f"{path} lacks {error}: it was not written by this version's Alignment.save.") from error
 
+    @classmethod
+    def from_released(cls, path: str | Path) -> Alignment:
+        """Read an alignment that the authors' released code saved.
+
+        Such a file is a ``.pt`` dict with W, small_nodes, large_nodes and meta. It is read with ``weights_only=True``,
+        so that it can't run code. The released code multiplies raw scores:
+        ``scaling`` is "raw".
+
+        Raises
+        ------
+        FileError
+            If the file is missing, not such a dict, or names nodes that are not heads, MLP blocks or the input.
+        """
+        if not Path(path).is_file():
+            raise FileError(f"There is no file {path}.")
+        try:
+            data = torch.load(path, map_location="cpu", weights_only=True)
+        except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
+            raise FileError(f"{path} is not a file of plain tensors that torch can read safely: {error}") from error
+        missing = [key for key in ("W", "small_nodes", "large_nodes") if not isinstance(data, dict) or key not in data]
+        if missing:
+            raise FileError(f"{path} has no {missing[0]!r}: it is not an alignment saved by the released code.")
+        source, target = (_named_nodes(data[key], path) for key in ("small_nodes", "large_nodes"))
+        return cls.of(data["W"], source, target, scaling="raw", meta=dict(data.get("meta") or {}))
+
     def __repr__(self) -> str:
         sizes = " → ".join(str(len(nodes)) for nodes in (self.source, *(stage.target for stage in self.stages)))
         return f"Alignment({sizes} nodes)"
+
+
+def _named_nodes(names: Sequence[str], path: str | Path) -> NodeSet:
+    """The node set whose names these are, in their order."""
+    layers = heads = 0
+    for name in names:
+        found = re.fullmatch(r"a(\d+)\.h(\d+)|m(\d+)|input", str(name))
+        if found is None:
+            raise FileError(f"{path} names a node {name!r}; names like 'a0.h1', 'm0' and 'input' are known.")
+        layers = max(layers, 1 + int(found[1] or found[3] or 0))
+        heads = max(heads, 1 + int(found[2] or 0))
+    return NodeSet.for_sizes(layers, heads, with_input=True)[[str(name) for name in names]]

@@ -134,7 +134,7 @@ class FaithfulnessCurve:
         low, high = np.quantile(f, [tail, 1 - tail], axis=1)
         return low, high
 
-    def _resampled(self, index: Int[np.ndarray, "*resample example"]) -> Float[np.ndarray, "size *resample"]:
+    def _resampled(self, index: Int[np.ndarray, "*resample example"]) -> Float[np.ndarray, "size ..."]:
         """f for resampled examples: [size, ...], one for each row of ``index``."""
         return self._f(
             self.per_example[:, index].mean(-1), self.clean_values[index].mean(-1), self.corrupt_values[index].mean(-1)

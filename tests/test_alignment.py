@@ -118,3 +118,27 @@ def test_regression_is_least_squares():
     np.testing.assert_allclose(dfa.controls.regression(scores, gold, ridge=ridge).W, expected, atol=1e-5)
     with pytest.raises(AlignmentError, match="same tasks"):
         dfa.controls.regression(scores, {})
+
+
+def test_released_alignments(tmp_path):
+    names = ["a0.h0", "a0.h1", "m0"], ["a0.h0", "m0", "a1.h0", "m1"]
+    W = torch.randn(3, 4)
+    path = tmp_path / "alignment.pt"
+    torch.save({"W": W, "small_nodes": names[0], "large_nodes": names[1], "meta": {"task": "ioi"}}, path)
+    loaded = dfa.Alignment.from_released(path)
+    assert (list(loaded.source.names), list(loaded.target.names)) == names
+    assert loaded.source == dfa.NodeSet.for_sizes(1, 2)
+    assert loaded.target == dfa.NodeSet.for_sizes(2, 1)
+    s = torch.randn(3)
+    torch.testing.assert_close(loaded.transfer(dfa.NodeScores(s, loaded.source)).values, s @ W)
+    torch.save({"W": W, "small_nodes": ["x"], "large_nodes": names[1]}, path)
+    with pytest.raises(FileError, match="names a node 'x'"):
+        dfa.Alignment.from_released(path)
+    torch.save({"weights": W}, path)
+    with pytest.raises(FileError, match="has no 'W'"):
+        dfa.Alignment.from_released(path)
+    torch.save(dfa.NodeSet.for_sizes(1, 1), path)  # a pickled object: refused, not run
+    with pytest.raises(FileError, match="read safely"):
+        dfa.Alignment.from_released(path)
+    with pytest.raises(FileError, match="no file"):
+        dfa.Alignment.from_released(tmp_path / "none.pt")

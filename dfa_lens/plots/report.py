@@ -29,7 +29,7 @@ th, td {{ padding: .3rem .75rem; text-align: right; border-bottom: 1px solid #e5
 th:first-child, td:first-child, th:nth-child(2), td:nth-child(2) {{ text-align: left; }}
 tr.mean td {{ font-weight: 600; border-bottom: 2px solid #bbb; }} small, .small {{ color: #555; font-size: .85rem; }}
 .ci {{ color: #666; font-size: .8rem; }}
-figure {{ margin: 0 0 1rem; }}
+figure {{ margin: 0 0 1rem; overflow-x: auto; }} figure > div {{ min-width: 620px; }}
 @media print {{ nav {{ display: none; }} h3 {{ break-before: page; }} }}
 """
 

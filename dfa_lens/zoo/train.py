@@ -166,9 +166,9 @@ two worked examples), clean and corrupt prompts, each with its own answer; and {
 single facts of the tasks' world.
 
 **Training.** {recipe.steps or which.steps:,} AdamW steps of {recipe.batch_size} prompts, peak learning rate
-{recipe.learning_rate}, {recipe.warmup_steps} warm-up steps, cosine decay, weight decay {recipe.weight_decay}, seed {which.seed}; loss: the
-answer's cross-entropy + {recipe.language_modelling_weight} × that of the other tokens. Made with
-`python -m dfa_lens.zoo.train {which.name}`.
+{recipe.learning_rate}, {recipe.warmup_steps} warm-up steps, cosine decay, weight decay {recipe.weight_decay}, seed
+{which.seed}; loss: the answer's cross-entropy + {recipe.language_modelling_weight} × that of the other tokens. Made
+with `python -m dfa_lens.zoo.train {which.name}`.
 
 **Accuracy** (%, top prediction, 400 held-out test prompts a task; no operand pair of the test split was trained on):
 
