@@ -21,7 +21,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from dfa_lens import hooks, metrics
-from dfa_lens.errors import FaithfulnessError, unknown
+from dfa_lens.errors import FaithfulnessError, ScoreError, unknown
 from dfa_lens.hooks import Activations, HookedModel
 from dfa_lens.nodes import NodeSet
 from dfa_lens.prompts import PromptPairs
@@ -239,6 +239,7 @@ def faithfulness_curve(
         raise FaithfulnessError("Give sizes or fractions, not both.")
     pairs.check_vocabulary(int(model.cfg.d_vocab))
     ranked = _with_input(scores, model) if protocol == "mib" else _without_input(scores)
+    _check_model(scores, model)
     n = len(ranked)
     order = ranked.order(rank)
     grid, ks = _grid(n, protocol, sizes, fractions)
@@ -271,6 +272,24 @@ def faithfulness_curve(
         rank=rank,
         n_nodes=n,
     )
+
+
+def _check_model(scores: NodeScores, model: HookedModel) -> None:
+    """Refuse the scores of a smaller model with equally many heads, whose nodes all exist here, too.
+
+    Any other foreign node set is found out when its hook points are looked up or cut. A subset of this model's own
+    nodes is welcome.
+    """
+    own = NodeSet.heads_and_mlps(model, with_input=True)
+    theirs = scores.meta.get("target", scores.meta.get("model", ""))
+    ours = str(getattr(model.cfg, "model_name", ""))
+    layers = scores.nodes.n_layers
+    whole = [node for node in own if node.layer < layers]
+    if theirs and theirs != ours and layers < own.n_layers and list(scores.nodes) in (whole, whole[1:]):
+        raise ScoreError(
+            f"The scores cover the first {layers} of this model's {own.n_layers} layers and come from {theirs!r}, not "
+            f"from {ours!r}: they belong to another model."
+        )
 
 
 def _without_input(scores: NodeScores) -> NodeScores:

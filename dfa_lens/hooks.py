@@ -15,6 +15,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any, Literal, Protocol, get_args, runtime_checkable
 from weakref import WeakKeyDictionary
 
+import einops
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -213,10 +214,9 @@ def run(
     hooks = list(hooks)
     if positions == "answer":
         # The final norm and the unembedding work position by position, so all others can be dropped before them.
-        last = (lengths.to(device) - 1)[:, None, None]
-
         def keep_last(residual: Tensor) -> Tensor:
-            index = last.to(residual.device).expand(-1, 1, residual.shape[-1])
+            last = lengths.to(residual.device) - 1
+            index = einops.repeat(last, "batch -> batch 1 d_model", d_model=residual.shape[-1])
             return residual.gather(1, index)
 
         hooks.append((f"blocks.{int(model.cfg.n_layers) - 1}.hook_resid_post", keep_last))

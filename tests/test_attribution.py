@@ -167,9 +167,10 @@ def test_determinism(any_model, pairs):
     assert torch.equal(first, second)
 
 
-def test_half_precision_accumulates_in_float32(pairs):
-    """Doubling the examples must not change the mean, as it does when sums run in bfloat16."""
-    model = random_model().to(torch.bfloat16)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_accumulates_in_float32(pairs, dtype):
+    """Sixty-four times the same examples must not change the mean, as they do when sums run in half precision."""
+    model = random_model().to(dtype)
     many = dfa.PromptPairs.concat([pairs] * 64)
     few = dfa.attribute(model, pairs, method="nap", batch_size=6).values
     torch.testing.assert_close(dfa.attribute(model, many, method="nap", batch_size=6).values, few, atol=1e-6, rtol=1e-5)

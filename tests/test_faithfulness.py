@@ -150,6 +150,16 @@ def test_bad_input(any_model, pairs, scores):
         statistics.bootstrap(np.zeros(3), np.mean, confidence=2)
 
 
+def test_scores_of_another_model(any_model, pairs):
+    smaller = dfa.NodeScores(torch.randn(10), dfa.NodeSet.for_sizes(2, 4), {"model": "another"})
+    with pytest.raises(ScoreError, match="first 2 of this model's 3 layers and come from 'another'"):
+        dfa.faithfulness_curve(any_model, pairs, smaller)
+    own = dfa.NodeScores(smaller.values, smaller.nodes)  # a subset of the model's own nodes
+    assert dfa.faithfulness_curve(any_model, pairs, own).n_nodes == 10
+    with pytest.raises(DfaError, match="made for another model"):
+        dfa.faithfulness_curve(any_model, pairs, dfa.controls.uniform(dfa.NodeSet.for_sizes(3, 5)))
+
+
 def test_correlation_and_paired_test(scores):
     from scipy import stats
 

@@ -1,0 +1,94 @@
+"""How closely dfa_lens agrees with the reference numbers: the largest relative deviation of each quantity.
+
+    python tests/benchmarks/reference.py
+
+Relative to the largest absolute value of the quantity; losses and W as absolute deviations. What must hold is in
+tests/test_reference.py; this prints by how much it holds.
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from pathlib import Path
+
+import pandas as pd
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from test_reference import KINDS, NAMES, setting
+
+import dfa_lens as dfa
+from dfa_lens.faithfulness import MIB_FRACTIONS
+
+SCORES = {
+    "eap.fixed": {"method": "nap"},
+    "eap.released": {"method": "nap", "mlp_gradient": "input"},
+    "eap_ig_inputs.fixed": {"method": "nap-ig-inputs"},
+    "eap_ig_inputs.released": {"method": "nap-ig-inputs", "mlp_gradient": "input"},
+    "eap_ig_activations.per_site": {"method": "nap-ig-activations"},
+    "eap_ig_activations.fixed": {"method": "nap-ig-activations", "accumulate": "all"},
+    "eap_ig_activations.released": {"method": "nap-ig-activations", "accumulate": "all", "mlp_gradient": "input"},
+    "exact": {"method": "exact"},
+}
+
+
+def deviation(found: torch.Tensor, expected: torch.Tensor, *, relative: bool = True) -> float:
+    gap = (found.double() - expected.double()).abs().max()
+    return float(gap / expected.double().abs().max()) if relative else float(gap)
+
+
+def main() -> None:
+    warnings.simplefilter("ignore", dfa.IntegrationWarning)
+    table: dict[str, dict[str, float]] = {}
+    for name in NAMES:
+        for kind in KINDS:
+            model, pairs, nodes, prompts, tensors = setting(name, kind)
+            column: dict[str, float] = {}
+            for key, options in SCORES.items():
+                found = dfa.attribute(model, pairs, nodes=nodes, **options)
+                column[key] = deviation(found.values, tensors[key])
+            for ranking, values in (
+                ("eap_ig_inputs", tensors["eap_ig_inputs.released"]),
+                ("random", tensors["random_scores"]),
+            ):
+                scores = dfa.NodeScores(values, nodes)
+                for label, options in (
+                    ("released", {"protocol": "mib"}),
+                    ("input_kept", {"fractions": MIB_FRACTIONS}),
+                ):
+                    curve = dfa.faithfulness_curve(model, pairs, scores, **options)
+                    expected = prompts[f"eval.{ranking}.{label}"]
+                    column[f"CPR, {label}, {ranking}"] = abs(curve.cpr - expected["cpr"])
+                    column[f"CMD, {label}, {ranking}"] = abs(curve.cmd - expected["cmd"])
+            for heads in ("gated", "noop_heads"):
+                source = dfa.NodeScores(tensors["dfa.s"], dfa.NodeSet.for_sizes(2, 3))
+                trained = dfa.fit(
+                    model,
+                    {"task": source},
+                    {"task": pairs},
+                    intervention="restore",
+                    positions="all-padded",
+                    scaling="raw",
+                    sparsity=0.1,
+                    lr=0.1,
+                    steps=5,
+                    batch_size=3,
+                    shuffle=False,
+                    gate_heads=heads == "gated",
+                    initial=tensors["dfa.W0"],
+                )
+                losses = torch.tensor([[r["loss"], r["kl"], r["sparsity"]] for r in trained.history])
+                column[f"dfa.{heads}.losses (absolute)"] = deviation(
+                    losses, tensors[f"dfa.{heads}.losses"], relative=False
+                )
+                column[f"dfa.{heads}.W_final (absolute)"] = deviation(
+                    trained.W, tensors[f"dfa.{heads}.W_final"], relative=False
+                )
+            table[f"{name} {kind}"] = column
+    print(pd.DataFrame(table).map("{:.1e}".format).to_string())
+
+
+if __name__ == "__main__":
+    main()
