@@ -97,9 +97,9 @@ def curves(
             {
                 "type": "buttons",
                 "direction": "right",
-                "x": 1.0,
+                "x": 0.0,
                 "y": 1.02,
-                "xanchor": "right",
+                "xanchor": "left",
                 "yanchor": "bottom",
                 "pad": {"b": 2},
                 "font": {"size": 11},

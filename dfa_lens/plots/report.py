@@ -77,7 +77,7 @@ def report(results: Results, path: str | Path) -> Path:
 <script>{get_plotlyjs()}</script></head><body>
 <h1>Circuit transfer from source to target</h1>
 <p>{_words(results)}</p>
-<nav><a href="#table">table</a>{"".join(links)}<a href="#about">about</a></nav>
+<nav><a href="#table">table</a> {" ".join(links)} <a href="#about">about</a></nav>
 <h2 id="table">CPR by task</h2>
 <div class="scroll">{_table(results)}</div>
 <p class="small">CPR: area under the faithfulness curve over the fraction of nodes kept (higher is better), with 95 %
