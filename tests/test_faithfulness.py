@@ -141,13 +141,13 @@ def test_bad_input(any_model, pairs, scores):
         with pytest.raises(FaithfulnessError, match="Sizes must be"):
             dfa.faithfulness_curve(any_model, pairs, scores, sizes=sizes)
     with pytest.raises(FaithfulnessError, match="not both"):
-        dfa.faithfulness_curve(any_model, pairs, scores, sizes=[0, 1], fractions=[0, 1])
+        dfa.faithfulness_curve(any_model, pairs, scores, sizes=[0, 1], fractions=[0.0, 1.0])
     with pytest.raises(FaithfulnessError, match=r"same mean metric \(1 and 1\)"):
         dfa.faithfulness_curve(any_model, pairs, scores, metric=lambda logits, batch: torch.ones(len(batch)))
     with pytest.raises(FaithfulnessError, match="mib protocol ranks the 16 nodes"):
         dfa.faithfulness_curve(any_model, pairs, dfa.controls.uniform(NODES["m*"]), protocol="mib")
     with pytest.raises(DfaError, match="confidence must be between 0 and 1"):
-        statistics.bootstrap(np.zeros(3), np.mean, confidence=2)
+        statistics.bootstrap(np.zeros(3), np.mean, confidence=2.0)
 
 
 def test_scores_of_another_model(any_model, pairs):
@@ -170,7 +170,7 @@ def test_correlation_and_paired_test(scores):
     assert found.sign_agreement == np.mean(np.sign(scores.values.numpy()) == np.sign(other.values.numpy()))
     with pytest.raises(ScoreError, match="constant"):
         statistics.correlation(scores, dfa.controls.uniform(NODES))
-    a = [1.0, 2, 3, 4, 5, 6]
+    a = [1.0, 2.0, 3.0, 4.0, 5.0, 6.0]
     assert statistics.paired_test(a, [x - 1 for x in a]) == pytest.approx(2 / 2**6)
     with pytest.raises(DfaError, match="two equally long lists"):
         statistics.paired_test([1.0], [2.0])

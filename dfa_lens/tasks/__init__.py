@@ -91,7 +91,7 @@ def load(
     >>> import dfa_lens as dfa
     >>> tokenizer = dfa.zoo.load("llama3-tiny-source").tokenizer
     >>> dfa.tasks.load("ioi", tokenizer, split="test", n=4)
-    PromptPairs(4 pairs, 14 to 20 tokens)
+    PromptPairs(4 pairs, 15 to 17 tokens)
     """
     if collection != "offline":
         raise unknown("collection", collection, ("offline",), TaskError)
