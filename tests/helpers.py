@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 
 import dfa_lens as dfa
@@ -67,6 +68,13 @@ def random_pairs(n: int = 6, width: int = 10, *, seed: int = 0, vocabulary: int 
     return dfa.PromptPairs(
         clean=clean, corrupt=corrupt, answer=answer, wrong=answer % (vocabulary - 1) + 1, lengths=lengths
     )
+
+
+def float64_model(**options: Any) -> Any:
+    """A random model that really computes in float64, for finite differences."""
+    if "hooked" not in BACKENDS:
+        pytest.skip("a bridge runs Hugging Face's norms, which compute in float32 whatever the weights are")
+    return random_model("hooked", **options).to(torch.float64)
 
 
 def state_of(model: Any) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import random_model, random_pairs, unchecked
+from helpers import float64_model, random_model, random_pairs, unchecked
 
 import dfa_lens as dfa
 from dfa_lens import hooks
@@ -41,7 +41,7 @@ def blended(model, pairs, nodes, j, amount, clean, corrupt):
 
 @pytest.fixture(scope="module")
 def double():
-    return random_model(seed=4).to(torch.float64)
+    return float64_model(seed=4)
 
 
 @pytest.mark.parametrize("padded", [False, True])

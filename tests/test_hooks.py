@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import random_model, random_pairs, unchecked
+from helpers import float64_model, random_model, random_pairs, unchecked
 
 import dfa_lens as dfa
 from dfa_lens import hooks
@@ -132,7 +132,7 @@ def test_soft_gate_is_its_equation_at_one_node(any_model, pairs):
 
 @pytest.mark.parametrize("intervention", ["circuit", "restore", "interpolate"])
 def test_soft_gate_gradient_is_that_of_finite_differences(intervention, pairs):
-    model = random_model().to(torch.float64)
+    model = float64_model()
     nodes = dfa.NodeSet.heads_and_mlps(model)
     clean, corrupt, _, _ = clean_and_corrupt(model, pairs, nodes)
     tokens = pairs.corrupt if intervention == "restore" else pairs.clean
