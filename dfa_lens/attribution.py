@@ -73,9 +73,9 @@ def attribute(
     pairs:
         Clean and corrupt prompts with their answers.
     method:
-        One of :data:`Method`. The default costs ``1 + 2·steps`` forward passes a batch and gets the size of
-        large effects much better than ``nap`` (3 passes); docs/accuracy.md has the figures. ``nap-ig-activations`` and ``exact`` cost passes in proportion to the
-        number of layers and of nodes.
+        One of :data:`Method`. The default costs ``1 + 2·steps`` forward passes a batch and gets the size of large
+        effects much better than ``nap`` (3 passes); docs/accuracy.md has the figures. ``nap-ig-activations`` and
+        ``exact`` cost passes in proportion to the number of layers and of nodes.
     steps:
         Integration steps of the two ``nap-ig`` methods, at least 1; 5 as in the paper. "auto" doubles them from 5 on
         until no score moves by more than ``tolerance`` of the largest one.
