@@ -101,7 +101,7 @@ def test_scores(name, kind, key, options):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("ranking", ["eap_ig_inputs", "random"])
 def test_mib_protocol(name, kind, ranking):
-    """Faithfulness, CPR and CMD as the released evaluation gives them: `input` ranked, ten fractions, absolute..."""
+    """Faithfulness, CPR and CMD as the released evaluation gives them: `input` ranked, ten fractions, signed scores."""
     model, pairs, nodes, prompts, tensors = setting(name, kind)
     values = tensors["eap_ig_inputs.released" if ranking == "eap_ig_inputs" else "random_scores"]
     expected = prompts[f"eval.{ranking}.released"]
