@@ -21,6 +21,28 @@ FOLDER = Path(__file__).parent / "reference"
 NAMES = ("llama_a", "qwen_a")
 KINDS = ("equal", "padded")
 
+#: name of the reference scores → how attribute gives them
+SCORES = {
+    "eap.fixed": {"method": "nap"},
+    "eap.released": {"method": "nap", "mlp_gradient": "input"},
+    "eap_ig_inputs.fixed": {"method": "nap-ig-inputs"},
+    "eap_ig_inputs.released": {"method": "nap-ig-inputs", "mlp_gradient": "input"},
+    "eap_ig_activations.per_site": {"method": "nap-ig-activations"},
+    "eap_ig_activations.fixed": {"method": "nap-ig-activations", "accumulate": "all"},
+    "eap_ig_activations.released": {"method": "nap-ig-activations", "accumulate": "all", "mlp_gradient": "input"},
+    "exact": {"method": "exact"},
+}
+#: how fit trains as released
+RELEASED_TRAINING = {
+    "intervention": "restore",
+    "positions": "all-padded",
+    "scaling": "raw",
+    "sparsity": 0.1,
+    "lr": 0.1,
+    "batch_size": 3,
+    "shuffle": False,
+}
+
 pytestmark = pytest.mark.skipif(
     transformer_lens_major() >= 4, reason="the reference weights are those of a HookedTransformer"
 )
@@ -78,19 +100,7 @@ def close(found, expected):
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(
-    ("key", "options"),
-    [
-        ("eap.fixed", {"method": "nap"}),
-        ("eap.released", {"method": "nap", "mlp_gradient": "input"}),
-        ("eap_ig_inputs.fixed", {"method": "nap-ig-inputs"}),
-        ("eap_ig_inputs.released", {"method": "nap-ig-inputs", "mlp_gradient": "input"}),
-        ("eap_ig_activations.per_site", {"method": "nap-ig-activations"}),
-        ("eap_ig_activations.fixed", {"method": "nap-ig-activations", "accumulate": "all"}),
-        ("eap_ig_activations.released", {"method": "nap-ig-activations", "accumulate": "all", "mlp_gradient": "input"}),
-        ("exact", {"method": "exact"}),
-    ],
-)
+@pytest.mark.parametrize(("key", "options"), SCORES.items())
 def test_scores(name, kind, key, options):
     model, pairs, nodes, _, tensors = setting(name, kind)
     scores = dfa.attribute(model, pairs, nodes=nodes, steps=5, batch_size=4, **options)
@@ -141,17 +151,7 @@ def test_released_training(name, kind, heads):
     tensors = {key.removeprefix("dfa."): value for key, value in tensors.items()}
     W0, s, expected = tensors["W0"], tensors["s"], {k: tensors[f"{heads}.{k}"] for k in ("losses", "masks", "W_final")}
     source_nodes = dfa.NodeSet.for_sizes(2, 3)
-    options = {
-        "intervention": "restore",
-        "positions": "all-padded",
-        "scaling": "raw",
-        "sparsity": 0.1,
-        "lr": 0.1,
-        "batch_size": 3,
-        "shuffle": False,
-        "gate_heads": heads == "gated",
-        "initial": W0,
-    }
+    options = RELEASED_TRAINING | {"gate_heads": heads == "gated", "initial": W0}
     source = dfa.NodeScores(s, source_nodes)
 
     def after(steps):

@@ -17,21 +17,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from test_reference import KINDS, NAMES, setting
+from test_reference import KINDS, NAMES, RELEASED_TRAINING, SCORES, setting
 
 import dfa_lens as dfa
 from dfa_lens.faithfulness import MIB_FRACTIONS
-
-SCORES = {
-    "eap.fixed": {"method": "nap"},
-    "eap.released": {"method": "nap", "mlp_gradient": "input"},
-    "eap_ig_inputs.fixed": {"method": "nap-ig-inputs"},
-    "eap_ig_inputs.released": {"method": "nap-ig-inputs", "mlp_gradient": "input"},
-    "eap_ig_activations.per_site": {"method": "nap-ig-activations"},
-    "eap_ig_activations.fixed": {"method": "nap-ig-activations", "accumulate": "all"},
-    "eap_ig_activations.released": {"method": "nap-ig-activations", "accumulate": "all", "mlp_gradient": "input"},
-    "exact": {"method": "exact"},
-}
 
 
 def deviation(found: torch.Tensor, expected: torch.Tensor, *, relative: bool = True) -> float:
@@ -68,16 +57,10 @@ def main() -> None:
                     model,
                     {"task": source},
                     {"task": pairs},
-                    intervention="restore",
-                    positions="all-padded",
-                    scaling="raw",
-                    sparsity=0.1,
-                    lr=0.1,
                     steps=5,
-                    batch_size=3,
-                    shuffle=False,
                     gate_heads=heads == "gated",
                     initial=tensors["dfa.W0"],
+                    **RELEASED_TRAINING,
                 )
                 losses = torch.tensor([[r["loss"], r["kl"], r["sparsity"]] for r in trained.history])
                 column[f"dfa.{heads}.losses (absolute)"] = deviation(
