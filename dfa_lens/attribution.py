@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, get_args
@@ -29,7 +29,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from dfa_lens import hooks, metrics
-from dfa_lens.errors import DfaError, NodeError, unknown
+from dfa_lens.errors import DfaError, unknown
 from dfa_lens.hooks import Activations, HookedModel, HookFunction
 from dfa_lens.nodes import INPUT_POINT, NodeSet, Site
 from dfa_lens.prompts import PromptPairs
@@ -239,39 +239,41 @@ class _Job:
         corrupt, corrupt_logits = self._record(batch.corrupt, batch, also=INPUT_POINT)
         corrupt_embed = corrupt[INPUT_POINT]
         deltas: Activations = {}
-        seen: dict[str, Tensor] = {}  # the clean embedding and the clean logits
-        input_score = 0.0
+        seen: dict[str, Tensor] = {}  # of the clean run: embedding, logits
+        clean_value = input_score = 0.0
+
+        def read_clean_embedding(now: Tensor) -> None:
+            seen["embed"] = now.detach().clone()
+
+        def difference(site: Site, now: Tensor) -> None:
+            # in place of the recorded activation, which nothing else needs: one cache, not two
+            deltas[site.point] = now.detach() - corrupt.pop(site.point)
 
         # The last step is the clean run, so it goes first: the differences are read off it.
         for k in range(steps, 0, -1):
             leaves: dict[str, Tensor] = {}
 
             def embed(now: Tensor, k: int = k, leaves: dict[str, Tensor] = leaves) -> Tensor:
-                clean = seen.setdefault("embed", now.detach().clone())
-                leaf = clean if k == steps else torch.lerp(corrupt_embed, clean, k / steps)
+                leaf = now if k == steps else torch.lerp(corrupt_embed, seen["embed"], k / steps)
                 leaves["embed"] = leaf.detach().clone().requires_grad_(True)
                 return leaves["embed"]
 
-            def difference(site: Site, now: Tensor) -> None:
-                hooks.check_site(site, now)
-                if site.point not in deltas:
-                    # in place of the recorded activation, which nothing else needs: one cache, not two
-                    deltas[site.point] = now.detach() - corrupt.pop(site.point)
-
             taps: list[tuple[str, HookFunction]] = [(INPUT_POINT, embed)]
-            taps += [(site.point, partial(difference, site)) for site in self.nodes.sites]
+            if k == steps:
+                taps = [(INPUT_POINT, read_clean_embedding), *taps]
+                taps += [(site.point, partial(difference, site)) for site in self.nodes.sites]
             taps += self._gradient_taps(deltas, totals)
             with torch.enable_grad():
                 logits = hooks.run(self.model, batch.clean, batch.lengths, taps)
                 clean_logits = seen.setdefault("logits", logits.detach())
-                values = self._measure(logits, batch, clean_logits)
+                values = self.metric(logits, batch, clean_logits)
                 (gradient,) = torch.autograd.grad(values.sum(), [leaves["embed"]])
-            seen.setdefault("clean", values.detach())
+            if k == steps:
+                clean_value = float(values.detach().sum(dtype=torch.float64))
             delta = seen["embed"].float() - corrupt_embed.float()
             input_score += float((delta * gradient.float()).sum(dtype=torch.float64))
         totals /= steps
-        clean_value = float(seen["clean"].sum(dtype=torch.float64))
-        corrupt_value = float(self._measure(corrupt_logits, batch, seen["logits"]).sum(dtype=torch.float64))
+        corrupt_value = self._total(corrupt_logits, batch, seen["logits"])
         sums = {"clean": clean_value, "corrupt": corrupt_value}
         if self.method == "nap-ig-inputs":
             sums |= {"expected": clean_value - corrupt_value, "explained": input_score / steps}
@@ -280,34 +282,29 @@ class _Job:
     def _gradient_taps(self, deltas: Activations, totals: Tensor) -> list[tuple[str, HookFunction]]:
         """Hooks that add Δ·gradient to ``totals`` while the gradient passes by, so that no gradient is kept."""
 
-        def tap(site: Site, now: Tensor) -> Tensor:
+        def tap(site: Site, sign: float, now: Tensor) -> Tensor:
             # A view of our own: a hook on the tensor itself could fire for the parts of several users of it.
-            now = now.view_as(now)
-            now.register_hook(lambda gradient: self._add(totals, site, deltas[site.point], gradient))
-            return now
-
-        out: list[tuple[str, HookFunction]] = []
-        for site in self.nodes.sites:
-            if self.mlp_gradient == "input" and self.nodes[site.positions[0]].kind == "mlp":
-                out += self._mlp_input_taps(site, deltas, totals)
-            else:
-                out.append((site.point, partial(tap, site)))
-        return out
-
-    def _mlp_input_taps(self, site: Site, deltas: Activations, totals: Tensor) -> list[tuple[str, HookFunction]]:
-        """The gradient at the MLP's input, needing no flag: that of the stream before it, less what skips the MLP."""
-
-        def tap(sign: float, now: Tensor) -> Tensor:
             now = now.view_as(now)
             now.register_hook(lambda gradient: self._add(totals, site, deltas[site.point], sign * gradient))
             return now
 
+        return [
+            (point, partial(tap, site, sign))
+            for site in self.nodes.sites
+            for point, sign in self._gradient_points(site)
+        ]
+
+    def _gradient_points(self, site: Site) -> list[tuple[str, float]]:
+        """Where a site's gradient is read, and with which sign it counts.
+
+        The gradient at an MLP's input needs no flag: it is that of the stream before it, less what skips the MLP.
+        """
+        if self.mlp_gradient == "output" or self.nodes[site.positions[0]].kind != "mlp":
+            return [(site.point, 1.0)]
         block = site.point.removesuffix(".hook_mlp_out")
-        if block == site.point:
-            raise NodeError(f"mlp_gradient='input' is defined for MLP blocks, not for {site.point!r}.")
         if hooks.is_bridge(self.model):
-            return [(f"{block}.ln2.hook_in", partial(tap, 1.0))]
-        return [(f"{block}.hook_resid_mid", partial(tap, 1.0)), (f"{block}.hook_resid_post", partial(tap, -1.0))]
+            return [(f"{block}.ln2.hook_in", 1.0)]
+        return [(f"{block}.hook_resid_mid", 1.0), (f"{block}.hook_resid_post", -1.0)]
 
     def _add(self, totals: Tensor, site: Site, delta: Tensor, gradient: Tensor) -> None:
         """Add Σ Δ·gradient over examples, positions and width to each node of a site.
@@ -330,21 +327,16 @@ class _Job:
         corrupt, corrupt_logits = self._record(batch.corrupt, batch)
         clean, clean_logits = self._record(batch.clean, batch)
         deltas = {point: clean[point] - corrupt[point] for point in clean}
-        clean_values = self._measure(clean_logits, batch, clean_logits)
-        clean_value = float(clean_values.sum(dtype=torch.float64))
-        corrupt_value = float(self._measure(corrupt_logits, batch, clean_logits).sum(dtype=torch.float64))
-        sums = {"clean": clean_value, "corrupt": corrupt_value, "expected": 0.0, "explained": 0.0}
-        sums |= {"gap": 0.0, "scale": 0.0}
+        clean_value = self._total(clean_logits, batch, clean_logits)
+        sums = {"clean": clean_value, "corrupt": self._total(corrupt_logits, batch, clean_logits)}
+        sums |= {"expected": 0.0, "explained": 0.0, "gap": 0.0, "scale": 0.0}
         for site in self.nodes.sites:
             before = totals.clone()
             for k in range(1, self.steps + 1):
                 self._one_path_step(batch, site, k / self.steps, corrupt, deltas, clean_logits, totals)
-            with torch.no_grad():
-                ablated = hooks.run(
-                    self.model, batch.clean, batch.lengths, [(site.point, _replace(site, corrupt[site.point]))]
-                )
-                effect = clean_value - float(self._measure(ablated, batch, clean_logits).sum(dtype=torch.float64))
             if len(site.positions) == (site.size or 1):  # the whole group is scored: its scores must add up
+                group = NodeSet(self.nodes[position] for position in site.positions)
+                effect = clean_value - self._ablated(group, batch, corrupt, clean_logits)
                 explained = float((totals - before)[list(site.positions)].sum()) / self.steps
                 sums["expected"] += effect
                 sums["explained"] += explained
@@ -371,7 +363,7 @@ class _Job:
 
         with torch.enable_grad():
             logits = hooks.run(self.model, batch.clean, batch.lengths, [(site.point, function)])
-            values = self._measure(logits, batch, clean_logits)
+            values = self.metric(logits, batch, clean_logits)
             (gradient,) = torch.autograd.grad(values.sum(), [leaves["at"]])
         self._add(totals, site, deltas[site.point], gradient)
 
@@ -399,27 +391,22 @@ class _Job:
                     logits = hooks.run(
                         self.model, batch.clean, batch.lengths, [*taps, *self._gradient_taps(deltas, totals)]
                     )
-                    values = self._measure(logits, batch, clean_logits)
+                    values = self.metric(logits, batch, clean_logits)
                     torch.autograd.grad(values.sum(), [leaves["embed"]])
-        values_of = (self._measure(logits, batch, clean_logits) for logits in (clean_logits, corrupt_logits))
-        clean_value, corrupt_value = (float(values.sum(dtype=torch.float64)) for values in values_of)
-        return _Result(totals / (len(clean) * self.steps), {"clean": clean_value, "corrupt": corrupt_value})
+        names = {"clean": clean_logits, "corrupt": corrupt_logits}
+        sums = {name: self._total(logits, batch, clean_logits) for name, logits in names.items()}
+        return _Result(totals / (len(clean) * self.steps), sums)
 
     # --- exact -----------------------------------------------------------------------------------------------
 
     def _exact(self, batch: PromptPairs) -> _Result:
-        totals = torch.zeros(len(self.nodes), dtype=torch.float64)
         corrupt, corrupt_logits = self._record(batch.corrupt, batch)
         with torch.no_grad():
             clean_logits = hooks.run(self.model, batch.clean, batch.lengths)
-            clean = self._measure(clean_logits, batch, clean_logits)
-            for site, position, slice_index in _single_nodes(self.nodes):
-                function = _replace(site, corrupt[site.point], slice_index)
-                logits = hooks.run(self.model, batch.clean, batch.lengths, [(site.point, function)])
-                effect = clean - self._measure(logits, batch, clean_logits)
-                totals[position] = effect.sum(dtype=torch.float64).cpu()
-            corrupt_value = float(self._measure(corrupt_logits, batch, clean_logits).sum(dtype=torch.float64))
-        return _Result(totals, {"clean": float(clean.sum(dtype=torch.float64)), "corrupt": corrupt_value})
+        clean = self._total(clean_logits, batch, clean_logits)
+        effects = [clean - self._ablated(NodeSet([node]), batch, corrupt, clean_logits) for node in self.nodes]
+        sums = {"clean": clean, "corrupt": self._total(corrupt_logits, batch, clean_logits)}
+        return _Result(torch.tensor(effects, dtype=torch.float64), sums)
 
     # --- shared ----------------------------------------------------------------------------------------------
 
@@ -432,31 +419,12 @@ class _Job:
             logits = hooks.run(self.model, tokens, batch.lengths, taps)
         return into, logits
 
-    def _measure(self, logits: Tensor, batch: PromptPairs, clean_logits: Tensor) -> Float[Tensor, " batch"]:
-        values = self.metric(logits, batch, clean_logits)
-        if not torch.isfinite(values).all():
-            raise DfaError(
-                f"The metric is {values[~torch.isfinite(values)][0].item()} on some example: the model's logits "
-                "overflow, or the metric does not suit them."
-            )
-        return values
+    def _total(self, logits: Tensor, batch: PromptPairs, clean_logits: Tensor) -> float:
+        """The metric summed over the batch."""
+        return float(self.metric(logits, batch, clean_logits).sum(dtype=torch.float64))
 
-
-def _replace(site: Site, other: Tensor, slice_index: int | None = None) -> HookFunction:
-    """Put another activation in place of a site's, or of one slice of it."""
-
-    def function(now: Tensor) -> Tensor:
-        hooks.check_site(site, now)
-        if slice_index is None and site.covers_all:
-            return other.to(now.device, now.dtype).expand_as(now)
-        assert site.axis is not None
-        index = torch.tensor(site.slices if slice_index is None else [slice_index], device=now.device)
-        return now.index_copy(site.axis, index, other.to(now.device, now.dtype).index_select(site.axis, index))
-
-    return function
-
-
-def _single_nodes(nodes: NodeSet) -> Iterator[tuple[Site, int, int | None]]:
-    for site in nodes.sites:
-        for i, position in enumerate(site.positions):
-            yield site, position, site.slices[i] if site.slices else None
+    def _ablated(self, nodes: NodeSet, batch: PromptPairs, corrupt: Activations, clean_logits: Tensor) -> float:
+        """The metric summed over the batch, of the clean run with ``nodes`` at their corrupt activations."""
+        gates = hooks.gate_hooks(nodes, torch.zeros(len(nodes)), corrupt=corrupt)
+        with torch.no_grad():
+            return self._total(hooks.run(self.model, batch.clean, batch.lengths, gates), batch, clean_logits)

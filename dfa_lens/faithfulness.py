@@ -97,23 +97,24 @@ class FaithfulnessCurve:
         return area(self.fractions, self.kl)
 
     @cached_property
-    def _floor(self) -> Float[np.ndarray, " size"]:
+    def floor_faithfulness(self) -> Float[np.ndarray, " size"]:
+        """f of the empty circuit on this grid: f_0 at every size but the last, which is always the whole model."""
         f = np.full(len(self.sizes), self.faithfulness[0])
         f[self.sizes == self.n_nodes] = self.faithfulness[self.sizes == self.n_nodes]
         return f
 
     @property
     def floor(self) -> float:
-        """The CPR of the empty circuit on this grid: f_0 at every size but the last, which is always the whole model.
+        """The CPR of the empty circuit on this grid, see :attr:`floor_faithfulness`.
 
         0.25 in the ``mib`` protocol, whatever the model. A CPR means something only above it.
         """
-        return area(self.fractions, self._floor)
+        return area(self.fractions, self.floor_faithfulness)
 
     @property
     def cmd_floor(self) -> float:
         """The CMD of the empty circuit on this grid (a ceiling: lower is better). 0.749 in the ``mib`` protocol."""
-        return area(self.fractions, np.abs(1 - self._floor))
+        return area(self.fractions, np.abs(1 - self.floor_faithfulness))
 
     def cpr_interval(self, confidence: float = 0.95, *, resamples: int = 2000, seed: int = 0) -> Interval:
         """Bootstrap interval of the CPR over examples, the ratio resampled as a ratio."""

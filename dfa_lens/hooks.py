@@ -94,12 +94,8 @@ def points(model: HookedModel, names: Iterable[str]) -> dict[str, Any]:
     bridge = is_bridge(model)
     for name in names:
         if name not in known:
-            raise (
-                unknown("hook point", name, sorted(known), HookError)
-                if len(known) < 40
-                else HookError(
-                    f"The model has no hook point {name!r}; see model.hook_dict for the {len(known)} that it has."
-                )
+            raise HookError(
+                f"The model has no hook point {name!r}; see model.hook_dict for the {len(known)} that it has."
             )
         flag = _FLAGS.get(name.rsplit(".", 1)[-1])
         if flag is not None and not getattr(model.cfg, flag, False):

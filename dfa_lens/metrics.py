@@ -60,24 +60,24 @@ METRICS: dict[str, Metric] = {
 
 
 def resolve(metric: str | Callable[..., Any]) -> Metric:
-    """The metric called ``metric``, or the user's own function with its result checked.
+    """The metric called ``metric``, or the user's own function; either with its result checked.
 
     A function takes (logits [batch, vocab], pairs) and returns [batch].
     """
-    if isinstance(metric, str):
-        if metric not in METRICS:
-            raise unknown("metric", metric, METRICS)
-        return METRICS[metric]
-    own = metric
+    if isinstance(metric, str) and metric not in METRICS:
+        raise unknown("metric", metric, METRICS)
 
     def checked(logits: Tensor, pairs: PromptPairs, clean_logits: Tensor | None = None) -> Tensor:
-        values = own(logits, pairs)
+        values = METRICS[metric](logits, pairs, clean_logits) if isinstance(metric, str) else metric(logits, pairs)
         if not isinstance(values, Tensor) or values.shape != (len(pairs),):
             shape = list(values.shape) if isinstance(values, Tensor) else type(values).__name__
             raise DfaError(f"The metric returned {shape}; one number per example, [{len(pairs)}], is needed.")
         if not torch.isfinite(values).all():
             bad = int((~torch.isfinite(values)).nonzero()[0])
-            raise DfaError(f"The metric returned {values[bad].item()} for example {bad} of a batch.")
+            raise DfaError(
+                f"The metric returned {values[bad].item()} for example {bad} of a batch: the model's logits overflow, "
+                "or the metric does not suit them."
+            )
         return values
 
     return checked

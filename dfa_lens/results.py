@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from dfa_lens.alignment import Alignment
@@ -35,8 +36,9 @@ class TaskResult:
     circuits: Mapping[str, NodeScores]
     curves: Mapping[str, FaithfulnessCurve]
 
+    @cached_property
     def rows(self) -> list[dict[str, Any]]:
-        """A row for every setting."""
+        """A row for every setting; made once, since every row has a bootstrap interval."""
         gold_cpr = self.curves[GOLD].cpr
         rows = []
         for setting, curve in self.curves.items():
@@ -79,7 +81,7 @@ class Results:
         (CPR over gold's CPR) and the floor."""
         import pandas as pd
 
-        return pd.DataFrame([row for result in self.tasks for row in result.rows()])
+        return pd.DataFrame([row for result in self.tasks for row in result.rows])
 
     def summary(self) -> Any:
         """CPR by family and task, a column for each setting and for the floor; a family ends with its mean."""

@@ -110,11 +110,13 @@ def fit(
         If the loss is not finite: at which step, on which tasks.
     """
     _check_numbers(sparsity, lr, steps, batch_size, temperature)
-    for name, value, valid in (("positions", positions, Positions), ("intervention", intervention, Intervention)):
+    for name, value, valid in (
+        ("positions", positions, Positions),
+        ("intervention", intervention, Intervention),
+        ("cache", cache, Cache),
+    ):
         if value not in get_args(valid):
             raise unknown(name, value, get_args(valid), AlignmentError)
-    if cache not in get_args(Cache):
-        raise unknown("cache", cache, get_args(Cache), AlignmentError)
     tasks, source = _check_tasks(scores, pairs)
     for task in tasks:
         try:

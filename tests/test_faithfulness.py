@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 import torch
-from helpers import random_pairs, unchecked
+from helpers import random_model, random_pairs, unchecked
 
 import dfa_lens as dfa
 from dfa_lens import hooks, statistics
@@ -43,7 +43,7 @@ def test_batching_changes_nothing(any_model, ragged, scores):
 
 
 def test_backends_agree(pairs, scores):
-    from helpers import BACKENDS, random_model
+    from helpers import BACKENDS
 
     if len(BACKENDS) < 2:
         pytest.skip("one backend only")
@@ -158,6 +158,17 @@ def test_scores_of_another_model(any_model, pairs):
     assert dfa.faithfulness_curve(any_model, pairs, own).n_nodes == 10
     with pytest.raises(DfaError, match="made for another model"):
         dfa.faithfulness_curve(any_model, pairs, dfa.controls.uniform(dfa.NodeSet.for_sizes(3, 5)))
+
+
+def test_a_metric_that_is_not_finite_is_an_error(pairs, scores):
+    """Also for the built-in metrics: a model whose logits overflow gives no curve of NaN."""
+    broken = random_model(seed=2)
+    with torch.no_grad():
+        for name, parameter in broken.named_parameters():
+            if "unembed" in name or "lm_head" in name:
+                parameter.fill_(float("nan"))
+    with pytest.raises(DfaError, match="returned nan for example 0 of a batch: the model's logits overflow"):
+        dfa.faithfulness_curve(broken, pairs, scores)
 
 
 def test_correlation_and_paired_test(scores):

@@ -107,6 +107,13 @@ def test_scores(name, kind, key, options):
     close(scores.values, tensors[key])
 
 
+def assert_curve(curve, expected):
+    assert curve.sizes.tolist() == expected["k"]
+    np.testing.assert_allclose(curve.faithfulness, expected["faithfulness"], atol=1e-5)
+    assert curve.cpr == pytest.approx(expected["cpr"], abs=1e-5)
+    assert curve.cmd == pytest.approx(expected["cmd"], abs=1e-5)
+
+
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("ranking", ["eap_ig_inputs", "random"])
@@ -116,10 +123,7 @@ def test_mib_protocol(name, kind, ranking):
     values = tensors["eap_ig_inputs.released" if ranking == "eap_ig_inputs" else "random_scores"]
     expected = prompts[f"eval.{ranking}.released"]
     curve = dfa.faithfulness_curve(model, pairs, dfa.NodeScores(values, nodes), protocol="mib")
-    assert curve.sizes.tolist() == expected["k"]
-    np.testing.assert_allclose(curve.faithfulness, expected["faithfulness"], atol=1e-5)
-    assert curve.cpr == pytest.approx(expected["cpr"], abs=1e-5)
-    assert curve.cmd == pytest.approx(expected["cmd"], abs=1e-5)
+    assert_curve(curve, expected)
     assert curve.clean_values.mean() == pytest.approx(expected["baseline"], rel=1e-5)
     assert curve.corrupt_values.mean() == pytest.approx(expected["corrupted"], rel=1e-5)
     assert curve.floor == pytest.approx(0.25)
@@ -135,10 +139,7 @@ def test_nodes_protocol(name, kind, ranking):
     values = tensors["eap_ig_inputs.released" if ranking == "eap_ig_inputs" else "random_scores"]
     expected = prompts[f"eval.{ranking}.input_kept"]
     curve = dfa.faithfulness_curve(model, pairs, dfa.NodeScores(values, nodes), fractions=MIB_FRACTIONS)
-    assert curve.sizes.tolist() == expected["k"]
-    np.testing.assert_allclose(curve.faithfulness, expected["faithfulness"], atol=1e-5)
-    assert curve.cpr == pytest.approx(expected["cpr"], abs=1e-5)
-    assert curve.cmd == pytest.approx(expected["cmd"], abs=1e-5)
+    assert_curve(curve, expected)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -48,7 +48,7 @@ def curves(
     figure.add_trace(
         go.Scatter(
             x=first.fractions,
-            y=first._floor,
+            y=first.floor_faithfulness,
             mode="lines",
             line={"color": "#888888", "dash": "dash", "width": 1.5},
             name=f"empty circuit (floor {first.floor:.3f})",

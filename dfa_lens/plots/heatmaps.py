@@ -96,8 +96,11 @@ def _draw(
     right: float,
     title: str,
     first_axis: int,
-) -> tuple[int, list[tuple[_Panel, int, int]]]:
-    """Draw one model's panels between two fractions of the width; returns the next free axis and what was drawn."""
+) -> tuple[int, list[tuple[_Panel, int]]]:
+    """Draw one model's panels between two fractions of the width.
+
+    Returns the next free axis, and for each panel the trace that dims it.
+    """
     panels = _panels(scores.nodes)
     limit = style.robust_limit(scores.values.numpy())
     # Cells are equally wide in all panels of a model, but no panel vanishes beside a wide one.
@@ -110,6 +113,7 @@ def _draw(
     for i, (panel, width) in enumerate(zip(panels, widths, strict=True)):
         axis = first_axis + i
         suffix = "" if axis == 1 else str(axis)
+        cells = {"xgap": 1, "ygap": 1, "xaxis": f"x{suffix}", "yaxis": f"y{suffix}"}
         z = panel.place(scores.values.numpy())
         figure.add_trace(
             go.Heatmap(
@@ -119,28 +123,21 @@ def _draw(
                 hovertemplate="%{text}<extra></extra>",
                 hoverongaps=False,
                 coloraxis="coloraxis",
-                xgap=1,
-                ygap=1,
-                xaxis=f"x{suffix}",
-                yaxis=f"y{suffix}",
                 name=f"{title} {panel.title}",
+                **cells,
             )
         )
-        score_trace = len(figure.data) - 1
         figure.add_trace(
             go.Heatmap(
                 z=np.full(z.shape, np.nan),
                 colorscale=[list(stop) for stop in _DIM],
                 showscale=False,
                 hoverinfo="skip",
-                xgap=1,
-                ygap=1,
-                xaxis=f"x{suffix}",
-                yaxis=f"y{suffix}",
                 name=f"{title} {panel.title} outside",
+                **cells,
             )
         )
-        drawn.append((panel, score_trace, len(figure.data) - 1))
+        drawn.append((panel, len(figure.data) - 1))
         labelled = max(1, len(panel.columns) // 12 + 1)
         n_rows = len(panel.rows)
         row_step = max(1, n_rows // 16 + 1)
@@ -194,6 +191,13 @@ def _outside(scores: NodeScores, k: int) -> np.ndarray:
     return out
 
 
+def _dim(figure: go.Figure, scores: NodeScores, drawn: list[tuple[_Panel, int]], size: int | None) -> None:
+    """Dim all but the ``size`` best nodes; None dims nothing."""
+    if size is not None:
+        for panel, overlay in drawn:
+            figure.data[overlay].z = panel.place(_outside(scores, size))
+
+
 def _check_size(size: int | None, scores: NodeScores) -> None:
     if size is not None and not 0 <= size <= len(scores):
         raise ScoreError(f"size must be between 0 and the number of nodes, {len(scores)}, not {size}.")
@@ -244,12 +248,9 @@ def scores_heatmap(
     _check_size(size, scores)
     figure = go.Figure()
     _, drawn = _draw(figure, scores, _hover(scores), 0.0, 1.0, title or "scores", 1)
-    if size is not None:
-        for panel, _, overlay in drawn:
-            figure.data[overlay].z = panel.place(_outside(scores, size))
-    _colors(figure)
     style.layout(figure, None, width=width, height=height)
-    figure.update_layout(plot_bgcolor=style.NO_NODE)
+    _colors(figure)
+    _dim(figure, scores, drawn, size)
     return figure
 
 
@@ -314,12 +315,9 @@ def aligned_heatmap(
     figure = go.Figure()
     axis, _ = _draw(figure, source, _hover(source), 0.0, 0.4, source_name, 1)
     _, drawn = _draw(figure, target, _hover(target, extra), 0.47, 1.0, target_name, axis)
-    _colors(figure)
     style.layout(figure, title, width=width, height=height)
-    figure.update_layout(plot_bgcolor=style.NO_NODE)
-    if size is not None:
-        for panel, _, overlay in drawn:
-            figure.data[overlay].z = panel.place(_outside(target, size))
+    _colors(figure)
+    _dim(figure, target, drawn, size)
     if slider:
         _add_slider(figure, target, drawn, size, curve)
     return figure
@@ -328,7 +326,7 @@ def aligned_heatmap(
 def _add_slider(
     figure: go.Figure,
     target: NodeScores,
-    drawn: list[tuple[_Panel, int, int]],
+    drawn: list[tuple[_Panel, int]],
     size: int | None,
     curve: FaithfulnessCurve | None,
 ) -> None:
@@ -345,8 +343,8 @@ def _add_slider(
                 "method": "restyle",
                 "label": label,
                 "args": [
-                    {"z": [_json_grid(panel.place(outside)) for panel, _, _ in drawn]},
-                    [overlay for _, _, overlay in drawn],
+                    {"z": [_json_grid(panel.place(outside)) for panel, _ in drawn]},
+                    [overlay for _, overlay in drawn],
                 ],
             }
         )
