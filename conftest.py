@@ -12,6 +12,7 @@ install_import_hook(
     [
         f"dfa_lens.{name}"
         for name in (
+            "adapter",
             "alignment",
             "attribution",
             "controls",

@@ -28,9 +28,10 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from dfa_lens import hooks, metrics
+from dfa_lens import adapter, hooks, metrics
+from dfa_lens.adapter import HookedModel, HookFunction
 from dfa_lens.errors import DfaError, unknown
-from dfa_lens.hooks import Activations, HookedModel, HookFunction
+from dfa_lens.hooks import Activations
 from dfa_lens.nodes import INPUT_POINT, NodeSet, Site
 from dfa_lens.prompts import PromptPairs
 from dfa_lens.scores import NodeScores
@@ -138,12 +139,13 @@ def attribute(
     nodes = nodes if nodes is not None else NodeSet.heads_and_mlps(model)
     chosen = pairs.metric if metric is None else metric
     pairs.check_vocabulary(int(model.cfg.d_vocab))
+    adapter.check_points(model, nodes.points)
 
     def once(n: int) -> NodeScores:
         job = _Job(model, nodes, metrics.resolve(chosen), method, n, mlp_gradient, accumulate)
         totals = torch.zeros(len(nodes), dtype=torch.float64)
         sums: dict[str, float] = {}
-        with hooks.frozen(model), tqdm(total=len(pairs), desc=method, unit="pair", disable=not progress) as bar:
+        with adapter.frozen(model), tqdm(total=len(pairs), desc=method, unit="pair", disable=not progress) as bar:
             for _, batch in pairs.batches(batch_size):
                 result = job.run(batch)
                 totals += result.scores
@@ -264,7 +266,7 @@ class _Job:
                 taps += [(site.point, partial(difference, site)) for site in self.nodes.sites]
             taps += self._gradient_taps(deltas, totals)
             with torch.enable_grad():
-                logits = hooks.run(self.model, batch.clean, batch.lengths, taps)
+                logits = adapter.run(self.model, batch.clean, batch.lengths, taps)
                 clean_logits = seen.setdefault("logits", logits.detach())
                 values = self.metric(logits, batch, clean_logits)
                 (gradient,) = torch.autograd.grad(values.sum(), [leaves["embed"]])
@@ -302,7 +304,7 @@ class _Job:
         if self.mlp_gradient == "output" or self.nodes[site.positions[0]].kind != "mlp":
             return [(site.point, 1.0)]
         block = site.point.removesuffix(".hook_mlp_out")
-        if hooks.is_bridge(self.model):
+        if adapter.is_bridge(self.model):
             return [(f"{block}.ln2.hook_in", 1.0)]
         return [(f"{block}.hook_resid_mid", 1.0), (f"{block}.hook_resid_post", -1.0)]
 
@@ -317,7 +319,10 @@ class _Job:
             part = product.sum(dtype=torch.float64)[None]
         else:
             others = [axis for axis in range(product.ndim) if axis != site.axis]
-            part = product.sum(others, dtype=torch.float64)[list(site.slices)]
+            part = product.sum(others, dtype=torch.float64)
+            if site.by_position:
+                part = torch.nn.functional.pad(part, (0, (site.size or 0) - len(part)))
+            part = part[list(site.slices)]
         totals[list(site.positions)] += part.cpu()
 
     # --- nap-ig-activations ----------------------------------------------------------------------------------
@@ -362,7 +367,7 @@ class _Job:
             return leaves["at"]
 
         with torch.enable_grad():
-            logits = hooks.run(self.model, batch.clean, batch.lengths, [(site.point, function)])
+            logits = adapter.run(self.model, batch.clean, batch.lengths, [(site.point, function)])
             values = self.metric(logits, batch, clean_logits)
             (gradient,) = torch.autograd.grad(values.sum(), [leaves["at"]])
         self._add(totals, site, deltas[site.point], gradient)
@@ -388,7 +393,7 @@ class _Job:
 
                 taps: list[tuple[str, HookFunction]] = [(INPUT_POINT, embed), (point, move)]
                 with torch.enable_grad():
-                    logits = hooks.run(
+                    logits = adapter.run(
                         self.model, batch.clean, batch.lengths, [*taps, *self._gradient_taps(deltas, totals)]
                     )
                     values = self.metric(logits, batch, clean_logits)
@@ -402,7 +407,7 @@ class _Job:
     def _exact(self, batch: PromptPairs) -> _Result:
         corrupt, corrupt_logits = self._record(batch.corrupt, batch)
         with torch.no_grad():
-            clean_logits = hooks.run(self.model, batch.clean, batch.lengths)
+            clean_logits = adapter.run(self.model, batch.clean, batch.lengths)
         clean = self._total(clean_logits, batch, clean_logits)
         effects = [clean - self._ablated(NodeSet([node]), batch, corrupt, clean_logits) for node in self.nodes]
         sums = {"clean": clean, "corrupt": self._total(corrupt_logits, batch, clean_logits)}
@@ -416,7 +421,7 @@ class _Job:
         if also is not None and also not in {site.point for site in self.nodes.sites}:
             taps.append((also, lambda now: into.__setitem__(also, now.detach().clone())))
         with torch.no_grad():
-            logits = hooks.run(self.model, tokens, batch.lengths, taps)
+            logits = adapter.run(self.model, tokens, batch.lengths, taps)
         return into, logits
 
     def _total(self, logits: Tensor, batch: PromptPairs, clean_logits: Tensor) -> float:
@@ -427,4 +432,4 @@ class _Job:
         """The metric summed over the batch, of the clean run with ``nodes`` at their corrupt activations."""
         gates = hooks.gate_hooks(nodes, torch.zeros(len(nodes)), corrupt=corrupt)
         with torch.no_grad():
-            return self._total(hooks.run(self.model, batch.clean, batch.lengths, gates), batch, clean_logits)
+            return self._total(adapter.run(self.model, batch.clean, batch.lengths, gates), batch, clean_logits)

@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 
+from dfa_lens.adapter import HookedModel
 from dfa_lens.alignment import Alignment, Scaling, scale
 from dfa_lens.errors import AlignmentError
-from dfa_lens.hooks import HookedModel
 from dfa_lens.nodes import Node, NodeSet
 from dfa_lens.prompts import PromptPairs
 from dfa_lens.scores import NodeScores

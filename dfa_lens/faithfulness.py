@@ -20,9 +20,10 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from dfa_lens import hooks, metrics
+from dfa_lens import adapter, hooks, metrics
+from dfa_lens.adapter import HookedModel
 from dfa_lens.errors import FaithfulnessError, ScoreError, unknown
-from dfa_lens.hooks import Activations, HookedModel
+from dfa_lens.hooks import Activations
 from dfa_lens.nodes import NodeSet
 from dfa_lens.prompts import PromptPairs
 from dfa_lens.scores import NodeScores, Ranking
@@ -254,6 +255,7 @@ def faithfulness_curve(
     else:
         with_input, nodes = torch.ones(len(ks), dtype=torch.bool), ranked.nodes
 
+    adapter.check_points(model, nodes.points)
     chosen = metrics.resolve(pairs.metric if metric is None else metric)
     runs = _run_all(model, pairs, nodes, keep, with_input, chosen, batch_size, progress)
     clean, corrupt = float(runs.clean.mean()), float(runs.corrupt.mean())
@@ -353,13 +355,13 @@ def _run_all(
     runs = _Runs(*(torch.zeros(shape, dtype=torch.float64) for shape in ((n,), (n,), (n_sizes, n), (n_sizes, n))))
     with (
         torch.no_grad(),
-        hooks.frozen(model),
+        adapter.frozen(model),
         tqdm(total=n * n_sizes, desc="curve", unit="run", disable=not progress) as bar,
     ):
         for rows, batch in pairs.batches(batch_size):
-            clean_logits = hooks.run(model, batch.clean, batch.lengths)
+            clean_logits = adapter.run(model, batch.clean, batch.lengths)
             corrupt: Activations = {}
-            corrupt_logits = hooks.run(model, batch.corrupt, batch.lengths, hooks.record_hooks(nodes, corrupt))
+            corrupt_logits = adapter.run(model, batch.corrupt, batch.lengths, hooks.record_hooks(nodes, corrupt))
             log_p_clean = clean_logits.float().log_softmax(-1)
             runs.clean[rows] = metric(clean_logits, batch, clean_logits).double().cpu()
             runs.corrupt[rows] = metric(corrupt_logits, batch, clean_logits).double().cpu()
@@ -370,7 +372,7 @@ def _run_all(
                     logits = clean_logits
                 else:
                     gates = hooks.gate_hooks(nodes, keep[i].float(), corrupt=corrupt)
-                    logits = hooks.run(model, batch.clean, batch.lengths, gates)
+                    logits = adapter.run(model, batch.clean, batch.lengths, gates)
                 runs.circuits[i, rows] = metric(logits, batch, clean_logits).double().cpu()
                 log_p = logits.float().log_softmax(-1)
                 runs.kl[i, rows] = (log_p_clean.exp() * (log_p_clean - log_p)).sum(-1).double().cpu()

@@ -1,20 +1,22 @@
 """Load Llama and Qwen-2.5 checkpoints as TransformerLens models, with unprocessed weights.
 
-Together with :mod:`dfa_lens.hooks` this is all that knows TransformerLens: here models are made, there they are run.
+Here models are made; :mod:`dfa_lens.adapter` knows how they are run.
 """
 
 from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from copy import deepcopy
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
 
+from dfa_lens import adapter
 from dfa_lens.errors import ModelError, unknown
 
 Backend = Literal["auto", "hooked", "bridge"]
@@ -32,11 +34,18 @@ def load_model(
     *,
     backend: Backend = "auto",
     dtype: torch.dtype = torch.float32,
-    device: str | torch.device = "cpu",
+    device: str | torch.device | None = None,
+    n_ctx: int = 2048,
+    n_devices: int = 1,
+    device_map: str | Mapping[str, Any] | None = None,
+    max_memory: Mapping[Any, Any] | None = None,
+    offload_folder: str | Path | None = None,
 ) -> Any:
     """Load a Llama or Qwen-2.5 checkpoint for use with dfa_lens.
 
-    Weights stay as they were trained (no folding, no centering): what is attributed is the model itself.
+    Weights stay as they were trained (no folding, no centering): what is attributed is the model itself. The tokenizer
+    stays the checkpoint's, too: TransformerLens makes tokenizers add a begin-of-text token wherever one is defined;
+    here a prompt gets one only if the checkpoint's own tokenizer adds it.
 
     Parameters
     ----------
@@ -46,7 +55,15 @@ def load_model(
     backend:
         See :data:`Backend`.
     dtype, device:
-        Of the weights.
+        Of the weights; the device is the CPU unless said otherwise.
+    n_ctx:
+        The longest prompt that a HookedTransformer is made for (less, if the checkpoint says less). Its tables grow
+        with the square: the 131,072 tokens of Llama-3.2 would need 16 GiB a layer. A bridge has no such tables.
+    n_devices:
+        Split a HookedTransformer's layers over so many GPUs.
+    device_map, max_memory, offload_folder:
+        Where the parts of a bridge live, as in Hugging Face's ``from_pretrained`` (accelerate): "auto", or a map from
+        module to device, "cpu" or "disk". Disk needs a folder, and TransformerLens 4.
 
     Returns
     -------
@@ -56,18 +73,25 @@ def load_model(
     Raises
     ------
     ModelError
-        If the folder is missing or incomplete, the architecture is neither Llama nor Qwen-2, or the backend is not
-        in the installed TransformerLens.
+        If the folder is missing or incomplete, the architecture is neither Llama nor Qwen-2, the backend is not in
+        the installed TransformerLens, or the placement is not one that the backend has.
     """
     if backend not in get_args(Backend):
         raise unknown("backend", backend, get_args(Backend), ModelError)
+    placed = device_map is not None or max_memory is not None
     if backend == "auto":
-        backend = "hooked" if transformer_lens_major() < 4 else "bridge"
+        backend = "hooked" if transformer_lens_major() < 4 and not placed else "bridge"
     if backend == "hooked" and transformer_lens_major() >= 4:
         raise ModelError(
             f"TransformerLens {version('transformer-lens')} has no HookedTransformer any more: use backend='bridge', "
             "or install 'transformer-lens<4'."
         )
+    _check_placement(backend, device, n_devices, placed)
+    placement: dict[str, Any] = {}
+    if placed:
+        placement = {"device_map": device_map or "auto", "max_memory": max_memory}
+        if offload_folder is not None:
+            placement["offload_folder"] = str(offload_folder)
     path = Path(name_or_path)
     local = path.is_dir()
     if not local and (path.is_absolute() or str(name_or_path).startswith((".", "~"))):
@@ -85,7 +109,7 @@ def load_model(
         # eager attention: the arithmetic that TransformerLens rebuilds
         with _no_progress_bars():
             hf_model = AutoModelForCausalLM.from_pretrained(
-                str(name_or_path), dtype=dtype, attn_implementation="eager", **options
+                str(name_or_path), dtype=dtype, attn_implementation="eager", **options, **placement
             )
         tokenizer = _tokenizer_class(path if local else None).from_pretrained(str(name_or_path), **options)
     except (OSError, ValueError) as error:
@@ -93,8 +117,32 @@ def load_model(
     hf_model.eval()
     name = path.name if local else str(name_or_path)
     if backend == "bridge":
-        return _bridge(name, hf_model, tokenizer, dtype, device)
-    return _hooked(name, hf_model, tokenizer, dtype, device)
+        model = _bridge(name, hf_model, tokenizer, dtype, None if placed else device or "cpu")
+    else:
+        model = _hooked(name, hf_model, tokenizer, dtype, device or "cpu", n_ctx, n_devices)
+    _keep_tokenizer(model, tokenizer)
+    return model
+
+
+def _keep_tokenizer(model: Any, tokenizer: Any) -> None:
+    """Give the model back the checkpoint's tokenizer, and let ``model.to_tokens`` agree with it.
+
+    Both classes put a copy in its place that begins every prompt with a begin-of-text token if one is defined; a
+    bridge does so at every assignment to ``.tokenizer``, hence the private name.
+    """
+    setattr(model, "_tokenizer" if adapter.is_bridge(model) else "tokenizer", tokenizer)
+    model.cfg.tokenizer_prepends_bos = model.cfg.default_prepend_bos = bool(tokenizer("").input_ids)
+
+
+def _check_placement(backend: str, device: Any, n_devices: int, placed: bool) -> None:
+    if placed and device is not None:
+        raise ModelError("Give device, or device_map and max_memory, not both.")
+    if placed and backend == "hooked":
+        raise ModelError("A HookedTransformer has no device map: use n_devices, or backend='bridge'.")
+    if n_devices > 1 and backend == "bridge":
+        raise ModelError("n_devices is for HookedTransformer: give a bridge device_map='auto'.")
+    if n_devices > 1 and torch.cuda.device_count() < n_devices:
+        raise ModelError(f"n_devices={n_devices}, but there are {torch.cuda.device_count()} GPUs here.")
 
 
 @contextmanager
@@ -127,18 +175,34 @@ def _tokenizer_class(folder: Path | None) -> Any:
     return AutoTokenizer
 
 
-def _bridge(name: str, hf_model: Any, tokenizer: Any, dtype: torch.dtype, device: str | torch.device) -> Any:
+def _bridge(name: str, hf_model: Any, tokenizer: Any, dtype: torch.dtype, device: str | torch.device | None) -> Any:
+    """``device`` None: accelerate has placed the parts."""
     from transformer_lens.model_bridge import TransformerBridge
 
-    hf_model.to(device)
-    model = TransformerBridge.boot_transformers(
-        name, hf_model=hf_model, tokenizer=tokenizer, dtype=dtype, device=str(device)
-    )
+    where: dict[str, Any] = {}
+    if device is not None:
+        hf_model.to(device)
+        where["device"] = str(device)
+    try:
+        # a copy, because special tokens are added to it
+        model = TransformerBridge.boot_transformers(
+            name, hf_model=hf_model, tokenizer=deepcopy(tokenizer), dtype=dtype, **where
+        )
+    except ValueError as error:
+        raise ModelError(f"{name} can't be placed so: {error}") from error
     model.eval()
     return model
 
 
-def _hooked(name: str, hf_model: Any, tokenizer: Any, dtype: torch.dtype, device: str | torch.device) -> Any:
+def _hooked(
+    name: str,
+    hf_model: Any,
+    tokenizer: Any,
+    dtype: torch.dtype,
+    device: str | torch.device,
+    n_ctx: int,
+    n_devices: int,
+) -> Any:
     from transformer_lens import HookedTransformer, HookedTransformerConfig
     from transformer_lens.pretrained import weight_conversions
 
@@ -173,7 +237,7 @@ def _hooked(name: str, hf_model: Any, tokenizer: Any, dtype: torch.dtype, device
         n_key_value_heads=key_value_heads,
         d_mlp=config.intermediate_size,
         d_vocab=config.vocab_size,
-        n_ctx=config.max_position_embeddings,
+        n_ctx=min(config.max_position_embeddings, n_ctx),
         act_fn=config.hidden_act,
         eps=config.rms_norm_eps,
         normalization_type="RMS",
@@ -184,10 +248,9 @@ def _hooked(name: str, hf_model: Any, tokenizer: Any, dtype: torch.dtype, device
         rotary_base=rope.get("rope_theta", getattr(config, "rope_theta", None) or 10000.0),
         rotary_adjacent_pairs=False,
         original_architecture="Qwen2ForCausalLM" if qwen else "LlamaForCausalLM",
-        tokenizer_prepends_bos=tokenizer.bos_token_id is not None and not qwen,
-        default_prepend_bos=not qwen,
         dtype=dtype,
-        device=str(device),
+        device=str(device) if n_devices == 1 else "cuda",
+        n_devices=n_devices,
         init_weights=False,
         **scaling,
     )
@@ -196,10 +259,13 @@ def _hooked(name: str, hf_model: Any, tokenizer: Any, dtype: torch.dtype, device
     with warnings.catch_warnings():
         # It was asked for, and the installed version has it.
         warnings.filterwarnings("ignore", "HookedTransformer is deprecated", DeprecationWarning)
-        model = HookedTransformer(cfg, tokenizer, move_to_device=False)
+        model = HookedTransformer(cfg, deepcopy(tokenizer), move_to_device=False)
         model.load_and_process_state_dict(
             state, fold_ln=False, center_writing_weights=False, center_unembed=False, fold_value_biases=False
         )
-    model.to(device, print_details=False)
+    if n_devices > 1:
+        model.move_model_modules_to_device()
+    else:
+        model.to(device, print_details=False)
     model.eval()
     return model

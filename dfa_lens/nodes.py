@@ -30,7 +30,7 @@ class Node:
     point:
         The hook point's name in TransformerLens.
     kind:
-        "head", "mlp", "input" or "custom".
+        "head", "mlp", "input", "custom", or "position" for a slice along an axis of positions.
     layer:
         The block that it belongs to, counted from 0; -1 before the first block.
     axis, index, size:
@@ -67,6 +67,8 @@ class Site:
     size: int | None
     slices: tuple[int, ...]
     positions: tuple[int, ...]
+
+    by_position: bool = False  #: the slices are positions of the prompt; a shorter prompt has fewer
 
     @cached_property
     def covers_all(self) -> bool:
@@ -139,17 +141,21 @@ class NodeSet(Sequence[Node]):
         return cls(nodes)
 
     @classmethod
-    def from_points(cls, model: Any, points: Mapping[str, int | None]) -> NodeSet:
+    def from_points(cls, model: Any, points: Mapping[str, int | None], *, n_positions: int | None = None) -> NodeSet:
         """Nodes at hook points of your choice.
 
         Parameters
         ----------
         model:
-            Run once on a single token, to see that the points fire and how large they are.
+            Run twice on a few tokens, to see that the points fire and how large they are.
         points:
             Hook point (a name, or a pattern with ``{layer}``, which stands for every layer) → the axis that is cut
             into nodes (0 is the batch and can't be cut), or None for one node. Heads of ``attn.hook_z``,
-            ``attn.hook_k`` and ``attn.hook_v`` lie along axis 2, as do the neurons of ``mlp.hook_post``.
+            ``attn.hook_k`` and ``attn.hook_v`` lie along axis 2, as do the neurons of ``mlp.hook_post``; heads of
+            ``attn.hook_pattern`` along axis 1. Axis 1 of most others is the position in the prompt.
+        n_positions:
+            How many positions an axis of positions is cut into: the longest prompt's number of tokens. Position i is
+            the i-th token from the start, so position nodes make sense for prompts of one template.
 
         Returns
         -------
@@ -159,11 +165,20 @@ class NodeSet(Sequence[Node]):
         Raises
         ------
         NodeError
-            If a point does not exist or the axis is not there.
+            If the axis is not there, or an axis of positions is cut without ``n_positions``.
         HookError
-            If a point exists but does not fire.
+            If a point does not exist, does not fire, can't be edited, or is given twice under two names.
+
+        Examples
+        --------
+        >>> import dfa_lens as dfa
+        >>> model = dfa.zoo.load("llama3-tiny-source")
+        >>> dfa.NodeSet.from_points(model, {"blocks.{layer}.attn.hook_v": 2})[:2].names
+        ('blocks.0.attn.hook_v[0]', 'blocks.0.attn.hook_v[1]')
+        >>> len(dfa.NodeSet.from_points(model, {"blocks.{layer}.hook_resid_pre": 1}, n_positions=10))
+        60
         """
-        from dfa_lens import hooks
+        from dfa_lens import adapter
 
         names: list[tuple[int, str, int | None]] = []
         for pattern, axis in points.items():
@@ -173,20 +188,28 @@ class NodeSet(Sequence[Node]):
             else:
                 names.append((_layer_of(pattern), pattern, axis))
         names.sort(key=lambda item: item[0])  # stable: the given order within a layer
-        shapes = hooks.shapes(model, [name for _, name, _ in names])
+        adapter.check_points(model, [name for _, name, _ in names])
+        layouts = adapter.layout(model, [name for _, name, _ in names])
         nodes: list[Node] = []
         for layer, name, axis in names:
             if axis is None:
                 nodes.append(Node(name, name, "custom", layer))
                 continue
-            shape = shapes[name]
+            shape, position_axes = layouts[name]
             if not 1 <= axis < len(shape):
                 raise NodeError(
-                    f"Hook point {name!r} has shape {list(shape)} (batch first): axis {axis} can't be cut into nodes; "
+                    f"Hook point {name!r} has {len(shape)} axes (batch first): axis {axis} can't be cut into nodes; "
                     f"use 1 to {len(shape) - 1}, or None for one node."
                 )
-            size = int(shape[axis])
-            nodes += [Node(f"{name}[{i}]", name, "custom", layer, axis, i, size) for i in range(size)]
+            kind, size = "custom", shape[axis]
+            if axis in position_axes:
+                if n_positions is None:
+                    raise NodeError(
+                        f"Axis {axis} of hook point {name!r} is the position in the prompt: say how many there are, "
+                        "n_positions=pairs.clean.shape[1]."
+                    )
+                kind, size = "position", n_positions
+            nodes += [Node(f"{name}[{i}]", name, kind, layer, axis, i, size) for i in range(size)]
         return cls(nodes)
 
     @classmethod
@@ -229,8 +252,14 @@ class NodeSet(Sequence[Node]):
                 raise NodeError(f"Nodes at hook point {point!r} overlap: {', '.join(n.name for n in members[:4])}.")
             if any((node.axis, node.size) != (first.axis, first.size) for node in members):
                 raise NodeError(f"Nodes at hook point {point!r} cut it along different axes or into different sizes.")
-            sites.append(Site(point, first.layer, first.axis, first.size, slices, tuple(positions)))
+            by_position = first.kind == "position"
+            sites.append(Site(point, first.layer, first.axis, first.size, slices, tuple(positions), by_position))
         return tuple(sites)
+
+    @property
+    def points(self) -> tuple[str, ...]:
+        """The hook points, in the order of each one's first node."""
+        return tuple(site.point for site in self.sites)
 
     def position(self, name: str) -> int:
         """Where the node called ``name`` stands."""
@@ -239,9 +268,43 @@ class NodeSet(Sequence[Node]):
             raise NodeError(f"No node {name!r} in this set of {len(self)} nodes ({example}, …).")
         return self._position[name]
 
-    def where(self, condition: Callable[[Node], bool]) -> NodeSet:
-        """The nodes for which ``condition`` holds: ``nodes.where(lambda n: n.kind == "head" and n.layer < 4)``."""
-        return NodeSet(node for node in self._nodes if condition(node))
+    def where(
+        self,
+        condition: Callable[[Node], bool] | None = None,
+        *,
+        layer: int | Iterable[int] | None = None,
+        kind: str | None = None,
+        name: str | None = None,
+    ) -> NodeSet:
+        """The nodes that fulfil every condition given.
+
+        Parameters
+        ----------
+        condition:
+            A function of a :class:`Node`.
+        layer, kind, name:
+            A layer or several, a kind, a name pattern ("a3.*").
+
+        Examples
+        --------
+        >>> nodes = NodeSet.for_sizes(4, 2)
+        >>> nodes.where(kind="head", layer=range(2)).names
+        ('a0.h0', 'a0.h1', 'a1.h0', 'a1.h1')
+        >>> nodes.where(lambda node: node.layer == 3, name="m*").names
+        ('m3',)
+        """
+        layers = {layer} if isinstance(layer, int) else None if layer is None else set(layer)
+        kept = [
+            node
+            for node in self._nodes
+            if (condition is None or condition(node))
+            and (layers is None or node.layer in layers)
+            and (kind is None or node.kind == kind)
+            and (name is None or fnmatch.fnmatchcase(node.name, name))
+        ]
+        if not kept:
+            raise NodeError(f"None of the {len(self)} nodes fulfils the conditions.")
+        return NodeSet(kept)
 
     def relative_depth(self) -> list[float]:
         """Each node's depth between 0 (first block, and before) and 1 (last block)."""

@@ -11,17 +11,18 @@ import logging
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from dfa_lens import hooks
+from dfa_lens import adapter, hooks
+from dfa_lens.adapter import HookedModel, Layout
 from dfa_lens.alignment import Alignment, Scaling, scale
 from dfa_lens.errors import AlignmentError, PromptError, TrainingError, unknown
-from dfa_lens.hooks import Activations, HookedModel, Intervention
+from dfa_lens.hooks import Activations, Intervention
 from dfa_lens.nodes import NodeSet
 from dfa_lens.prompts import PromptPairs
 from dfa_lens.scores import NodeScores
@@ -126,7 +127,7 @@ def fit(
     nodes = nodes if nodes is not None else NodeSet.heads_and_mlps(target)
 
     s = scale(torch.stack([scores[task].values for task in tasks]), scaling)
-    device = hooks.device_of(target)
+    device = adapter.device_of(target)
     generator = torch.Generator().manual_seed(seed)
     if initial is None:
         initial = initial_scale * torch.randn(len(source), len(nodes), generator=generator)
@@ -136,12 +137,13 @@ def fit(
     s = s.to(device)
     optimizer = torch.optim.Adam([W], lr=lr)
     gated = nodes if gate_heads else nodes.where(lambda node: node.kind != "head")
+    adapter.check_points(target, gated.points)
     columns = torch.tensor([nodes.position(name) for name in gated.names], device=device)
 
     data = _Data(target, gated, tasks, pairs, intervention, positions, cache)
     order = _order(len(data), batch_size, steps, generator if shuffle else None)
     history: list[dict[str, float | int]] = []
-    with hooks.frozen(target):
+    with adapter.frozen(target):
         data.fill(batch_size)
         bar = tqdm(range(steps), desc="fit", unit="step", disable=not progress)
         for step in bar:
@@ -150,7 +152,7 @@ def fit(
                 masks = torch.sigmoid(s @ W / temperature)  # [task, node]
                 kl = batch.kl(target, gated, masks[:, columns], intervention, positions)
                 mean_mask = masks[batch.task.to(device)].mean()
-                loss = kl + sparsity * mean_mask
+                loss = kl.to(device) + sparsity * mean_mask  # the last layers may be on another device
                 values = {"step": step, "loss": loss.item(), "kl": kl.item(), "sparsity": mean_mask.item()}
                 if not math.isfinite(values["loss"]):
                     present = sorted({tasks[i] for i in batch.task.tolist()})
@@ -239,12 +241,12 @@ class _Batch:
         gates = hooks.gate_hooks(nodes, own, clean=self.clean, corrupt=self.corrupt, intervention=intervention)
         tokens = self.pairs.corrupt if intervention == "restore" else self.pairs.clean
         where: Literal["answer", "all"] = "answer" if positions == "answer" else "all"
-        logits = hooks.run(model, tokens, self.pairs.lengths, gates, positions=where)
+        logits = adapter.run(model, tokens, self.pairs.lengths, gates, positions=where)
         log_p = logits.float().log_softmax(-1)
         target = self.log_p_clean.to(log_p.device)
         divergence = (target.exp() * (target - log_p)).sum(-1)
         if where == "all":
-            real = hooks.attention_mask(self.pairs.lengths, tokens.shape[1], divergence.device)
+            real = adapter.attention_mask(self.pairs.lengths, tokens.shape[1], divergence.device)
             divergence = divergence * real
         return divergence.sum() / len(self.pairs)
 
@@ -267,6 +269,8 @@ class _Data:
         if positions == "all-padded":  # padding is taken for real tokens
             self.pairs = replace(self.pairs, lengths=torch.full_like(self.pairs.lengths, self.pairs.clean.shape[1]))
         self.task = torch.cat([torch.full((len(pairs[task]),), i) for i, task in enumerate(tasks)])
+        self.where: Literal["answer", "all"] = "answer" if positions == "answer" else "all"
+        self.layout: dict[str, Layout] = {}
         self.needs = {"circuit": ("corrupt",), "restore": ("clean",), "interpolate": ("clean", "corrupt")}[intervention]
         self.kept: dict[str, Activations] = {}
         self.log_p: Tensor | None = None
@@ -278,19 +282,23 @@ class _Data:
         """Run everything once and keep it, unless it is to be recomputed."""
         if self.cache == "recompute":
             return
+        self.layout = adapter.layout(self.model, self.nodes.points, positions=self.where)
         width = self.pairs.clean.shape[1]
         for rows in torch.arange(len(self)).split(batch_size):
-            runs, log_p = self._compute(self.pairs[rows])
+            part = self.pairs[rows]
+            runs, log_p = self._compute(part)
             for name, activations in runs.items():
                 store = self.kept.setdefault(name, {})
                 for point, activation in activations.items():
                     if point not in store:
                         where = "cpu" if self.cache == "cpu" else activation.device
-                        shape = (len(self), width, *activation.shape[2:])
-                        store[point] = torch.zeros(shape, dtype=activation.dtype, device=where)
-                    store[point][rows, : activation.shape[1]] = activation.to(store[point].device)
+                        axes = self.layout[point].position_axes
+                        sizes = [width if axis in axes else n for axis, n in enumerate(activation.shape)]
+                        store[point] = torch.zeros((len(self), *sizes[1:]), dtype=activation.dtype, device=where)
+                    here = rows.to(store[point].device)
+                    store[point][self._window(point, here, part.clean.shape[1])] = activation.to(store[point].device)
             if self.log_p is None:
-                shape = (len(self), *log_p.shape[1:])
+                shape: tuple[int, ...] = (len(self), *log_p.shape[1:])
                 if log_p.ndim == 3:
                     shape = (len(self), width, log_p.shape[2])
                 self.log_p = torch.zeros(shape, dtype=log_p.dtype, device=log_p.device)
@@ -307,7 +315,7 @@ class _Data:
         else:
             width = part.clean.shape[1]
             runs = {
-                name: {point: kept[rows.to(kept.device), :width] for point, kept in store.items()}
+                name: {point: kept[self._window(point, rows.to(kept.device), width)] for point, kept in store.items()}
                 for name, store in self.kept.items()
             }
             assert self.log_p is not None
@@ -316,17 +324,22 @@ class _Data:
                 log_p = log_p[:, :width]
         return _Batch(part, self.task[rows], runs.get("clean"), runs.get("corrupt"), log_p)
 
+    def _window(self, point: str, rows: Int[Tensor, " batch"], width: int) -> tuple[Any, ...]:
+        """The index of the examples ``rows`` in what is kept of a hook point, cut to prompts of ``width`` tokens."""
+        shape, axes = self.layout[point]
+        return (rows, *(slice(width) if axis in axes else slice(None) for axis in range(1, len(shape))))
+
     def _compute(self, part: PromptPairs) -> tuple[dict[str, Activations], Tensor]:
-        where: Literal["answer", "all"] = "answer" if self.positions == "answer" else "all"
         runs: dict[str, Activations] = {}
         with torch.no_grad():
             if "corrupt" in self.needs:
-                hooks.run(
+                adapter.run(
                     self.model,
                     part.corrupt,
                     part.lengths,
                     hooks.record_hooks(self.nodes, runs.setdefault("corrupt", {})),
+                    positions=self.where,
                 )
             taps = hooks.record_hooks(self.nodes, runs.setdefault("clean", {})) if "clean" in self.needs else []
-            logits = hooks.run(self.model, part.clean, part.lengths, taps, positions=where)
+            logits = adapter.run(self.model, part.clean, part.lengths, taps, positions=self.where)
         return runs, logits.float().log_softmax(-1)
