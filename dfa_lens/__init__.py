@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from dfa_lens.alignment import Alignment
     from dfa_lens.attribution import IntegrationWarning, attribute
     from dfa_lens.errors import DfaError
+    from dfa_lens.estimate import Estimate, estimate
     from dfa_lens.faithfulness import FaithfulnessCurve, faithfulness_curve
     from dfa_lens.models import load_model
     from dfa_lens.nodes import Node, NodeSet
@@ -30,6 +31,7 @@ __version__ = "0.1.0"
 _HOME: dict[str, str | None] = {
     "Alignment": "alignment",
     "DfaError": "errors",
+    "Estimate": "estimate",
     "FaithfulnessCurve": "faithfulness",
     "IntegrationWarning": "attribution",
     "Node": "nodes",
@@ -38,6 +40,7 @@ _HOME: dict[str, str | None] = {
     "PromptPairs": "prompts",
     "attribute": "attribution",
     "controls": None,
+    "estimate": "estimate",
     "faithfulness_curve": "faithfulness",
     "fit": "training",
     "hooks": None,
@@ -52,6 +55,7 @@ _HOME: dict[str, str | None] = {
 __all__ = [
     "Alignment",
     "DfaError",
+    "Estimate",
     "FaithfulnessCurve",
     "IntegrationWarning",
     "Node",
@@ -61,6 +65,7 @@ __all__ = [
     "__version__",
     "attribute",
     "controls",
+    "estimate",
     "faithfulness_curve",
     "fit",
     "hooks",

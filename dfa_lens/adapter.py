@@ -261,14 +261,9 @@ def add_hook_point(
         handle = place.register_forward_hook(lambda _module, _args, output: first(output))
     else:
         handle = place.register_forward_pre_hook(before, with_kwargs=True)
-    _rescan(model)
-    full = next((key for key, value in model.hook_dict.items() if value is point), None)
-    if full is None:
-        handle.remove()
-        delattr(place, name)
-        _rescan(model)
-        raise HookError(f"TransformerLens finds no hook point on {module!r}: choose a module of 'blocks' or a norm.")
+    full = f"{module}.{name}"
     _added.setdefault(model, {})[full] = _Added(place, name, handle)
+    _register(model, full, point)
     return full
 
 
@@ -280,18 +275,20 @@ def remove_hook_point(model: HookedModel, name: str) -> None:
     entry = added.pop(name)
     entry.handle.remove()
     delattr(entry.module, entry.attribute)
-    _rescan(model)
+    _register(model, name, None)
 
 
-def _rescan(model: Any) -> None:
-    """Let TransformerLens find the hook points anew."""
+def _register(model: Any, name: str, point: Any) -> None:
+    """Let TransformerLens know of a hook point, or (None) forget it."""
     _snapshots.pop(model, None)
     if not is_bridge(model):
         model.setup()
-        return
-    model.clear_hook_registry()
-    model._initialize_hook_registry()
-    model._setup_hook_compatibility()
+    elif point is None:
+        model._hook_registry.pop(name)
+    else:
+        # Only the entry itself: a scan of the whole model would also list its aliases as points of their own.
+        point.name = name
+        model._hook_registry[name] = point
 
 
 # --- weights -----------------------------------------------------------------------------------------------------
@@ -382,18 +379,19 @@ def _detach(point: Any, handle: Any) -> None:
 @contextmanager
 def frozen(model: HookedModel) -> Iterator[None]:
     """No gradient for weights and no dropout inside; ``requires_grad`` and training modes as before afterwards."""
-    trainable = [p for p in model.parameters() if p.requires_grad]
+    # by number, because accelerate makes new parameters of those that it loads from elsewhere
+    trainable = [parameter.requires_grad for parameter in model.parameters()]
     modules = getattr(model, "modules", None)
     training = [m for m in modules() if m.training] if modules is not None else []
     try:
-        for parameter in trainable:
+        for parameter in model.parameters():
             parameter.requires_grad_(False)
         for module in training:
             module.training = False
         yield
     finally:
-        for parameter in trainable:
-            parameter.requires_grad_(True)
+        for parameter, before in zip(model.parameters(), trainable, strict=True):
+            parameter.requires_grad_(before)
         for module in training:
             module.training = True
 

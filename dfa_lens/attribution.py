@@ -138,7 +138,7 @@ def attribute(
         )
     nodes = nodes if nodes is not None else NodeSet.heads_and_mlps(model)
     chosen = pairs.metric if metric is None else metric
-    pairs.check_vocabulary(int(model.cfg.d_vocab))
+    pairs.require(d_vocab=int(model.cfg.d_vocab), n_ctx=model.cfg.n_ctx)
     adapter.check_points(model, nodes.points)
 
     def once(n: int) -> NodeScores:

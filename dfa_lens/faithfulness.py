@@ -239,7 +239,7 @@ def faithfulness_curve(
         raise unknown("protocol", protocol, get_args(Protocol), FaithfulnessError)
     if sizes is not None and fractions is not None:
         raise FaithfulnessError("Give sizes or fractions, not both.")
-    pairs.check_vocabulary(int(model.cfg.d_vocab))
+    pairs.require(d_vocab=int(model.cfg.d_vocab), n_ctx=model.cfg.n_ctx)
     ranked = _with_input(scores, model) if protocol == "mib" else _without_input(scores)
     _check_model(scores, model)
     n = len(ranked)
@@ -377,4 +377,5 @@ def _run_all(
                 log_p = logits.float().log_softmax(-1)
                 runs.kl[i, rows] = (log_p_clean.exp() * (log_p_clean - log_p)).sum(-1).double().cpu()
                 bar.update(len(batch))
+            corrupt.clear()  # before the next batch is recorded: the gates of the last size still hold it
     return runs

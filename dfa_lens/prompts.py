@@ -253,8 +253,13 @@ class PromptPairs:
         for index in order.split(batch_size):
             yield index, self[index]
 
-    def check_vocabulary(self, d_vocab: int) -> None:
-        """Every id must be below ``d_vocab``; a :class:`PromptError` says which is not."""
+    def require(self, *, d_vocab: int, n_ctx: int | None = None) -> None:
+        """Every id must be below ``d_vocab`` and no prompt longer than ``n_ctx``; a :class:`PromptError` otherwise."""
+        if n_ctx is not None and self.clean.shape[1] > n_ctx:
+            raise PromptError(
+                f"There are prompts of up to {self.clean.shape[1]} tokens, but the model takes {n_ctx}: load it with a "
+                "larger n_ctx."
+            )
         for name in COLUMNS:
             tensor: Tensor = getattr(self, name)
             highest = int(tensor.max())

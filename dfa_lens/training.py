@@ -121,7 +121,7 @@ def fit(
     tasks, source = _check_tasks(scores, pairs)
     for task in tasks:
         try:
-            pairs[task].check_vocabulary(int(target.cfg.d_vocab))
+            pairs[task].require(d_vocab=int(target.cfg.d_vocab), n_ctx=target.cfg.n_ctx)
         except PromptError as error:
             raise PromptError(f"Task {task!r}: {error}") from None
     nodes = nodes if nodes is not None else NodeSet.heads_and_mlps(target)

@@ -86,7 +86,7 @@ def state_of(model: Any) -> dict[str, Any]:
         "grads": [p.grad is None for p in model.parameters()],
         "training": [m.training for m in model.modules()],
         "dtype": [p.dtype for p in model.parameters()],
-        "weights": sum(float(p.detach().double().sum()) for p in model.parameters()),
+        "weights": sum(float(p.detach().double().sum()) for p in model.parameters() if p.device.type != "meta"),
         "rng": torch.get_rng_state().tolist(),
         "grad enabled": torch.is_grad_enabled(),
     }

@@ -1,0 +1,101 @@
+"""What the paper's six models need: the table in the README.
+
+    python tests/benchmarks/memory.py
+
+The weights are not needed, only the shapes. Each model is built with random weights and one, two and three layers, and
+``dfa.estimate`` is asked about it; what a layer adds is the same for every layer, so the full model follows. The weights
+are counted on the meta device.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
+
+import dfa_lens as dfa
+from dfa_lens import models
+from dfa_lens.zoo.tokenizer import build
+
+LLAMA = {"vocab_size": 128256, "rope_theta": 500000.0, "max_position_embeddings": 131072}
+QWEN = {"vocab_size": 151936, "rope_theta": 1000000.0, "max_position_embeddings": 32768}
+SHAPES = {  # layers, heads, key-value heads, d_model, d_mlp, d_head, tied embeddings; from the public config.json files
+    "Llama-3.2-1B": (LlamaConfig, LLAMA, 16, 32, 8, 2048, 8192, 64, True),
+    "Llama-3.2-3B": (LlamaConfig, LLAMA, 28, 24, 8, 3072, 8192, 128, True),
+    "Llama-3.1-8B": (LlamaConfig, LLAMA, 32, 32, 8, 4096, 14336, 128, False),
+    "Qwen2.5-0.5B": (Qwen2Config, QWEN, 24, 14, 2, 896, 4864, 64, True),
+    "Qwen2.5-1.5B": (Qwen2Config, QWEN, 28, 12, 2, 1536, 8960, 128, True),
+    "Qwen2.5-3B": (Qwen2Config, QWEN, 36, 16, 2, 2048, 11008, 128, True),
+}
+GIB = 2.0**30
+
+
+def config(name: str, n_layers: int) -> LlamaConfig | Qwen2Config:
+    kind, common, _, heads, kv, d_model, d_mlp, d_head, tied = SHAPES[name]
+    return kind(
+        **common,
+        num_hidden_layers=n_layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv,
+        hidden_size=d_model,
+        intermediate_size=d_mlp,
+        head_dim=d_head,
+        tie_word_embeddings=tied,
+    )
+
+
+def estimate(name: str, n_layers: int, n: int, width: int, batch_size: int) -> dfa.Estimate:
+    torch.manual_seed(0)
+    hf_model = AutoModelForCausalLM.from_config(
+        config(name, n_layers), dtype=torch.bfloat16, attn_implementation="eager"
+    ).eval()
+    model = models._bridge(name, hf_model, build(begin_of_text=False), torch.bfloat16, "cpu")
+    tokens = torch.ones(n, width, dtype=torch.long)
+    pairs = dfa.PromptPairs(tokens, tokens + 1, tokens[:, 0], tokens[:, 0] + 1)
+    return dfa.estimate(model, pairs, batch_size=batch_size)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pairs", type=int, default=320, help="prompt pairs: five tasks of 64")
+    parser.add_argument("--tokens", type=int, default=32)
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("models", nargs="*", default=list(SHAPES))
+    options = parser.parse_args()
+    print("| model | nodes | parameters | weights | attribute | fit | fit, cache on the CPU | curve |")
+    print("| --- | --- | --- | --- | --- | --- | --- | --- |")
+    for name in options.models:
+        n_layers, heads = SHAPES[name][2:4]
+        with torch.device("meta"):
+            whole = AutoModelForCausalLM.from_config(config(name, n_layers), dtype=torch.bfloat16)
+        parameters = sum(p.numel() for p in whole.parameters())
+        few = []
+        for layers in (1, 2, 3):
+            few.append(estimate(name, layers, options.pairs, options.tokens, options.batch_size))
+            gc.collect()
+
+        def at_full_depth(operation: str, what: str, few: list[dfa.Estimate] = few, n_layers: int = n_layers) -> float:
+            one, two, three = (getattr(found[operation], what) for found in few)
+            if not abs((three - two) - (two - one)) <= 0.02 * max(abs(three - two), 2**20):
+                raise SystemExit(f"{operation} {what}: a layer does not always add the same ({one}, {two}, {three})")
+            return two + (n_layers - 2) * (two - one)
+
+        def peak(operation: str, *, without_cache: float = 0, few: list[dfa.Estimate] = few) -> float:
+            grows = sum(at_full_depth(operation, what) for what in ("cache_bytes", "gradient_bytes"))
+            return (grows - without_cache + few[1][operation].working_bytes) / GIB
+
+        # all but one batch of the activations can live in main memory
+        per_example = at_full_depth("faithfulness_curve", "cache_bytes") / options.batch_size
+        on_cpu = options.pairs * (per_example - 3 * 4 * SHAPES[name][1]["vocab_size"])
+        weights = 2 * parameters / GIB
+        print(
+            f"| {name} | {n_layers * (heads + 1)} | {parameters / 1e9:.2f} B | {weights:.1f} | {peak('attribute'):.1f} "
+            f"| {peak('fit'):.1f} | {peak('fit', without_cache=on_cpu):.1f} | {peak('faithfulness_curve'):.1f} |",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()
