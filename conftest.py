@@ -1,8 +1,10 @@
 """Shapes are checked while testing, and only then; no test reaches the network."""
 
 import os
+import tempfile
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_DATASETS_CACHE", os.path.join(tempfile.gettempdir(), "dfa-lens-tests"))
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from jaxtyping import install_import_hook
@@ -15,6 +17,7 @@ install_import_hook(
             "adapter",
             "alignment",
             "attribution",
+            "behaviour",
             "controls",
             "faithfulness",
             "hooks",

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from dfa_lens import controls, hooks, metrics, plots, statistics, tasks, zoo
     from dfa_lens.alignment import Alignment
     from dfa_lens.attribution import IntegrationWarning, attribute
+    from dfa_lens.behaviour import Behaviour
     from dfa_lens.errors import DfaError
     from dfa_lens.estimate import Estimate, estimate
     from dfa_lens.faithfulness import FaithfulnessCurve, faithfulness_curve
@@ -30,6 +31,7 @@ __version__ = "0.1.0"
 # name → the module that has it; None: the name is that module itself
 _HOME: dict[str, str | None] = {
     "Alignment": "alignment",
+    "Behaviour": "behaviour",
     "DfaError": "errors",
     "Estimate": "estimate",
     "FaithfulnessCurve": "faithfulness",
@@ -54,6 +56,7 @@ _HOME: dict[str, str | None] = {
 
 __all__ = [
     "Alignment",
+    "Behaviour",
     "DfaError",
     "Estimate",
     "FaithfulnessCurve",

@@ -238,7 +238,7 @@ class _Job:
 
     def _gradients(self, batch: PromptPairs, steps: int) -> _Result:
         totals = torch.zeros(len(self.nodes), dtype=torch.float64)
-        corrupt, corrupt_logits = self._record(batch.corrupt, batch, also=INPUT_POINT)
+        corrupt, corrupt_logits = self._record(batch, "corrupt", also=INPUT_POINT)
         corrupt_embed = corrupt[INPUT_POINT]
         deltas: Activations = {}
         seen: dict[str, Tensor] = {}  # of the clean run: embedding, logits
@@ -329,8 +329,8 @@ class _Job:
 
     def _paths(self, batch: PromptPairs) -> _Result:
         totals = torch.zeros(len(self.nodes), dtype=torch.float64)
-        corrupt, corrupt_logits = self._record(batch.corrupt, batch)
-        clean, clean_logits = self._record(batch.clean, batch)
+        corrupt, corrupt_logits = self._record(batch, "corrupt")
+        clean, clean_logits = self._record(batch, "clean")
         deltas = {point: clean[point] - corrupt[point] for point in clean}
         clean_value = self._total(clean_logits, batch, clean_logits)
         sums = {"clean": clean_value, "corrupt": self._total(corrupt_logits, batch, clean_logits)}
@@ -376,8 +376,8 @@ class _Job:
         """As released: on every pass of every group's path, the embedding's among them, every node's Δ·gradient is
         added up; the mean over all passes."""
         totals = torch.zeros(len(self.nodes), dtype=torch.float64)
-        corrupt, corrupt_logits = self._record(batch.corrupt, batch, also=INPUT_POINT)
-        clean, clean_logits = self._record(batch.clean, batch, also=INPUT_POINT)
+        corrupt, corrupt_logits = self._record(batch, "corrupt", also=INPUT_POINT)
+        clean, clean_logits = self._record(batch, "clean", also=INPUT_POINT)
         deltas = {point: clean[point] - corrupt[point] for point in clean}
         for point in clean:
             for k in range(1, self.steps + 1):
@@ -405,7 +405,7 @@ class _Job:
     # --- exact -----------------------------------------------------------------------------------------------
 
     def _exact(self, batch: PromptPairs) -> _Result:
-        corrupt, corrupt_logits = self._record(batch.corrupt, batch)
+        corrupt, corrupt_logits = self._record(batch, "corrupt")
         with torch.no_grad():
             clean_logits = adapter.run(self.model, batch.clean, batch.lengths)
         clean = self._total(clean_logits, batch, clean_logits)
@@ -415,13 +415,17 @@ class _Job:
 
     # --- shared ----------------------------------------------------------------------------------------------
 
-    def _record(self, tokens: Tensor, batch: PromptPairs, *, also: str | None = None) -> tuple[Activations, Tensor]:
+    def _record(
+        self, batch: PromptPairs, which: Literal["clean", "corrupt"], *, also: str | None = None
+    ) -> tuple[Activations, Tensor]:
         into: Activations = {}
+        corrupt = which == "corrupt"
+        tokens, lengths = (batch.corrupt, batch.corrupt_lengths) if corrupt else (batch.clean, batch.lengths)
         taps = hooks.record_hooks(self.nodes, into)
         if also is not None and also not in {site.point for site in self.nodes.sites}:
             taps.append((also, lambda now: into.__setitem__(also, now.detach().clone())))
         with torch.no_grad():
-            logits = adapter.run(self.model, tokens, batch.lengths, taps)
+            logits = adapter.run(self.model, tokens, lengths, taps)
         return into, logits
 
     def _total(self, logits: Tensor, batch: PromptPairs, clean_logits: Tensor) -> float:

@@ -361,7 +361,8 @@ def _run_all(
         for rows, batch in pairs.batches(batch_size):
             clean_logits = adapter.run(model, batch.clean, batch.lengths)
             corrupt: Activations = {}
-            corrupt_logits = adapter.run(model, batch.corrupt, batch.lengths, hooks.record_hooks(nodes, corrupt))
+            taps = hooks.record_hooks(nodes, corrupt)
+            corrupt_logits = adapter.run(model, batch.corrupt, batch.corrupt_lengths, taps)
             log_p_clean = clean_logits.float().log_softmax(-1)
             runs.clean[rows] = metric(clean_logits, batch, clean_logits).double().cpu()
             runs.corrupt[rows] = metric(corrupt_logits, batch, clean_logits).double().cpu()

@@ -4,16 +4,34 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from itertools import zip_longest
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from dfa_lens import screening
 from dfa_lens.errors import PromptError, unknown
 
-LengthPolicy = Literal["drop", "error"]
-"""What to do with a pair whose prompts have different numbers of tokens: leave it out (and count it), or raise."""
+if TYPE_CHECKING:
+    from dfa_lens.behaviour import Behaviour
+
+LengthPolicy = Literal["drop", "error", "pad-left-aligned"]
+"""What to do with a pair whose prompts have different numbers of tokens.
+
+- ``drop``: leave it out, and count it in ``.dropped``. The default: every position then has its counterpart.
+- ``error``: raise at the first.
+- ``pad-left-aligned``: keep it. Both prompts start at position 0, the shorter one is padded on the right, and each is
+  read at its own last token. Patching goes by position: token i of the clean run meets token i of the corrupt run,
+  whatever they are, so everything after an insertion meets the wrong counterpart; and where the corrupt prompt has
+  ended, its activations are those of padding that has read it. Scores and curves of such pairs are rough: use it to
+  see whether dropping biases a result, not to get one.
+"""
+
+Misfits = Literal["error", "drop"]
+"""What to do with a pair that can't be used for another reason (several tokens where one is needed, an unknown word,
+equal answers, equal prompts): raise, naming it, or leave it out and count it in ``.dropped``."""
 
 COLUMNS = ("clean", "corrupt", "answer", "wrong")
 
@@ -34,6 +52,11 @@ class PromptPairs:
     metric:
         What a run on these pairs is measured by: a name of :data:`dfa_lens.metrics.METRICS` or a function of
         (logits [pair, vocab], pairs) that returns [pair].
+    corrupt_lengths:
+        As ``lengths``, of the corrupt prompts, where they differ (see :data:`LengthPolicy`); default: ``lengths``.
+    choices, corrupt_choices:
+        Token ids [pair, choice] among which the clean and the corrupt prompt ask to choose, -1 where a pair has
+        fewer; only :meth:`check` and :meth:`where` use them. Default: the answer and the wrong answer.
 
     Raises
     ------
@@ -59,15 +82,20 @@ class PromptPairs:
     metric: str | Callable[..., Tensor] = "logit-difference"
     tokenizer: Any = None  #: made the tokens; only used to show them
     dropped: Mapping[str, int] = field(default_factory=dict)  #: reason → number of pairs left out when these were made
+    corrupt_lengths: Int[Tensor, " pair"] = None  # type: ignore[assignment]
+    choices: Int[Tensor, "pair choice"] | None = None
+    corrupt_choices: Int[Tensor, "pair corrupt_choice"] | None = None
 
     def __post_init__(self) -> None:
         if self.lengths is None:
             n, width = self.clean.shape[0], self.clean.shape[-1]
             object.__setattr__(self, "lengths", torch.full((n,), width, dtype=torch.long))
+        if self.corrupt_lengths is None:
+            object.__setattr__(self, "corrupt_lengths", self.lengths)
         self._check()
 
     def _check(self) -> None:
-        tensors = {name: getattr(self, name) for name in (*COLUMNS, "lengths")}
+        tensors = {name: getattr(self, name) for name in (*COLUMNS, "lengths", "corrupt_lengths")}
         for name, tensor in tensors.items():
             if not isinstance(tensor, Tensor) or tensor.is_floating_point() or tensor.dtype == torch.bool:
                 kind = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
@@ -86,9 +114,10 @@ class PromptPairs:
             if len(tensor) != n:
                 raise PromptError(f"{name} has {len(tensor)} entries for {n} prompt pairs.")
         real = torch.arange(width, device=self.clean.device) < self.lengths[:, None]
-        different = ((self.clean != self.corrupt) & real).any(1)
+        different = ((self.clean != self.corrupt) & real).any(1) | (self.lengths != self.corrupt_lengths)
+        shortest, longest = torch.minimum(self.lengths, self.corrupt_lengths), self.longest
         for bad, what in (
-            ((self.lengths < 1) | (self.lengths > width), f"has a length outside 1 to {width}"),
+            ((shortest < 1) | (longest > width), f"has a length outside 1 to {width}"),
             (
                 ((self.clean < 0) | (self.corrupt < 0)).any(1) | (self.answer < 0) | (self.wrong < 0),
                 "has a negative id",
@@ -99,6 +128,20 @@ class PromptPairs:
             if bad.any():
                 first = int(bad.nonzero()[0])
                 raise PromptError(f"Pair {first} {what} ({int(bad.sum())} of {n} pairs).")
+        for name, right in (("choices", self.answer), ("corrupt_choices", self.wrong)):
+            chosen = getattr(self, name)
+            if chosen is None:
+                continue
+            if chosen.ndim != 2 or len(chosen) != n:
+                raise PromptError(f"{name} has shape {list(chosen.shape)}: [pair, choice], for {n} pairs, is needed.")
+            if name == "choices" and not (chosen == right[:, None]).any(1).all():
+                first = int((~(chosen == right[:, None]).any(1)).nonzero()[0])
+                raise PromptError(f"The answer of pair {first} is not among its choices.")
+
+    @property
+    def longest(self) -> Int[Tensor, " pair"]:
+        """The longer of each pair's two lengths."""
+        return torch.maximum(self.lengths, self.corrupt_lengths)
 
     # --- making them -----------------------------------------------------------------------------------------
 
@@ -111,7 +154,11 @@ class PromptPairs:
         answer: Sequence[str],
         wrong: Sequence[str],
         *,
+        choices: Sequence[Sequence[str]] | None = None,
+        corrupt_choices: Sequence[Sequence[str]] | None = None,
         different_lengths: LengthPolicy = "drop",
+        misfits: Misfits = "error",
+        first_token: bool = False,
         metric: str | Callable[..., Tensor] = "logit-difference",
     ) -> PromptPairs:
         """Prompt pairs from four lists of strings.
@@ -124,78 +171,173 @@ class PromptPairs:
         ----------
         tokenizer:
             A Hugging Face tokenizer.
+        choices, corrupt_choices:
+            What the clean and the corrupt prompt ask to choose among, for :meth:`check`.
         different_lengths:
-            "drop" (default) leaves out pairs whose prompts have different numbers of tokens and counts them in
-            ``.dropped``; "error" raises at the first.
+            What to do with pairs whose prompts have different numbers of tokens, see :data:`LengthPolicy`.
+        misfits:
+            What to do with pairs that can't be used for another reason, see :data:`Misfits`.
+        first_token:
+            Take the first token of an answer of several.
 
         Raises
         ------
         PromptError
-            If the lists have different lengths, an answer is not one token, a word is unknown to the tokenizer, or
-            no pair is left.
+            If the lists have different lengths, a pair can't be used and is not to be dropped, or no pair is left:
+            the message says how many were dropped for which reason.
+
+        Examples
+        --------
+        >>> import dfa_lens as dfa
+        >>> tokenizer = dfa.zoo.load("llama3-tiny-source").tokenizer
+        >>> dfa.PromptPairs.from_strings(
+        ...     tokenizer, clean=["3 + 4 ="], corrupt=["3 + 5 ="], answer=[" 7"], wrong=[" 8"])
+        PromptPairs(1 pair, 5 tokens)
         """
-        columns = {"clean": list(clean), "corrupt": list(corrupt), "answer": list(answer), "wrong": list(wrong)}
-        sizes = {name: len(values) for name, values in columns.items()}
+        texts = {"clean": list(clean), "corrupt": list(corrupt), "answer": list(answer), "wrong": list(wrong)}
+        options = {"choices": choices, "corrupt_choices": corrupt_choices}
+        sizes = {name: len(values) for name, values in texts.items()}
+        sizes |= {name: len(values) for name, values in options.items() if values is not None}
         if len(set(sizes.values())) != 1:
-            raise PromptError(f"The four lists must be equally long, but there are {sizes}.")
+            raise PromptError(f"The lists must be equally long, but there are {sizes}.")
         if sizes["clean"] == 0:
             raise PromptError("There are no prompt pairs.")
-        if different_lengths not in ("drop", "error"):
-            raise unknown("policy for different lengths", different_lengths, ("drop", "error"), PromptError)
-        ids = {
-            name: [list(row) for row in tokenizer(values, add_special_tokens=name in ("clean", "corrupt"))["input_ids"]]
-            for name, values in columns.items()
-        }
-        unknown_id = getattr(tokenizer, "unk_token_id", None)
-        for name, rows in ids.items():
-            for i, row in enumerate(rows):
-                if unknown_id is not None and unknown_id in row:
-                    raise PromptError(
-                        f"{name} {i} has a word that the tokenizer does not know: {columns[name][i]!r}. The shipped "
-                        "models know only the words of the offline tasks."
-                    )
-                if name in ("answer", "wrong") and len(row) != 1:
-                    raise PromptError(f"{name} {i} is {columns[name][i]!r}, which is {len(row)} tokens; one is needed.")
-        kept = [i for i in range(sizes["clean"]) if len(ids["clean"][i]) == len(ids["corrupt"][i])]
-        n_dropped = sizes["clean"] - len(kept)
-        if n_dropped and different_lengths == "error":
-            i = next(i for i in range(sizes["clean"]) if i not in kept)
-            raise PromptError(
-                f"Pair {i}: clean has {len(ids['clean'][i])} tokens, corrupt {len(ids['corrupt'][i])} "
-                f"({n_dropped} such pairs)."
-            )
+        for name, value, valid in (
+            ("policy for different lengths", different_lengths, get_args(LengthPolicy)),
+            ("policy for misfits", misfits, get_args(Misfits)),
+        ):
+            if value not in valid:
+                raise unknown(name, value, valid, PromptError)
+        screened = screening.screen(tokenizer, **texts, first_token=first_token)
+        kept: list[int] = []
+        dropped: dict[str, int] = {}
+        for i, misfit in enumerate(screened.misfits):
+            policy = different_lengths if misfit and misfit.reason == screening.DIFFERENT_LENGTHS else misfits
+            if misfit is None or policy == "pad-left-aligned":
+                kept.append(i)
+            elif policy == "error":
+                raise PromptError(f"Pair {i}: {misfit.message}")
+            else:
+                dropped[misfit.reason] = dropped.get(misfit.reason, 0) + 1
         if not kept:
-            raise PromptError(f"None of {sizes['clean']} pairs has clean and corrupt prompts of equally many tokens.")
-        pad = getattr(tokenizer, "pad_token_id", None) or 0
-        lengths = torch.tensor([len(ids["clean"][i]) for i in kept])
+            listing = ", ".join(f"{reason}: {n}" for reason, n in dropped.items())
+            raise PromptError(f"None of {sizes['clean']} pairs can be used with this tokenizer ({listing}).")
 
-        def padded(rows: list[list[int]]) -> Tensor:
-            out = torch.full((len(kept), int(lengths.max())), pad, dtype=torch.long)
+        def rows(name: str) -> list[list[int]]:
+            return [screened.ids[name][i] for i in kept]
+
+        def firsts(name: str) -> Tensor | None:
+            given = options[name]
+            if given is None:
+                return None
+            widest = max(len(given[i]) for i in kept)
+            out = torch.full((len(kept), widest), -1, dtype=torch.long)
             for at, i in enumerate(kept):
-                out[at, : len(rows[i])] = torch.tensor(rows[i])
+                offered = screening.tokens(tokenizer, given[i], special=False)
+                out[at, : len(offered)] = torch.tensor([tokens[0] for tokens in offered])
             return out
 
-        return cls(
-            clean=padded(ids["clean"]),
-            corrupt=padded(ids["corrupt"]),
-            answer=torch.tensor([ids["answer"][i][0] for i in kept]),
-            wrong=torch.tensor([ids["wrong"][i][0] for i in kept]),
-            lengths=lengths,
+        return cls.from_tokens(
+            rows("clean"),
+            rows("corrupt"),
+            [row[0] for row in rows("answer")],
+            [row[0] for row in rows("wrong")],
+            pad=getattr(tokenizer, "pad_token_id", None) or 0,
+            choices=firsts("choices"),
+            corrupt_choices=firsts("corrupt_choices"),
+            different_lengths=different_lengths,
             metric=metric,
             tokenizer=tokenizer,
-            dropped={"different lengths": n_dropped} if n_dropped else {},
+            dropped=dropped,
+        )
+
+    @classmethod
+    def from_tokens(
+        cls,
+        clean: Sequence[Sequence[int]] | Tensor,
+        corrupt: Sequence[Sequence[int]] | Tensor,
+        answer: Sequence[int] | Tensor,
+        wrong: Sequence[int] | Tensor,
+        *,
+        pad: int | None = None,
+        different_lengths: LengthPolicy = "error",
+        **options: Any,
+    ) -> PromptPairs:
+        """Prompt pairs from token ids: lists of different lengths, or padded tensors.
+
+        Parameters
+        ----------
+        clean, corrupt:
+            A list of token ids per prompt, special tokens included; or [pair, pos] with padding on the right.
+        answer, wrong:
+            A token id per pair.
+        pad:
+            The id of the padding: how far a padded tensor is real, and what lists are filled up with (default 0).
+            Padding on the left is refused: positions would not be those of the prompts.
+        different_lengths:
+            As in :meth:`from_strings`; the default here is "error".
+        options:
+            Further arguments of :class:`PromptPairs`.
+
+        Examples
+        --------
+        >>> import dfa_lens as dfa
+        >>> dfa.PromptPairs.from_tokens([[5, 6, 7], [5, 6]], [[5, 8, 7], [9, 6]], answer=[1, 2], wrong=[3, 4])
+        PromptPairs(2 pairs, 2 to 3 tokens)
+        """
+        prompts = {"clean": _unpadded("clean", clean, pad), "corrupt": _unpadded("corrupt", corrupt, pad)}
+        answers = [int(x) for x in answer], [int(x) for x in wrong]
+        sizes = {name: len(rows) for name, rows in prompts.items()}
+        sizes |= {"answer": len(answers[0]), "wrong": len(answers[1])}
+        if len(set(sizes.values())) != 1:
+            raise PromptError(f"The lists must be equally long, but there are {sizes}.")
+        different = [i for i in range(sizes["clean"]) if len(prompts["clean"][i]) != len(prompts["corrupt"][i])]
+        if different and different_lengths == "error":
+            i = different[0]
+            raise PromptError(
+                f"Pair {i}: clean has {len(prompts['clean'][i])} tokens, corrupt {len(prompts['corrupt'][i])} "
+                f"({len(different)} such pairs)."
+            )
+        if different and different_lengths == "drop":
+            kept = [i for i in range(sizes["clean"]) if i not in set(different)]
+            prompts = {name: [rows[i] for i in kept] for name, rows in prompts.items()}
+            answers = [answers[0][i] for i in kept], [answers[1][i] for i in kept]
+            already = options.get("dropped", {})
+            options["dropped"] = {**already, "different lengths": len(different)}
+        if not prompts["clean"]:
+            raise PromptError("There are no prompt pairs" + (" of equal lengths." if different else "."))
+        lengths = {name: torch.tensor([len(row) for row in rows]) for name, rows in prompts.items()}
+        width = int(max(lengths["clean"].max(), lengths["corrupt"].max()))
+        if width == 0:
+            raise PromptError("The prompts are empty.")
+        padded = {name: torch.full((len(rows), width), pad or 0, dtype=torch.long) for name, rows in prompts.items()}
+        for name, rows in prompts.items():
+            for i, row in enumerate(rows):
+                padded[name][i, : len(row)] = torch.tensor(row, dtype=torch.long)
+        return cls(
+            clean=padded["clean"],
+            corrupt=padded["corrupt"],
+            answer=torch.tensor(answers[0]),
+            wrong=torch.tensor(answers[1]),
+            lengths=lengths["clean"],
+            corrupt_lengths=lengths["corrupt"],
+            **options,
         )
 
     @classmethod
     def from_dataset(cls, dataset: Any, tokenizer: Any, **options: Any) -> PromptPairs:
         """Prompt pairs from a ``datasets.Dataset``, or a mapping of columns.
 
-        It has the text columns clean, corrupt, answer and wrong; ``options`` go to :meth:`from_strings`.
+        It has the text columns clean, corrupt, answer and wrong, and may have the lists choices and corrupt_choices;
+        ``options`` go to :meth:`from_strings`.
         """
         columns = getattr(dataset, "column_names", None) or list(dataset)
         missing = [name for name in COLUMNS if name not in columns]
         if missing:
             raise PromptError(f"The data set has no column {missing[0]!r}; it has {', '.join(map(repr, columns))}.")
+        for name in ("choices", "corrupt_choices"):
+            if name in columns and all(offered is not None for offered in dataset[name]):
+                options.setdefault(name, list(dataset[name]))
         return cls.from_strings(tokenizer, *(list(dataset[name]) for name in COLUMNS), **options)
 
     @classmethod
@@ -215,6 +357,9 @@ class PromptPairs:
             answer=torch.cat([part.answer for part in parts]),
             wrong=torch.cat([part.wrong for part in parts]),
             lengths=torch.cat([part.lengths for part in parts]),
+            corrupt_lengths=torch.cat([part.corrupt_lengths for part in parts]),
+            choices=_stacked([part.choices for part in parts]),
+            corrupt_choices=_stacked([part.corrupt_choices for part in parts]),
             dropped={},
         )
 
@@ -229,18 +374,73 @@ class PromptPairs:
             index = [range(len(self))[index]]
         if not isinstance(index, (slice, Tensor)):
             index = torch.as_tensor(index, dtype=torch.long)
-        lengths = self.lengths[index]
-        if len(lengths) == 0:
+        if len(self.lengths[index]) == 0:
             raise PromptError("The selection has no prompt pairs.")
-        width = int(lengths.max())
+        width = int(self.longest[index].max())
         return replace(
             self,
             clean=self.clean[index][:, :width],
             corrupt=self.corrupt[index][:, :width],
             answer=self.answer[index],
             wrong=self.wrong[index],
-            lengths=lengths,
+            lengths=self.lengths[index],
+            corrupt_lengths=self.corrupt_lengths[index],
+            choices=None if self.choices is None else self.choices[index],
+            corrupt_choices=None if self.corrupt_choices is None else self.corrupt_choices[index],
         )
+
+    def shuffle(self, seed: int = 0) -> PromptPairs:
+        """The pairs in random order. The global random state is neither read nor changed."""
+        return self[torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))]
+
+    def check(self, model: Any, *, batch_size: int = 16) -> Behaviour:
+        """What a model does on these pairs: is it worth looking for a circuit? See :class:`Behaviour`.
+
+        Examples
+        --------
+        >>> import dfa_lens as dfa
+        >>> model = dfa.zoo.load("llama3-tiny-source")
+        >>> dfa.tasks.load("mcqa", model.tokenizer, n=16).check(model).summary()["right in both directions"]
+        1.0
+        """
+        from dfa_lens.behaviour import check
+
+        return check(model, self, batch_size=batch_size)
+
+    def where(self, model: Any, *, correct: bool = True, batch_size: int = 16) -> PromptPairs:
+        """The pairs that the model solves in both directions (or, with ``correct=False``, the others).
+
+        Solved: the answer is the best of the choices on the clean prompt, and the wrong answer on the corrupt one.
+        """
+        solved = self.check(model, batch_size=batch_size).right_in_both
+        rows = (solved if correct else ~solved).nonzero()[:, 0]
+        if len(rows) == 0:
+            raise PromptError(f"The model solves {'none' if correct else 'all'} of the {len(self)} pairs.")
+        return self[rows]
+
+    def show(self, n: int = 5) -> None:
+        """Print the first ``n`` pairs, clean above corrupt, with the tokens in which they differ marked."""
+        print("\n\n".join(self.lines(i) for i in range(min(n, len(self)))))  # noqa: T201 - that is what it is for
+
+    def lines(self, index: int) -> str:
+        """One pair as aligned lines of text: clean tokens, corrupt tokens, marks, answers."""
+
+        def words(ids: Tensor) -> list[str]:
+            if self.tokenizer is None:
+                return [str(int(i)) for i in ids]
+            return [self.tokenizer.decode([int(i)]).replace("\n", "\\n") for i in ids]
+
+        clean = words(self.clean[index, : self.lengths[index]])
+        corrupt = words(self.corrupt[index, : self.corrupt_lengths[index]])
+        rows: list[list[str]] = [["clean  "], ["corrupt"], ["       "]]
+        for a, b in zip_longest(clean, corrupt, fillvalue=""):
+            width = max(len(a), len(b))
+            marks = ("^" * width if a != b else "").ljust(width)
+            for row, cell in zip(rows, (a.ljust(width), b.ljust(width), marks), strict=True):
+                row.append(cell)
+        (answer,), (wrong,) = words(self.answer[index : index + 1]), words(self.wrong[index : index + 1])
+        lines = ["|".join(row) for row in rows[:2]] + [" ".join(rows[2])]
+        return "\n".join([*(line.rstrip() for line in lines), f"answer {answer!r}, wrong {wrong!r}"])
 
     def batches(self, batch_size: int) -> Iterator[tuple[Int[Tensor, " batch"], PromptPairs]]:
         """Batches of similar length, longest first, each with the positions of its pairs in the whole.
@@ -249,7 +449,7 @@ class PromptPairs:
         """
         if batch_size < 1:
             raise PromptError(f"batch_size must be at least 1, not {batch_size}.")
-        order = torch.argsort(self.lengths, descending=True, stable=True)
+        order = torch.argsort(self.longest, descending=True, stable=True)
         for index in order.split(batch_size):
             yield index, self[index]
 
@@ -278,3 +478,30 @@ class PromptPairs:
         low, high = int(self.lengths.min()), int(self.lengths.max())
         tokens = f"{high} tokens" if low == high else f"{low} to {high} tokens"
         return f"PromptPairs({len(self)} pair{'s' * (len(self) != 1)}, {tokens})"
+
+
+def _unpadded(name: str, rows: Sequence[Sequence[int]] | Tensor, pad: int | None) -> list[list[int]]:
+    if not isinstance(rows, Tensor):
+        return [[int(token) for token in row] for row in rows]
+    if rows.ndim != 2 or rows.is_floating_point():
+        raise PromptError(f"{name} must be token ids [pair, pos], not {list(rows.shape)} of {rows.dtype}.")
+    if pad is None:
+        return rows.tolist()
+    real = rows != pad
+    if len(rows) and bool((~real[:, 0]).any()):
+        first = int((~real[:, 0]).nonzero()[0])
+        raise PromptError(
+            f"{name} {first} starts with padding ({pad}): pad on the right, or positions are not those of the prompts "
+            "and TransformerLens's gradients may not be finite."
+        )
+    lengths = torch.where(real, torch.arange(1, rows.shape[1] + 1), 0).amax(1)
+    return [row[:length] for row, length in zip(rows.tolist(), lengths.tolist(), strict=True)]
+
+
+def _stacked(parts: Sequence[Tensor | None]) -> Tensor | None:
+    """Choices one after the other, filled up with -1; None unless all have some."""
+    given = [part for part in parts if part is not None]
+    if len(given) < len(parts):
+        return None
+    width = max(part.shape[1] for part in given)
+    return torch.cat([torch.nn.functional.pad(part, (0, width - part.shape[1]), value=-1) for part in given])

@@ -239,14 +239,18 @@ class _Batch:
         """KL(P_clean ‖ P_masked), averaged over the batch."""
         own = masks[self.task.to(masks.device)]
         gates = hooks.gate_hooks(nodes, own, clean=self.clean, corrupt=self.corrupt, intervention=intervention)
-        tokens = self.pairs.corrupt if intervention == "restore" else self.pairs.clean
+        pairs = self.pairs
+        tokens, lengths = pairs.clean, pairs.lengths
+        if intervention == "restore":
+            tokens, lengths = pairs.corrupt, pairs.corrupt_lengths
         where: Literal["answer", "all"] = "answer" if positions == "answer" else "all"
-        logits = adapter.run(model, tokens, self.pairs.lengths, gates, positions=where)
+        logits = adapter.run(model, tokens, lengths, gates, positions=where)
         log_p = logits.float().log_softmax(-1)
         target = self.log_p_clean.to(log_p.device)
         divergence = (target.exp() * (target - log_p)).sum(-1)
         if where == "all":
-            real = adapter.attention_mask(self.pairs.lengths, tokens.shape[1], divergence.device)
+            shortest = torch.minimum(pairs.lengths, pairs.corrupt_lengths)
+            real = adapter.attention_mask(shortest, tokens.shape[1], divergence.device)
             divergence = divergence * real
         return divergence.sum() / len(self.pairs)
 
@@ -267,7 +271,8 @@ class _Data:
         self.model, self.nodes, self.positions, self.cache = model, nodes, positions, cache
         self.pairs = PromptPairs.concat([pairs[task] for task in tasks])
         if positions == "all-padded":  # padding is taken for real tokens
-            self.pairs = replace(self.pairs, lengths=torch.full_like(self.pairs.lengths, self.pairs.clean.shape[1]))
+            full = torch.full_like(self.pairs.lengths, self.pairs.clean.shape[1])
+            self.pairs = replace(self.pairs, lengths=full, corrupt_lengths=full)
         self.task = torch.cat([torch.full((len(pairs[task]),), i) for i, task in enumerate(tasks)])
         self.where: Literal["answer", "all"] = "answer" if positions == "answer" else "all"
         self.layout: dict[str, Layout] = {}
@@ -336,7 +341,7 @@ class _Data:
                 adapter.run(
                     self.model,
                     part.corrupt,
-                    part.lengths,
+                    part.corrupt_lengths,
                     hooks.record_hooks(self.nodes, runs.setdefault("corrupt", {})),
                     positions=self.where,
                 )

@@ -102,3 +102,42 @@ def unchecked_pairs(**columns: Any) -> dfa.PromptPairs:
     made = object.__new__(dfa.PromptPairs)
     unchecked(dfa.PromptPairs.__init__)(made, **columns)
     return made
+
+
+def byte_level_tokenizer(kind: str) -> Any:
+    """A byte-level tokenizer with the habits of Llama-3 (up to three digits a token, a begin-of-text token) or of
+    Qwen-2.5 (one digit a token, none), trained on the offline tasks' words and on numbers."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    digits = r"\p{N}{1,3}" if kind == "llama" else r"\p{N}"
+    pattern = rf"[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|{digits}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(pattern), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    backend.decoder = decoders.ByteLevel()
+    begin = "<|begin_of_text|>"
+    trainer = trainers.BpeTrainer(
+        vocab_size=6000,
+        special_tokens=[begin, "<|end_of_text|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    # " Anneliese" stays several tokens: a name that is in no training text
+    texts = [e.clean for task in dfa.tasks.names() for e in dfa.tasks.examples(task, n=400)]
+    texts += [f"{i} {i}" for i in range(1000)]
+    backend.train_from_iterator(texts, trainer)
+    if kind == "llama":
+        backend.post_processor = processors.TemplateProcessing(
+            single=f"{begin} $A", special_tokens=[(begin, backend.token_to_id(begin))]
+        )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        bos_token=begin if kind == "llama" else None,
+        eos_token="<|end_of_text|>",
+        pad_token="<|end_of_text|>",
+    )

@@ -89,11 +89,14 @@ def test_from_strings(zoo_source):
     assert pairs.dropped == {"different lengths": 1}
     assert pairs.clean[0, 0] == tokenizer.bos_token_id
     assert tokenizer.decode(pairs.answer[0]) == "7"
-    with pytest.raises(PromptError, match=r"Pair 1: clean has 5 tokens, corrupt 6 \(1 such"):
+    with pytest.raises(PromptError, match="Pair 1: clean has 5 tokens, corrupt 6"):
         dfa.PromptPairs.from_strings(tokenizer, **texts, different_lengths="error")
     for change, message in (
-        ({"answer": [" 7 8", " 7"]}, "answer 0 is ' 7 8', which is 2 tokens"),
-        ({"clean": ["The zeppelin of 3 and 4 is", "3 + 4 ="]}, "clean 0 has a word that the tokenizer does not know"),
+        ({"answer": [" 7 8", " 7"]}, "Pair 0: answer is ' 7 8', which is 2 tokens"),
+        (
+            {"clean": ["The zeppelin of 3 and 4 is", "3 + 4 ="]},
+            "Pair 0: clean has a word that the tokenizer does not know",
+        ),
         ({"wrong": [" 8"]}, "must be equally long"),
     ):
         with pytest.raises(PromptError, match=message):
@@ -125,3 +128,164 @@ def test_tokens_are_those_of_the_tokenizer(zoo_source):
 def test_task_without_tokenizer():
     with pytest.raises(TaskError, match="tokenizer is None"):
         dfa.tasks.load("ioi", None)
+
+
+# --- tokens, lengths, selections ---------------------------------------------------------------------------------
+
+
+def test_from_tokens():
+    lists = [[5, 6, 7], [5, 6]], [[5, 8, 7], [9, 6]]
+    pairs = dfa.PromptPairs.from_tokens(*lists, answer=[1, 2], wrong=[3, 4])
+    assert pairs.lengths.tolist() == [3, 2]
+    assert pairs.clean.tolist() == [[5, 6, 7], [5, 6, 0]]
+    tensors = torch.tensor([[5, 6, 7], [5, 6, 99]]), torch.tensor([[5, 8, 7], [9, 6, 99]])
+    padded = dfa.PromptPairs.from_tokens(*tensors, answer=torch.tensor([1, 2]), wrong=torch.tensor([3, 4]), pad=99)
+    assert padded.lengths.tolist() == [3, 2]
+    for rows, options, message in (
+        (([[5, 6]], [[5, 6, 7]]), {}, r"Pair 0: clean has 2 tokens, corrupt 3 \(1 such"),
+        (([[5, 6], [1]], [[5, 7]]), {}, "must be equally long"),
+        (([[]], [[]]), {}, "The prompts are empty"),
+        ((torch.tensor([[0, 5]]), torch.tensor([[0, 6]])), {"pad": 0}, "clean 0 starts with padding .0.: pad on the"),
+        ((torch.zeros(1, 2, 2, dtype=torch.long), torch.zeros(1, 2)), {"pad": 0}, r"clean must be token ids \[pair"),
+    ):
+        with pytest.raises(PromptError, match=message):
+            unchecked(dfa.PromptPairs.from_tokens.__func__)(dfa.PromptPairs, *rows, [1], [2], **options)
+    dropped = dfa.PromptPairs.from_tokens([[1, 2], [3]], [[1, 4], [3, 5]], [1, 1], [2, 2], different_lengths="drop")
+    assert len(dropped) == 1 and dropped.dropped == {"different lengths": 1}
+
+
+def test_misfits_are_dropped_and_counted(zoo_source):
+    texts = {
+        "clean": ["3 + 4 =", "3 + 4 =", "3 + zeppelin =", "3 + 4 =", "3 + 4 =", "3 + 4 ="],
+        "corrupt": ["3 + 5 =", "3 + 5 =", "3 + 5 =", "3 + 4 =", "3 + 5 =", "The 3 + 5 ="],
+        "answer": [" 7", " 7 8", " 7", " 7", " 8", " 7"],
+        "wrong": [" 8", " 8", " 8", " 8", " 8", " 8"],
+    }
+    pairs = dfa.PromptPairs.from_strings(zoo_source.tokenizer, **texts, misfits="drop")
+    assert len(pairs) == 1
+    assert pairs.dropped == {
+        "answer of several tokens": 1,
+        "unknown word": 1,
+        "equal prompts": 1,
+        "equal answers": 1,
+        "different lengths": 1,
+    }
+    bad = {name: values[1:] for name, values in texts.items()}
+    with pytest.raises(
+        PromptError, match=r"None of 5 pairs can be used with this tokenizer \(answer of several tokens: 1"
+    ):
+        dfa.PromptPairs.from_strings(zoo_source.tokenizer, **bad, misfits="drop")
+    first = dfa.PromptPairs.from_strings(
+        zoo_source.tokenizer, **{name: values[1:2] for name, values in texts.items()}, first_token=True
+    )
+    assert zoo_source.tokenizer.decode(first.answer[0]) == "7"
+
+
+@pytest.mark.parametrize("longer", ["clean", "corrupt"])
+def test_left_aligned_pairs_are_read_at_their_own_last_tokens(model, longer):
+    """Every run of such a pair is that of the prompt alone; positions are compared one by one from the start."""
+    short, long = [3, 4, 5, 6], [3, 9, 4, 5, 6, 2]
+    prompts = {"clean": long, "corrupt": short} if longer == "clean" else {"clean": short, "corrupt": long}
+    mixed = dfa.PromptPairs.from_tokens(
+        [prompts["clean"], [1, 2, 3]],
+        [prompts["corrupt"], [1, 2, 4]],
+        [7, 8],
+        [9, 10],
+        different_lengths="pad-left-aligned",
+    )
+    assert mixed.lengths.tolist() == [len(prompts["clean"]), 3]
+    assert mixed.corrupt_lengths.tolist() == [len(prompts["corrupt"]), 3]
+    scores = dfa.attribute(model, mixed[:1], method="exact")
+    for which, key in (("clean", "metric_clean"), ("corrupt", "metric_corrupt")):
+        with torch.no_grad():
+            logits = model(torch.tensor([prompts[which]]), attention_mask=torch.ones(1, len(prompts[which])).long())
+        expected = float(logits[0, -1, 7] - logits[0, -1, 9])
+        assert scores.meta[key] == pytest.approx(expected, abs=1e-4)
+    source = dfa.controls.random_scores(dfa.NodeSet.for_sizes(2, 2))
+    for intervention in ("circuit", "restore", "interpolate"):
+        fits = [
+            dfa.fit(model, {"a": source}, {"a": mixed}, steps=2, intervention=intervention, cache=cache).W
+            for cache in ("device", "recompute")
+        ]
+        torch.testing.assert_close(*fits, atol=1e-5, rtol=1e-4)
+    both = dfa.PromptPairs.concat([mixed, random_pairs(2, 5)])
+    assert torch.equal(both[:2].corrupt_lengths, mixed.corrupt_lengths)
+    curve = dfa.faithfulness_curve(model, both, dfa.attribute(model, both, method="nap"), sizes=[0, 15])
+    assert curve.faithfulness[-1] == 1
+
+
+def test_choices(zoo_source):
+    pairs = dfa.tasks.load("mcqa", zoo_source.tokenizer, n=4)
+    ioi = dfa.tasks.load("ioi", zoo_source.tokenizer, n=2)
+    assert pairs.choices.shape == (4, 4)
+    assert dfa.PromptPairs.concat([pairs, ioi]).choices is None
+    fewer = dfa.tasks.load("mcqa", zoo_source.tokenizer, n=2, n_choices=2)
+    both = dfa.PromptPairs.concat([pairs, fewer])
+    assert both.choices.shape == (6, 4) and (both.choices[4:, 2:] == -1).all()
+    with pytest.raises(PromptError, match="The answer of pair 0 is not among its choices"):
+        unchecked_pairs(**tensors(1), choices=torch.tensor([[5, 6]]))
+    with pytest.raises(PromptError, match=r"choices has shape \[2, 1\]"):
+        unchecked_pairs(**tensors(1), choices=torch.tensor([[0], [6]]))
+
+
+def test_shuffle():
+    pairs = random_pairs(8, ragged=True)
+    state = torch.get_rng_state()
+    shuffled = pairs.shuffle(seed=1)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert sorted(shuffled.answer.tolist()) == sorted(pairs.answer.tolist())
+    assert shuffled.answer.tolist() != pairs.answer.tolist()
+    assert torch.equal(shuffled.answer, pairs.shuffle(seed=1).answer)
+
+
+def test_show(zoo_source, capsys):
+    pairs = dfa.PromptPairs.from_strings(
+        zoo_source.tokenizer, ["When Eva and Max went"], ["When Eva and Milo went"], [" Eva"], [" Milo"]
+    )
+    pairs.show()
+    lines = capsys.readouterr().out.rstrip().split("\n")
+    assert lines[0] == "clean  |<|begin_of_text|>|When|Eva|and|Max |went"
+    assert lines[1] == "corrupt|<|begin_of_text|>|When|Eva|and|Milo|went"
+    assert lines[2] == " " * lines[1].index("Milo") + "^^^^"
+    assert lines[3] == "answer 'Eva', wrong 'Milo'"
+    random_pairs(2).show(1)  # without a tokenizer: ids
+    assert "|" in capsys.readouterr().out
+
+
+def test_all_phases_see_the_same_tokens(zoo_source):
+    """Attribution, training, curves and checks run the tokens of the pairs, and the begin-of-text token once."""
+    pairs = dfa.tasks.load("ioi", zoo_source.tokenizer, n=6)
+    expected = {
+        tuple(row[:n].tolist())
+        for tokens, lengths in ((pairs.clean, pairs.lengths), (pairs.corrupt, pairs.corrupt_lengths))
+        for row, n in zip(tokens, lengths, strict=True)
+    }
+    assert all(row[0] == zoo_source.tokenizer.bos_token_id and row.count(row[0]) == 1 for row in expected)
+    seen = set()
+
+    def look(module, args, kwargs):
+        for row, mask in zip(args[0], kwargs["attention_mask"], strict=True):
+            seen.add(tuple(row[: int(mask.sum())].tolist()))
+
+    handle = zoo_source.register_forward_pre_hook(look, with_kwargs=True)
+    try:
+        for work in (
+            lambda: dfa.attribute(zoo_source, pairs),
+            lambda: dfa.fit(
+                zoo_source,
+                {"a": dfa.controls.uniform(dfa.NodeSet.for_sizes(1, 1))},
+                {"a": pairs},
+                steps=2,
+                batch_size=3,
+                cache="recompute",
+            ),
+            lambda: dfa.faithfulness_curve(
+                zoo_source, pairs, dfa.controls.uniform(dfa.NodeSet.heads_and_mlps(zoo_source)), sizes=[0, 54]
+            ),
+            lambda: pairs.check(zoo_source),
+        ):
+            seen.clear()
+            work()
+            assert seen == expected
+    finally:
+        handle.remove()

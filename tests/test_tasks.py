@@ -1,6 +1,8 @@
 import re
 
 import pytest
+import torch
+from helpers import byte_level_tokenizer
 
 import dfa_lens as dfa
 from dfa_lens.errors import TaskError
@@ -116,7 +118,12 @@ def test_ioi_flip():
         ({"split": "tset"}, "Unknown split 'tset'.*Did you mean 'test'"),
         ({"counterfactual": "symbl"}, "Unknown counterfactual for 'ioi' 'symbl': expected one of 's2_io_flip', 'abc'"),
         ({"n": 0}, "n must be at least 1"),
-        ({"shots": 2}, "Unknown option for 'ioi' 'shots': expected one of there are none"),
+        ({"shots": 2}, "Unknown option for 'ioi' 'shots': expected one of 'templates', 'distractors'"),
+        ({"templates": [8, 9]}, r"templates are numbered from 0 to 7 here, and none of \[8, 9\]"),
+        ({"distractors": 4}, "distractors must be between 0 and 3"),
+        ({"name": "mcqa", "n_choices": 5}, "n_choices must be between 2 and 4"),
+        ({"n": None}, "The offline tasks have no end: say how many"),
+        ({"path": "somewhere"}, "path is for collection='mib'"),
         ({"name": "addition", "shots": 99}, "shots must be between 0 and 8"),
         ({"name": "addition", "max_number": 500}, "max_number must be between 10 and 99"),
         ({"name": "addition", "shots": 0, "max_number": 10, "n": 500}, r"has only about \d+ distinct prompts"),
@@ -126,3 +133,76 @@ def test_bad_input(given, message, word_level):
     options = {"name": "ioi", "tokenizer": word_level} | given
     with pytest.raises(TaskError, match=message):
         dfa.tasks.load(**options)
+
+
+# --- options, cards, exports -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("task", offline.TASKS)
+def test_templates_can_be_chosen(task, word_level):
+    drawn = offline.examples(task, n=40, templates=[1])
+    assert {e.template for e in drawn} == {1}
+    pairs = dfa.tasks.load(task, word_level, n=10, templates=[0, 1])
+    assert len(pairs) == 10
+
+
+def test_difficulty(word_level):
+    harder = offline.examples("ioi", n=30, distractors=2)
+    for e in harder:
+        assert e.clean.count("visited the") >= 2
+        assert e.clean.count(e.wrong.strip()) == 2 and e.clean.count(e.answer.strip()) == 1
+    for n_choices in (2, 3):
+        for task in ("mcqa", "arc-easy", "arc-challenge"):
+            for e in offline.examples(task, n=20, n_choices=n_choices):
+                assert len(e.choices) == len(e.corrupt_choices) == n_choices
+                assert e.answer in e.choices and e.wrong in e.corrupt_choices
+    for task, sign in (("addition", 1), ("subtraction", -1)):
+        for carry in (True, False):
+            for e in offline.examples(task, n=40, shots=0, carry=carry):
+                a, b = (int(x) % 10 for x in re.findall(r"\d+", e.clean))
+                assert (a + b > 9 if sign > 0 else a < b) == carry
+    for name, options in (("ioi", {"distractors": 3}), ("addition", {"shots": 3}), ("mcqa", {"n_choices": 2})):
+        assert not dfa.tasks.load(name, word_level, n=20, **options).dropped  # every word is known
+
+
+@pytest.mark.parametrize("task", offline.TASKS)
+def test_cards_tell_the_truth(task):
+    card = dfa.tasks.card(task)
+    example = offline.examples(task, split="test", n=1)[0]
+    assert f"```text\n{example.clean}\n```\n\nAnswer: `{example.answer.strip()}`" in card
+    assert f"```text\n{example.corrupt}\n```\n\nAnswer: `{example.wrong.strip()}`" in card
+    known = offline.TASKS[task]
+    listed = re.findall(r"^- `(\w+)`", card, flags=re.MULTILINE)
+    assert listed == [*known.counterfactuals, *known.options]
+    assert f"- `{known.counterfactuals[0]}` (default)" in card
+
+
+@pytest.mark.parametrize("task", offline.TASKS)
+def test_export_and_back(task, word_level):
+    dataset = dfa.tasks.to_dataset(task, split="validation", n=7, seed=2)
+    pairs = dfa.PromptPairs.from_dataset(dataset, word_level)
+    expected = dfa.tasks.load(task, word_level, split="validation", n=7, seed=2)
+    assert torch.equal(pairs.clean, expected.clean) and torch.equal(pairs.corrupt, expected.corrupt)
+    assert (pairs.choices is None) == (expected.choices is None)
+    if pairs.choices is not None:
+        assert torch.equal(pairs.choices, expected.choices)
+
+
+def test_other_tokenizers_get_what_they_can_use():
+    """Names of one token are kept, others passed over and counted; nothing fits: the error says so."""
+    tokenizer = byte_level_tokenizer("qwen")
+    pairs = dfa.tasks.load("ioi", tokenizer, n=20)
+    assert len(pairs) == 20
+    table = dfa.tasks.coverage({"qwen": tokenizer}, collection="offline", n=300).set_index("task")
+    assert table.loc["ioi", "kept"] + table.loc["ioi", "dropped"] == 300
+    assert table.loc["addition", "answer of several tokens"] == 300
+    with pytest.raises(
+        TaskError, match=r"None of \d+ prompts of 'addition'.*one token for each answer, like that of the"
+    ):
+        dfa.tasks.load("addition", tokenizer, n=4)
+
+
+def test_fewer_if_said_so(word_level):
+    options = {"split": "train", "shots": 0, "max_number": 10, "n": 500}
+    fewer = dfa.tasks.load("addition", word_level, allow_fewer=True, **options)
+    assert 20 < len(fewer) < 500

@@ -1,17 +1,39 @@
-"""The six tasks: prompt pairs for a tokenizer, by name."""
+"""The six tasks: prompt pairs for a tokenizer, by name.
+
+Two collections have the same six names: "offline" (:mod:`~dfa_lens.tasks.offline`: generated, no network, what the
+shipped models know) and "mib" (:mod:`~dfa_lens.tasks.mib`: the benchmark's data sets).
+"""
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
+from importlib.resources import files
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal, get_args
 
+from dfa_lens import screening
 from dfa_lens.errors import TaskError, unknown
-from dfa_lens.prompts import PromptPairs
-from dfa_lens.tasks import offline
+from dfa_lens.prompts import LengthPolicy, PromptPairs
+from dfa_lens.tasks import mib, offline
 from dfa_lens.tasks.offline import Example, examples, stream
 
-__all__ = ["SIBLINGS", "Example", "describe", "examples", "load", "names", "stream"]
+__all__ = [
+    "SIBLINGS",
+    "Example",
+    "card",
+    "coverage",
+    "describe",
+    "examples",
+    "load",
+    "names",
+    "stream",
+    "to_dataset",
+]
 
-Collection = Literal["offline"]
+Collection = Literal["offline", "mib"]
+"""Where prompts come from: generated offline tasks, or MIB's data sets on the Hugging Face hub."""
 
 #: The task of the same kind that near-distribution transfer trains on.
 SIBLINGS: dict[str, str] = {
@@ -20,6 +42,9 @@ SIBLINGS: dict[str, str] = {
     "arc-easy": "arc-challenge",
     "arc-challenge": "arc-easy",
 }
+
+# Prompts that are looked at before a tokenizer is declared unfit.
+_PATIENCE = 200
 
 
 def names() -> tuple[str, ...]:
@@ -39,16 +64,25 @@ def describe(name: str) -> str:
     return offline.TASKS[name].summary
 
 
+def card(name: str) -> str:
+    """A page on an offline task: what it tests, an example, counterfactuals, options, what it lacks beside MIB's."""
+    describe(name)
+    return files("dfa_lens.tasks").joinpath("cards", f"{name}.md").read_text(encoding="utf-8")
+
+
 def load(
     name: str,
     tokenizer: Any,
     *,
     split: str = "train",
-    n: int = 64,
+    n: int | None = 64,
     seed: int = 0,
     collection: Collection = "offline",
     counterfactual: str | None = None,
-    **options: int,
+    different_lengths: LengthPolicy = "drop",
+    allow_fewer: bool = False,
+    path: str | Path | None = None,
+    **options: Any,
 ) -> PromptPairs:
     """Prompt pairs of a task, made with a tokenizer.
 
@@ -59,32 +93,42 @@ def load(
     tokenizer:
         A Hugging Face tokenizer: that of the model on which the pairs are to run (``model.tokenizer``).
     split:
-        "train", "validation" or "test"; splits never share a prompt.
+        "train", "validation" or "test"; the offline splits never share a prompt.
     n:
-        How many pairs, with distinct clean prompts.
+        How many pairs, with distinct clean prompts; None: all that MIB's split has.
     seed:
         Which ones; the same seed gives the same pairs on every machine.
     collection:
-        "offline": the tasks that the shipped models know; no network.
+        See :data:`Collection`. "mib" downloads the data set, unless ``path`` says where it is.
     counterfactual:
-        How the corrupt prompt differs from the clean one; default: the task's first
-        (see ``dfa_lens.tasks.offline.TASKS``).
+        How the corrupt prompt differs from the clean one; default: the task's first. Offline: see :func:`card`. MIB:
+        any of the data set's counterfactuals ("…_counterfactual", or without that ending).
+    different_lengths:
+        What to do with pairs whose prompts have different numbers of tokens, see
+        :data:`~dfa_lens.prompts.LengthPolicy`.
+    allow_fewer:
+        Take what there is when there are fewer than ``n``, instead of raising.
+    path:
+        A folder with MIB's data set, or with all six under the names that they have on the hub ("ioi",
+        "copycolors_mcqa", "arithmetic_addition", …).
     options:
-        For the arithmetic tasks: ``shots`` (worked examples before the question, 0 to 8, default 1) and
-        ``max_number`` (10 to 99, default 99).
+        Offline: ``templates`` (numbers of those to use); for ioi ``distractors`` (0 to 3 sentences about others
+        before the prompt); for the four-choice tasks ``n_choices`` (2 to 4); for the arithmetic tasks ``shots``
+        (worked examples before the question, 0 to 8, default 1), ``max_number`` (10 to 99, default 99) and ``carry``
+        (True or False: whether the ones carry or borrow). The shipped models were trained with the defaults.
 
     Returns
     -------
     PromptPairs
-        Right padded. With another tokenizer than that of the shipped models, pairs whose prompts differ in length
-        are left out and counted in ``.dropped``.
+        Right padded. ``.dropped`` counts the prompts that were passed over, by reason: those that this tokenizer can't
+        use, until ``n`` were found.
 
     Raises
     ------
     TaskError
-        If a name is unknown, or fewer than ``n`` prompts exist.
+        If a name is unknown, the data can't be read or lacks a column, or there are fewer than ``n`` usable prompts.
     PromptError
-        If the tokenizer does not know a word, or needs several tokens for an answer.
+        If there is no tokenizer, or ``different_lengths="error"`` finds some.
 
     Examples
     --------
@@ -93,15 +137,175 @@ def load(
     >>> dfa.tasks.load("ioi", tokenizer, split="test", n=4)
     PromptPairs(4 pairs, 15 to 17 tokens)
     """
-    if collection != "offline":
-        raise unknown("collection", collection, ("offline",), TaskError)
     if tokenizer is None:
         raise TaskError("The tokenizer is None: pass model.tokenizer, or the tokenizer that belongs to the model.")
-    drawn = examples(name, split=split, n=n, seed=seed, counterfactual=counterfactual, **options)
-    return PromptPairs.from_strings(
+    if n is not None and n < 1:
+        raise TaskError(f"n must be at least 1, not {n}.")
+    drawn = _draw(name, tokenizer, collection, split, seed, counterfactual, path, options)
+    if n is None and collection == "offline":
+        raise TaskError("The offline tasks have no end: say how many pairs, n=….")
+    kept, dropped = _select(drawn, tokenizer, n, keep_lengths=different_lengths != "drop", first=collection == "mib")
+    if not kept or (n is not None and len(kept) < n and not allow_fewer):
+        raise _too_few(name, split, len(kept), n, dropped, collection)
+    offered = [example.choices is not None and example.corrupt_choices is not None for example in kept]
+    pairs = PromptPairs.from_strings(
         tokenizer,
-        clean=[e.clean for e in drawn],
-        corrupt=[e.corrupt for e in drawn],
-        answer=[e.answer for e in drawn],
-        wrong=[e.wrong for e in drawn],
+        clean=[e.clean for e in kept],
+        corrupt=[e.corrupt for e in kept],
+        answer=[e.answer for e in kept],
+        wrong=[e.wrong for e in kept],
+        choices=[e.choices or () for e in kept] if all(offered) else None,
+        corrupt_choices=[e.corrupt_choices or () for e in kept] if all(offered) else None,
+        different_lengths=different_lengths,
+        first_token=collection == "mib",
     )
+    return replace(pairs, dropped=dropped)
+
+
+def _draw(
+    name: str,
+    tokenizer: Any,
+    collection: str,
+    split: str,
+    seed: int,
+    counterfactual: str | None,
+    path: str | Path | None,
+    options: dict[str, Any],
+) -> Iterator[Example | mib.Reason]:
+    if collection not in get_args(Collection):
+        raise unknown("collection", collection, get_args(Collection), TaskError)
+    if collection == "mib":
+        if options:
+            raise unknown(f"option for {name!r} of MIB", next(iter(options)), (), TaskError)
+        return mib.rows(name, tokenizer, split=split, seed=seed, counterfactual=counterfactual, path=path)
+    if path is not None:
+        raise TaskError("The offline tasks are generated: path is for collection='mib'.")
+    return offline.distinct(name, split=split, seed=seed, counterfactual=counterfactual, **options)
+
+
+def _select(
+    drawn: Iterator[Example | mib.Reason], tokenizer: Any, n: int | None, *, keep_lengths: bool, first: bool
+) -> tuple[list[Example], dict[str, int]]:
+    """The first ``n`` usable examples (None: all), and how many others were passed over for which reason."""
+    kept: list[Example] = []
+    dropped: dict[str, int] = {}
+    seen: set[str] = set()
+
+    def drop(reason: str) -> None:
+        dropped[reason] = dropped.get(reason, 0) + 1
+
+    while n is None or len(kept) < n:
+        chunk = list(islice(drawn, 256 if n is None else n - len(kept)))
+        if not chunk:
+            break
+        found = [item for item in chunk if isinstance(item, Example)]
+        for reason in chunk:
+            if isinstance(reason, str):
+                drop(reason)
+        columns = ([getattr(e, name) for e in found] for name in ("clean", "corrupt", "answer", "wrong"))
+        misfits = screening.screen(tokenizer, *columns, first_token=first).misfits if found else []
+        for example, misfit in zip(found, misfits, strict=True):
+            if misfit and not (keep_lengths and misfit.reason == screening.DIFFERENT_LENGTHS):
+                drop(misfit.reason)
+            elif example.clean in seen:
+                drop("repeated")
+            else:
+                seen.add(example.clean)
+                kept.append(example)
+        if not kept and sum(dropped.values()) >= _PATIENCE and n is not None and not first:
+            break
+    return kept, dropped
+
+
+def _too_few(
+    name: str, split: str, found: int, wanted: int | None, dropped: Mapping[str, int], collection: str
+) -> TaskError:
+    reasons = ", ".join(f"{reason}: {n}" for reason, n in dropped.items())
+    if not found and reasons:
+        needs = (
+            "The offline tasks need a tokenizer that knows every word and has one token for each answer, like that of "
+            "the shipped models"
+            if collection == "offline"
+            else "Other tokenizers may keep some"
+        )
+        return TaskError(
+            f"None of {sum(dropped.values())} prompts of {name!r}, split {split!r}, can be used with this tokenizer "
+            f"({reasons}). {needs}."
+        )
+    left_out = f" (left out: {reasons})" if reasons else ""
+    return TaskError(
+        f"task {name!r}, split {split!r} has only about {found} distinct prompts with these options{left_out}; "
+        f"{wanted} were asked for. Ask for fewer, or pass allow_fewer=True."
+    )
+
+
+def to_dataset(
+    name: str,
+    *,
+    split: str = "train",
+    n: int = 64,
+    seed: int = 0,
+    counterfactual: str | None = None,
+    **options: Any,
+) -> Any:
+    """An offline task as a ``datasets.Dataset``.
+
+    The columns are those that :meth:`~dfa_lens.prompts.PromptPairs.from_dataset` takes (clean, corrupt, answer, wrong,
+    and choices and corrupt_choices for the four-choice tasks), and template and key.
+
+    Examples
+    --------
+    >>> import dfa_lens as dfa
+    >>> dfa.tasks.to_dataset("ioi", n=3).column_names
+    ['clean', 'corrupt', 'answer', 'wrong', 'template', 'key']
+    """
+    import datasets
+
+    drawn = examples(name, split=split, n=n, seed=seed, counterfactual=counterfactual, **options)
+    columns = ["clean", "corrupt", "answer", "wrong"]
+    if drawn[0].choices is not None:
+        columns += ["choices", "corrupt_choices"]
+    columns += ["template", "key"]
+    return datasets.Dataset.from_dict({column: [getattr(e, column) for e in drawn] for column in columns})
+
+
+def coverage(
+    tokenizers: Mapping[str, Any],
+    *,
+    tasks: Iterable[str] | None = None,
+    split: str = "train",
+    n: int | None = None,
+    collection: Collection = "mib",
+    path: str | Path | None = None,
+) -> Any:
+    """How many prompts of every task each tokenizer can use, and why not the others.
+
+    Parameters
+    ----------
+    tokenizers:
+        Name → tokenizer.
+    tasks:
+        Default: all six.
+    n:
+        How many prompts to look at; None: the whole split (for the offline tasks, 1000).
+
+    Returns
+    -------
+    pandas.DataFrame
+        A row per task and tokenizer: ``kept``, ``dropped``, and a column per reason.
+    """
+    import pandas as pd
+
+    table = []
+    for name in tasks if tasks is not None else names():
+        for label, tokenizer in tokenizers.items():
+            drawn = _draw(name, tokenizer, collection, split, 0, None, path, {})
+            limit = n if n is not None or collection == "mib" else 1000
+            some = islice(drawn, limit)
+            kept, dropped = _select(some, tokenizer, None, keep_lengths=False, first=collection == "mib")
+            counts = {"kept": len(kept), "dropped": sum(dropped.values()), **dropped}
+            table.append({"task": name, "tokenizer": label, **counts})
+    frame = pd.DataFrame(table)
+    counted = frame.columns.difference(["task", "tokenizer"], sort=False)
+    frame[counted] = frame[counted].fillna(0).astype(int)
+    return frame

@@ -14,10 +14,11 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from itertools import islice
+from typing import Any, NamedTuple
 
 from dfa_lens.errors import TaskError, unknown
 from dfa_lens.tasks import world
@@ -38,6 +39,8 @@ class Example(NamedTuple):
     wrong: str
     key: str
     template: int
+    choices: tuple[str, ...] | None = None  #: what the clean prompt offers, where it offers a choice
+    corrupt_choices: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -71,12 +74,35 @@ _IOI_TEMPLATES = (
 )
 
 
-def _ioi(rng: random.Random, *, split: str | None, counterfactual: str) -> Example:
+def _template(rng: random.Random, n: int, templates: Sequence[int] | None) -> int:
+    """One of ``n`` templates, or of those of them that were asked for."""
+    if templates is None:
+        return rng.randrange(n)
+    allowed = [template for template in templates if 0 <= template < n]
+    if not allowed:
+        raise TaskError(f"templates are numbered from 0 to {n - 1} here, and none of {list(templates)} is among them.")
+    return rng.choice(allowed)
+
+
+def _ioi(
+    rng: random.Random,
+    *,
+    split: str | None,
+    counterfactual: str,
+    templates: Sequence[int] | None = None,
+    distractors: int = 0,
+) -> Example:
+    if not 0 <= distractors <= 3:
+        raise TaskError(f"distractors must be between 0 and 3, not {distractors!r}.")
     indirect_object, subject = rng.sample(world.NAMES, 2)
     place, thing = rng.choice(world.PLACES), rng.choice(world.OBJECTS)
-    template = rng.randrange(len(_IOI_TEMPLATES))
+    template = _template(rng, len(_IOI_TEMPLATES), templates)
     first, second = (indirect_object, subject) if rng.random() < 0.5 else (subject, indirect_object)
-    fill = partial(_IOI_TEMPLATES[template].format, place=place, object=thing)
+    before = ""
+    for _ in range(distractors):  # somebody else, who has nothing to do with it
+        other = rng.choice([name for name in world.NAMES if name not in (indirect_object, subject)])
+        before += f"Yesterday {other} visited the {rng.choice(world.PLACES)}. "
+    fill = partial((before + _IOI_TEMPLATES[template]).format, place=place, object=thing)
     if counterfactual == "s2_io_flip":
         corrupt = fill(a=first, b=second, s=indirect_object)
     else:  # abc: three names that say nothing about who receives
@@ -95,23 +121,31 @@ def _ioi(rng: random.Random, *, split: str | None, counterfactual: str) -> Examp
 # --- four-choice tasks: mcqa and the two arcs ------------------------------------------------------------------
 
 
-def _choices(
-    rng: random.Random, counterfactual: str, options: list[str], right: str
-) -> tuple[tuple[str, str], tuple[str, str]]:
-    """(clean block, answer letter), (corrupt block, its letter) for shuffled options."""
-    clean_letters = list(world.LETTERS[:4])
+class _Block(NamedTuple):
+    """The lettered options as text, the right letter, all letters."""
+
+    text: str
+    answer: str
+    choices: tuple[str, ...]
+
+
+def _choices(rng: random.Random, counterfactual: str, options: list[str], right: str) -> tuple[_Block, _Block]:
+    """The clean and the corrupt block for shuffled options."""
+    n = len(options)
+    clean_letters = list(world.LETTERS[:n])
     corrupt_options, corrupt_letters = options, clean_letters
     if counterfactual == "symbol":  # same options, letters that the clean prompt does not have
-        corrupt_letters = rng.sample(world.LETTERS[4:], 4)
+        corrupt_letters = rng.sample(world.LETTERS[n:], n)
     else:  # answer_position: same letters, the right option changes places with another
         here = options.index(right)
-        there = rng.choice([i for i in range(4) if i != here])
+        there = rng.choice([i for i in range(n) if i != here])
         corrupt_options = list(options)
         corrupt_options[here], corrupt_options[there] = corrupt_options[there], corrupt_options[here]
 
-    def block(letters: list[str], shown: list[str]) -> tuple[str, str]:
+    def block(letters: list[str], shown: list[str]) -> _Block:
         lines = [f"{letter}. {option}" for letter, option in zip(letters, shown, strict=True)]
-        return "\n".join([*lines, "Answer:"]), f" {letters[shown.index(right)]}"
+        answers = tuple(f" {letter}" for letter in letters)
+        return _Block("\n".join([*lines, "Answer:"]), answers[shown.index(right)], answers)
 
     return block(clean_letters, options), block(corrupt_letters, corrupt_options)
 
@@ -120,16 +154,23 @@ def _choice_example(
     rng: random.Random, counterfactual: str, name: str, stem: str, options: list[str], right: str, template: int
 ) -> Example:
     rng.shuffle(options)
-    (clean, answer), (corrupt, wrong) = _choices(rng, counterfactual, options, right)
+    clean, corrupt = _choices(rng, counterfactual, options, right)
     return Example(
-        clean=f"{stem}\n{clean}",
-        corrupt=f"{stem}\n{corrupt}",
-        answer=answer,
-        wrong=wrong,
+        clean=f"{stem}\n{clean.text}",
+        corrupt=f"{stem}\n{corrupt.text}",
+        answer=clean.answer,
+        wrong=corrupt.answer,
         # the options as a set: a corrupt prompt may show them in another order
         key="|".join([name, stem, *sorted(options)]),
         template=template,
+        choices=clean.choices,
+        corrupt_choices=corrupt.choices,
     )
+
+
+def _check_choices(n_choices: int) -> None:
+    if not 2 <= n_choices <= 4:
+        raise TaskError(f"n_choices must be between 2 and 4, not {n_choices!r}.")
 
 
 _MCQA_TEMPLATES = (
@@ -140,32 +181,56 @@ _MCQA_TEMPLATES = (
 )
 
 
-def _mcqa(rng: random.Random, *, split: str | None, counterfactual: str) -> Example:
+def _mcqa(
+    rng: random.Random,
+    *,
+    split: str | None,
+    counterfactual: str,
+    templates: Sequence[int] | None = None,
+    n_choices: int = 4,
+) -> Example:
+    _check_choices(n_choices)
     thing = rng.choice(world.OBJECTS)
-    options = rng.sample(world.COLORS, 4)
+    options = rng.sample(world.COLORS, n_choices)
     right = options[0]
-    template = rng.randrange(len(_MCQA_TEMPLATES))
+    template = _template(rng, len(_MCQA_TEMPLATES), templates)
     stem = _MCQA_TEMPLATES[template].format(object=thing, color=right)
     return _choice_example(rng, counterfactual, "mcqa", stem, options, right, template)
 
 
-def _arc_easy(rng: random.Random, *, split: str | None, counterfactual: str) -> Example:
+def _arc_easy(
+    rng: random.Random,
+    *,
+    split: str | None,
+    counterfactual: str,
+    templates: Sequence[int] | None = None,
+    n_choices: int = 4,
+) -> Example:
+    _check_choices(n_choices)
     relation = rng.choice(list(world.QUESTIONS))
     animal = rng.choice(world.ANIMALS)
     right = getattr(animal, relation)
-    options = [right, *rng.sample([v for v in world.values(relation) if v != right], 3)]
-    template = rng.randrange(len(world.QUESTIONS[relation]))
+    options = [right, *rng.sample([v for v in world.values(relation) if v != right], n_choices - 1)]
+    template = _template(rng, len(world.QUESTIONS[relation]), templates)
     stem = "Question: " + world.QUESTIONS[relation][template].format(x=f"the {animal.name}")
     return _choice_example(rng, counterfactual, "arc-easy", stem, options, right, template)
 
 
-def _arc_challenge(rng: random.Random, *, split: str | None, counterfactual: str) -> Example:
+def _arc_challenge(
+    rng: random.Random,
+    *,
+    split: str | None,
+    counterfactual: str,
+    templates: Sequence[int] | None = None,
+    n_choices: int = 4,
+) -> Example:
+    _check_choices(n_choices)
     relation, _ = hop = rng.choice(list(world.SECOND_HOP))
     table = world.SECOND_HOP[hop]
     animal = rng.choice(world.ANIMALS)
     right = table[getattr(animal, relation)]
-    options = [right, *rng.sample(sorted({v for v in table.values() if v != right}), 3)]
-    template = rng.randrange(len(world.SECOND_HOP_QUESTIONS[hop]))
+    options = [right, *rng.sample(sorted({v for v in table.values() if v != right}), n_choices - 1)]
+    template = _template(rng, len(world.SECOND_HOP_QUESTIONS[hop]), templates)
     stem = "Question: " + world.SECOND_HOP_QUESTIONS[hop][template].format(x=f"the {animal.name}")
     return _choice_example(rng, counterfactual, "arc-challenge", stem, options, right, template)
 
@@ -186,7 +251,14 @@ _ARITHMETIC_TEMPLATES = {
 }
 
 
-def _operands(rng: random.Random, operation: str, split: str | None, max_number: int) -> tuple[int, int, int]:
+def _carries(operation: str, a: int, b: int) -> bool:
+    """Whether the ones carry into the tens, or borrow from them."""
+    return a % 10 + b % 10 > 9 if operation == "addition" else a % 10 < b % 10
+
+
+def _operands(
+    rng: random.Random, operation: str, split: str | None, max_number: int, carry: bool | None = None
+) -> tuple[int, int, int]:
     """Operands and result, all between 0 and ``max_number``, the operand pair belonging to ``split``."""
     for _ in range(20_000):
         if operation == "addition":
@@ -197,6 +269,8 @@ def _operands(rng: random.Random, operation: str, split: str | None, max_number:
             a = rng.randrange(1, max_number + 1)
             b = rng.randrange(1, a + 1)
             triple = (a, b, a - b)
+        if carry is not None and _carries(operation, triple[0], triple[1]) != carry:
+            continue
         if split is None or split_of(f"{operation}|{triple[0]}|{triple[1]}") == split:
             return triple
     raise TaskError(f"The {split} split of {operation!r} has no operands up to {max_number}: take a larger max_number.")
@@ -208,14 +282,16 @@ def _arithmetic(
     split: str | None,
     counterfactual: str,
     operation: str,
+    templates: Sequence[int] | None = None,
     shots: int = 1,
     max_number: int = 99,
+    carry: bool | None = None,
 ) -> Example:
     if not 0 <= shots <= 8:
         raise TaskError(f"shots must be between 0 and 8, not {shots!r}.")
     if not 10 <= max_number <= 99:
         raise TaskError(f"max_number must be between 10 and 99, not {max_number!r}: results have one token each.")
-    template = rng.randrange(len(_ARITHMETIC_TEMPLATES[operation]))
+    template = _template(rng, len(_ARITHMETIC_TEMPLATES[operation]), templates)
     question, result, separator = _ARITHMETIC_TEMPLATES[operation][template]
     # worked examples come from the training pairs in every split: no test sum is ever shown solved
     shown = ""
@@ -224,12 +300,13 @@ def _arithmetic(
         shown += question.format(a=a, b=b) + result.format(c=c) + separator
     for attempt in range(2000):
         if attempt % 50 == 0:  # no counterpart for these operands: others
-            a, b, c = _operands(rng, operation, split, max_number)
-        a2, b2, c2 = _operands(rng, operation, split, max_number)
+            a, b, c = _operands(rng, operation, split, max_number, carry)
+        a2, b2, c2 = _operands(rng, operation, split, max_number, carry)
         fits = True
         if counterfactual == "operand1":  # the second operand stays; the new pair must belong to the split, too
             b2, c2 = b, a2 + b if operation == "addition" else a2 - b
             fits = 0 <= c2 <= max_number and (split is None or split_of(f"{operation}|{a2}|{b2}") == split)
+            fits = fits and (carry is None or _carries(operation, a2, b2) == carry)
         if fits and c2 != c:
             break
     else:
@@ -252,45 +329,49 @@ TASKS: dict[str, OfflineTask] = {
             "Indirect object identification: two names, one of them acts; the other one receives.",
             ("s2_io_flip", "abc"),
             _ioi,
+            ("templates", "distractors"),
         ),
         OfflineTask(
             "mcqa",
             "Copy-colours: a stated colour has to be found among four lettered options.",
             ("symbol", "answer_position"),
             _mcqa,
+            ("templates", "n_choices"),
         ),
         OfflineTask(
             "addition",
             "Two-operand addition with one worked example; results up to 99, one token each.",
             ("random", "operand1"),
             partial(_arithmetic, operation="addition"),
-            ("shots", "max_number"),
+            ("templates", "shots", "max_number", "carry"),
         ),
         OfflineTask(
             "subtraction",
             "Two-operand subtraction with one worked example; results from 0, one token each.",
             ("random", "operand1"),
             partial(_arithmetic, operation="subtraction"),
-            ("shots", "max_number"),
+            ("templates", "shots", "max_number", "carry"),
         ),
         OfflineTask(
             "arc-easy",
             "One fact of the small world, four lettered options.",
             ("symbol", "answer_position"),
             _arc_easy,
+            ("templates", "n_choices"),
         ),
         OfflineTask(
             "arc-challenge",
             "Two facts of the small world in a row (an animal's home, then that home's colour), four lettered options.",
             ("symbol", "answer_position"),
             _arc_challenge,
+            ("templates", "n_choices"),
         ),
     )
 }
 
 
 def stream(
-    task: str, *, split: str = "train", seed: int = 0, counterfactual: str | None = None, **options: int
+    task: str, *, split: str = "train", seed: int = 0, counterfactual: str | None = None, **options: Any
 ) -> Iterator[Example]:
     """An endless, deterministic stream of examples of ``task`` in ``split``; prompts may repeat.
 
@@ -314,6 +395,24 @@ def stream(
             yield example
 
 
+def distinct(
+    task: str, *, split: str = "train", seed: int = 0, counterfactual: str | None = None, **options: Any
+) -> Iterator[Example]:
+    """The examples of :func:`stream` without those whose clean prompt has occurred.
+
+    It ends when a thousand draws, and twenty for every prompt found, brought no new one.
+    """
+    seen: set[str] = set()
+    misses = 0
+    for example in stream(task, split=split, seed=seed, counterfactual=counterfactual, **options):
+        if example.clean not in seen:
+            seen.add(example.clean)
+            misses = 0
+            yield example
+        elif (misses := misses + 1) > 1000 + 20 * len(seen):
+            return
+
+
 def examples(
     task: str,
     *,
@@ -321,29 +420,22 @@ def examples(
     n: int = 64,
     seed: int = 0,
     counterfactual: str | None = None,
-    **options: int,
+    allow_fewer: bool = False,
+    **options: Any,
 ) -> list[Example]:
-    """The first ``n`` examples of :func:`stream` with distinct clean prompts.
+    """The first ``n`` of :func:`distinct`.
 
     Raises
     ------
     TaskError
-        If a name is unknown, ``n`` is not positive, or fewer than ``n`` distinct prompts turn up.
+        If a name is unknown, ``n`` is not positive, or there are fewer than ``n`` and not ``allow_fewer``.
     """
     if n < 1:
         raise TaskError(f"n must be at least 1, not {n}.")
-    found: dict[str, Example] = {}
-    misses = 0
-    for example in stream(task, split=split, seed=seed, counterfactual=counterfactual, **options):
-        if example.clean in found:
-            misses += 1
-            if misses > 1000 + 20 * n:
-                raise TaskError(
-                    f"task {task!r}, split {split!r} has only about {len(found)} distinct prompts with these options; "
-                    f"{n} were asked for. Ask for fewer."
-                )
-            continue
-        found[example.clean] = example
-        if len(found) == n:
-            break
-    return list(found.values())
+    found = list(islice(distinct(task, split=split, seed=seed, counterfactual=counterfactual, **options), n))
+    if len(found) < n and not allow_fewer:
+        raise TaskError(
+            f"task {task!r}, split {split!r} has only about {len(found)} distinct prompts with these options; {n} were "
+            "asked for. Ask for fewer, or pass allow_fewer=True."
+        )
+    return found
