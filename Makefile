@@ -31,7 +31,7 @@ $(VENV_TL4)/.installed: pyproject.toml constraints-tl4.txt
 
 test-tl4: $(VENV_TL4)/.installed
 	OMP_NUM_THREADS=1 $(VENV_TL4)/bin/python -m pytest -n auto tests \
-		-m 'not browser and not slow and not network and not real' $(ARGS)
+		-m 'not browser and not slow' $(ARGS)
 
 test-real: $(VENV)/.installed
 	$(RUN) pip install --quiet --disable-pip-version-check gguf

@@ -11,6 +11,15 @@ from helpers import BACKENDS, random_model, random_pairs, state_of
 import dfa_lens as dfa
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Tests that need a network or a real model run only when ``-m`` names their marker."""
+    asked = config.getoption("-m")
+    for item in items:
+        for marker in ("network", "real"):
+            if marker in item.keywords and marker not in asked:
+                item.add_marker(pytest.mark.skip(reason=f"only with -m {marker}"))
+
+
 @pytest.fixture(scope="session", params=BACKENDS)
 def model(request: pytest.FixtureRequest) -> Any:
     return random_model(request.param)

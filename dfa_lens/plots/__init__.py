@@ -1,10 +1,26 @@
-"""Figures: heatmaps of scores, faithfulness curves, the report.
+"""Figures: heatmaps of scores, faithfulness curves, matrices, trends, and the report.
 
-Every function returns a plotly Figure (``report`` writes HTML), shows nothing by itself and changes no global setting.
+Every function returns a :class:`~dfa_lens.plots.picture.Picture`, a plotly Figure that carries its numbers
+(``.to_frame()``); ``report`` writes HTML. Nothing is shown by itself and no global setting is changed.
 """
 
 from dfa_lens.plots.curves import curves
 from dfa_lens.plots.heatmaps import aligned_heatmap, scores_heatmap
+from dfa_lens.plots.matrices import alignment_explorer, transfer_matrix
+from dfa_lens.plots.picture import Picture
 from dfa_lens.plots.report import report
+from dfa_lens.plots.trends import recovery_bars, score_scatter, size_sensitivity, training_history
 
-__all__ = ["aligned_heatmap", "curves", "report", "scores_heatmap"]
+__all__ = [
+    "Picture",
+    "aligned_heatmap",
+    "alignment_explorer",
+    "curves",
+    "recovery_bars",
+    "report",
+    "score_scatter",
+    "scores_heatmap",
+    "size_sensitivity",
+    "training_history",
+    "transfer_matrix",
+]

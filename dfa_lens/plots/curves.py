@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import numpy as np
+import pandas as pd
 import plotly.graph_objects as go
 
 from dfa_lens.errors import FaithfulnessError
 from dfa_lens.faithfulness import FaithfulnessCurve
-from dfa_lens.plots import style
+from dfa_lens.plots import style as styling
+from dfa_lens.plots.picture import Picture
+from dfa_lens.plots.style import Style
 
 
 def curves(
@@ -17,9 +20,10 @@ def curves(
     *,
     title: str | None = None,
     confidence: float | None = 0.95,
+    style: Style = "screen",
     width: int | None = None,
     height: int = 420,
-) -> go.Figure:
+) -> Picture:
     """Faithfulness against the kept fraction, one line for each setting.
 
     The legend gives each setting's CPR; the dashed line is the floor (what the empty circuit gets on this grid), the
@@ -32,6 +36,8 @@ def curves(
         Label → curve, all of one protocol.
     confidence:
         Of the bootstrap bands over examples; None leaves them out.
+    style:
+        See :data:`~dfa_lens.plots.style.Style`.
 
     Raises
     ------
@@ -43,7 +49,7 @@ def curves(
     protocols = {curve.protocol for curve in curves.values()}
     if len(protocols) > 1:
         raise FaithfulnessError(f"Curves of different protocols don't compare: {', '.join(sorted(protocols))}.")
-    figure = go.Figure()
+    figure = Picture()
     first = next(iter(curves.values()))
     figure.add_trace(
         go.Scatter(
@@ -56,21 +62,20 @@ def curves(
         )
     )
     for i, (label, curve) in enumerate(curves.items()):
-        color = style.LINES[i % len(style.LINES)]
+        color = styling.LINES[i % len(styling.LINES)]
         if confidence is not None and len(curve.clean_values) > 1:
             low, high = curve.band(confidence)
-            red, green, blue = (int(color[j : j + 2], 16) for j in (1, 3, 5))
             figure.add_trace(
                 go.Scatter(
                     x=np.concatenate([curve.fractions, curve.fractions[::-1]]),
                     y=np.concatenate([high, low[::-1]]),
                     fill="toself",
-                    fillcolor=f"rgba({red},{green},{blue},0.15)",
+                    fillcolor=styling.rgba(color, 0.15),
                     line={"width": 0},
                     hoverinfo="skip",
                     showlegend=False,
                     legendgroup=label,
-                    name=f"{style.text(label)} band",
+                    name=f"{styling.text(label)} band",
                 )
             )
         figure.add_trace(
@@ -82,24 +87,27 @@ def curves(
                 marker={"size": 4},
                 line={"color": color, "width": 2},
                 legendgroup=label,
-                name=f"{style.text(label)} (CPR {curve.cpr:.3f})",
-                hovertemplate=f"<b>{style.text(label)}</b><br>%{{customdata}} nodes (%{{x:.1%}})<br>f = %{{y:.3f}}"
+                name=f"{styling.text(label)} (CPR {curve.cpr:.3f})",
+                hovertemplate=f"<b>{styling.text(label)}</b><br>%{{customdata}} nodes (%{{x:.1%}})<br>f = %{{y:.3f}}"
                 "<extra></extra>",
             )
         )
     figure.add_hline(y=1, line={"color": "#888888", "dash": "dot", "width": 1})
-    style.layout(figure, title, width=width, height=height)
+    paper = styling.on_paper(style)
+    styling.layout(figure, title, width=width, height=height, style=style)
     figure.update_layout(
         xaxis={"title": {"text": "fraction of nodes kept"}, "tickformat": ".0%", "gridcolor": "#eeeeee"},
         yaxis={"title": {"text": "faithfulness f"}, "gridcolor": "#eeeeee", "zerolinecolor": "#cccccc"},
-        legend={"x": 1.02, "y": 1, "font": {"size": 12}},
-        updatemenus=[
+        legend={"x": 0.99, "xanchor": "right", "y": 0.03, "yanchor": "bottom"} if paper else {"x": 1.02, "y": 1},
+        updatemenus=[]
+        if paper
+        else [
             {
                 "type": "buttons",
                 "direction": "right",
-                "x": 0.0,
+                "x": 1.0,
                 "y": 1.02,
-                "xanchor": "left",
+                "xanchor": "right",
                 "yanchor": "bottom",
                 "pad": {"b": 2},
                 "font": {"size": 11},
@@ -110,4 +118,5 @@ def curves(
             }
         ],
     )
-    return figure
+    parts = [curve.to_frame().assign(setting=label) for label, curve in curves.items()]
+    return figure.carry(pd.concat(parts, ignore_index=True))

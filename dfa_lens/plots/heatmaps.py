@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import numpy as np
+import pandas as pd
 import plotly.graph_objects as go
 import torch
 
@@ -12,8 +15,13 @@ from dfa_lens.alignment import Alignment
 from dfa_lens.errors import ScoreError
 from dfa_lens.faithfulness import FaithfulnessCurve
 from dfa_lens.nodes import NodeSet
-from dfa_lens.plots import style
+from dfa_lens.plots import links as linking
+from dfa_lens.plots import style as styling
+from dfa_lens.plots.picture import Picture
+from dfa_lens.plots.style import Style
 from dfa_lens.scores import NodeScores
+
+T = TypeVar("T")
 
 _DIM = ((0.0, "rgba(255,255,255,0.8)"), (1.0, "rgba(255,255,255,0.8)"))
 
@@ -65,7 +73,7 @@ def _hover(scores: NodeScores, extra: list[str] | None = None) -> list[str]:
     for i, (node, value) in enumerate(zip(scores.nodes, scores.values.tolist(), strict=True)):
         percentile = 100 * (n - ranks[i]) / max(n - 1, 1)
         lines = [
-            f"<b>{style.text(node.name)}</b>",
+            f"<b>{styling.text(node.name)}</b>",
             f"score {value:+.4g}",
             f"rank {ranks[i]} of {n} (percentile {percentile:.0f})",
         ]
@@ -82,27 +90,52 @@ def _contributors(alignment: Alignment, source: NodeScores, n_shown: int) -> lis
         top = torch.argsort(products[:, j].abs(), descending=True, stable=True)[:n_shown].tolist()
         lines = [f"mask {mask[j]:.3f}", "most from:"]
         lines += [
-            f"&nbsp;&nbsp;{style.text(source.nodes.names[i])}: {products[i, j]:+.3g} (W {W[i, j]:+.3g})" for i in top
+            f"&nbsp;&nbsp;{styling.text(source.nodes.names[i])}: {products[i, j]:+.3g} (W {W[i, j]:+.3g})" for i in top
         ]
         texts.append("<br>".join(lines))
     return texts
 
 
-def _draw(
-    figure: go.Figure,
-    scores: NodeScores,
-    hover: list[str],
-    left: float,
-    right: float,
-    title: str,
-    first_axis: int,
-) -> tuple[int, list[tuple[_Panel, int]]]:
-    """Draw one model's panels between two fractions of the width.
+@dataclass(frozen=True)
+class _Grid:
+    """What one model's part of a figure shows: colours, the numbers behind them, hover texts; all per node."""
 
-    Returns the next free axis, and for each panel the trace that dims it.
-    """
-    panels = _panels(scores.nodes)
-    limit = style.robust_limit(scores.values.numpy())
+    colors: np.ndarray
+    numbers: np.ndarray
+    hover: list[str]
+
+    @classmethod
+    def of(cls, scores: NodeScores, extra: list[str] | None = None) -> _Grid:
+        values = scores.values.numpy().astype(float)
+        return cls(values / styling.robust_limit(values), values, _hover(scores, extra))
+
+    @classmethod
+    def difference(cls, first: NodeScores, second: NodeScores) -> _Grid:
+        """``first`` less ``second``, each in units of its own full colour."""
+        ours, theirs = _Grid.of(first), _Grid.of(second)
+        values = ours.colors - theirs.colors
+        hover = [
+            f"<b>{styling.text(node.name)}</b><br>difference {value:+.3f}<br>({a:+.4g} against {b:+.4g})"
+            for node, value, a, b in zip(first.nodes, values, ours.numbers, theirs.numbers, strict=True)
+        ]
+        return cls(values, values, hover)
+
+
+@dataclass(frozen=True)
+class _Drawn:
+    """One panel in a figure: its trace, the trace that dims it, its axes."""
+
+    panel: _Panel
+    trace: int
+    overlay: int
+    axis: str
+
+
+def _draw(
+    figure: go.Figure, nodes: NodeSet, grid: _Grid, left: float, right: float, title: str, first_axis: int
+) -> list[_Drawn]:
+    """Draw one model's panels between two fractions of the width."""
+    panels = _panels(nodes)
     # Cells are equally wide in all panels of a model, but no panel vanishes beside a wide one.
     total = sum(len(panel.columns) for panel in panels)
     widths = np.array([max(len(panel.columns), 0.08 * total) for panel in panels], dtype=float)
@@ -114,12 +147,12 @@ def _draw(
         axis = first_axis + i
         suffix = "" if axis == 1 else str(axis)
         cells = {"xgap": 1, "ygap": 1, "xaxis": f"x{suffix}", "yaxis": f"y{suffix}"}
-        z = panel.place(scores.values.numpy())
+        z = panel.place(grid.colors)
         figure.add_trace(
             go.Heatmap(
-                z=z / limit,
-                customdata=z,
-                text=panel.place_text(hover),
+                z=z,
+                customdata=panel.place(grid.numbers),
+                text=panel.place_text(grid.hover),
                 hovertemplate="%{text}<extra></extra>",
                 hoverongaps=False,
                 coloraxis="coloraxis",
@@ -137,7 +170,7 @@ def _draw(
                 **cells,
             )
         )
-        drawn.append((panel, len(figure.data) - 1))
+        drawn.append(_Drawn(panel, len(figure.data) - 2, len(figure.data) - 1, suffix))
         labelled = max(1, len(panel.columns) // 12 + 1)
         n_rows = len(panel.rows)
         row_step = max(1, n_rows // 16 + 1)
@@ -146,7 +179,7 @@ def _draw(
                 f"xaxis{suffix}": {
                     "domain": [start, start + width],
                     "anchor": f"y{suffix}",
-                    "title": {"text": style.text(panel.title), "standoff": 6},
+                    "title": {"text": styling.text(panel.title), "standoff": 6},
                     "tickvals": list(range(0, len(panel.columns), labelled)),
                     "ticktext": [panel.columns[c] for c in range(0, len(panel.columns), labelled)],
                     "showgrid": False,
@@ -158,7 +191,7 @@ def _draw(
                     "range": [-0.5, n_rows - 0.5],
                     "tickvals": list(range(0, n_rows, row_step)) if i == 0 else [],
                     "ticktext": [_row_name(panel.rows[r]) for r in range(0, n_rows, row_step)] if i == 0 else [],
-                    "title": {"text": "layer", "standoff": 4} if i == 0 else None,
+                    "title": {"text": "layer", "standoff": 4} if i == 0 and left == 0 else None,
                     "showgrid": False,
                     "zeroline": False,
                     "matches": None if i == 0 else f"y{first_axis if first_axis > 1 else ''}",
@@ -167,7 +200,7 @@ def _draw(
         )
         start += width + gap
     figure.add_annotation(
-        text=f"<b>{style.text(title)}</b>",
+        text=f"<b>{styling.text(title)}</b>",
         x=left,
         y=1.0,
         xref="paper",
@@ -177,7 +210,7 @@ def _draw(
         yshift=6,
         showarrow=False,
     )
-    return first_axis + len(panels), drawn
+    return drawn
 
 
 def _row_name(layer: int) -> str:
@@ -191,11 +224,11 @@ def _outside(scores: NodeScores, k: int) -> np.ndarray:
     return out
 
 
-def _dim(figure: go.Figure, scores: NodeScores, drawn: list[tuple[_Panel, int]], size: int | None) -> None:
+def _dim(figure: go.Figure, scores: NodeScores, drawn: list[_Drawn], size: int | None) -> None:
     """Dim all but the ``size`` best nodes; None dims nothing."""
     if size is not None:
-        for panel, overlay in drawn:
-            figure.data[overlay].z = panel.place(_outside(scores, size))
+        for each in drawn:
+            figure.data[each.overlay].z = each.panel.place(_outside(scores, size))
 
 
 def _check_size(size: int | None, scores: NodeScores) -> None:
@@ -206,7 +239,7 @@ def _check_size(size: int | None, scores: NodeScores) -> None:
 def _colors(figure: go.Figure) -> None:
     figure.update_layout(
         coloraxis={
-            "colorscale": [list(stop) for stop in style.DIVERGING],
+            "colorscale": [list(stop) for stop in styling.DIVERGING],
             "cmin": -1,
             "cmax": 1,
             "colorbar": {
@@ -216,8 +249,16 @@ def _colors(figure: go.Figure) -> None:
                 "tickvals": [-1, -0.5, 0, 0.5, 1],
             },
         },
-        plot_bgcolor=style.NO_NODE,
+        plot_bgcolor=styling.NO_NODE,
     )
+
+
+def _table(scores: NodeScores, **columns: Any) -> pd.DataFrame:
+    """A row per node, with what the hover says."""
+    table = scores.to_frame()
+    for at, (name, value) in enumerate(columns.items()):
+        table.insert(at, name, value)
+    return table
 
 
 def scores_heatmap(
@@ -225,9 +266,10 @@ def scores_heatmap(
     *,
     title: str | None = None,
     size: int | None = None,
+    style: Style = "screen",
     width: int | None = None,
     height: int = 460,
-) -> go.Figure:
+) -> Picture:
     """Scores of one model: layers bottom to top, heads left to right, MLP blocks in a column of their own.
 
     Colours are scores divided by the 98th percentile of their absolute values, so that one large node does not bleach
@@ -237,64 +279,148 @@ def scores_heatmap(
     ----------
     size:
         Dim all but the ``size`` best nodes; default: none is dimmed.
+    style:
+        See :data:`~dfa_lens.plots.style.Style`.
     width, height:
-        In pixels; by default as wide as the page.
+        In pixels; by default as wide as the page, or as the style says.
 
     Raises
     ------
     ScoreError
         If ``size`` is out of range.
+
+    Examples
+    --------
+    >>> import dfa_lens as dfa
+    >>> figure = dfa.plots.scores_heatmap(dfa.controls.random_scores(dfa.NodeSet.for_sizes(2, 3)))
+    >>> len(figure.to_frame())
+    8
     """
     _check_size(size, scores)
-    figure = go.Figure()
-    _, drawn = _draw(figure, scores, _hover(scores), 0.0, 1.0, title or "scores", 1)
-    style.layout(figure, None, width=width, height=height)
+    figure = Picture()
+    drawn = _draw(figure, scores.nodes, _Grid.of(scores), 0.0, 1.0, title or "scores", 1)
+    styling.layout(figure, None, width=width, height=height, style=style)
     _colors(figure)
     _dim(figure, scores, drawn, size)
-    return figure
+    return figure.carry(_table(scores))
+
+
+@dataclass(frozen=True)
+class _View:
+    """What the figure shows for one task."""
+
+    source: NodeScores
+    target: NodeScores
+    alignment: Alignment | None
+    curve: FaithfulnessCurve | None
+    gold: NodeScores | None
+
+    def grids(self, contributors: int) -> list[_Grid]:
+        """Source, target, and with gold that and the difference."""
+        extra = _contributors(self.alignment, self.source, contributors) if self.alignment is not None else None
+        grids = [_Grid.of(self.source), _Grid.of(self.target, extra)]
+        if self.gold is not None:
+            grids += [_Grid.of(self.gold), _Grid.difference(self.target, self.gold)]
+        return grids
+
+    def table(self, task: str) -> pd.DataFrame:
+        parts = [_table(self.source, task=task, model="source"), _table(self.target, task=task, model="target")]
+        if self.alignment is not None:
+            parts[1]["mask"] = self.alignment.mask(self.source).numpy()
+        if self.gold is not None:
+            parts.append(_table(self.gold, task=task, model="gold"))
+        return pd.concat(parts, ignore_index=True)
+
+
+def _views(
+    source: NodeScores | Mapping[str, NodeScores],
+    target: NodeScores | Mapping[str, NodeScores],
+    alignment: Alignment | Mapping[str, Alignment] | None,
+    curve: FaithfulnessCurve | Mapping[str, FaithfulnessCurve] | None,
+    gold: NodeScores | Mapping[str, NodeScores] | None,
+) -> dict[str, _View]:
+    """The views by task; everything must belong to the same two node sets."""
+    if isinstance(source, NodeScores) != isinstance(target, NodeScores):
+        raise ScoreError("Give scores for one task, or mappings of scores for several, on both models alike.")
+    tasks = [""] if isinstance(source, NodeScores) else list(source)
+    if not tasks:
+        raise ScoreError("There are no scores to draw.")
+
+    def of(values: T | Mapping[str, T] | None, task: str, what: str) -> T | None:
+        if not isinstance(values, Mapping):
+            return values
+        if task not in values:
+            raise ScoreError(f"Task {task!r} has source scores but no {what}.")
+        return values[task]
+
+    views: dict[str, _View] = {}
+    for task in tasks:
+        s, t = of(source, task, "source scores"), of(target, task, "target scores")
+        assert s is not None
+        assert t is not None
+        view = _View(s, t, of(alignment, task, "alignment"), of(curve, task, "curve"), of(gold, task, "gold scores"))
+        first = next(iter(views.values()), view)
+        s.require(first.source.nodes, "The source scores")
+        t.require(first.target.nodes, "The target scores")
+        if view.alignment is not None:
+            s.require(view.alignment.source, "The source scores")
+            t.require(view.alignment.target, "The target scores")
+        if view.gold is not None:
+            view.gold.require(t.nodes, "The gold scores")
+        views[task] = view
+    return views
 
 
 def aligned_heatmap(
-    source: NodeScores,
-    target: NodeScores,
+    source: NodeScores | Mapping[str, NodeScores],
+    target: NodeScores | Mapping[str, NodeScores],
     *,
-    alignment: Alignment | None = None,
+    alignment: Alignment | Mapping[str, Alignment] | None = None,
     size: int | None = None,
-    curve: FaithfulnessCurve | None = None,
+    curve: FaithfulnessCurve | Mapping[str, FaithfulnessCurve] | None = None,
+    gold: NodeScores | Mapping[str, NodeScores] | None = None,
     title: str | None = None,
     source_name: str = "source",
     target_name: str = "target",
     slider: bool = True,
     contributors: int = 5,
+    style: Style = "screen",
     width: int | None = None,
     height: int = 560,
-) -> go.Figure:
+) -> Picture:
     """Source and target scores side by side, layers aligned by relative depth.
 
-    Both models fill the same height, so that equal height is equal relative depth. One colour scale serves both:
+    Both models fill the same height, so that equal height is equal relative depth. One colour scale serves all:
     scores divided by each model's own 98th percentile of absolute scores, white at zero. The hover shows name, score,
     rank and percentile; on the target, with ``alignment``, also the soft mask and the source nodes that contributed
-    most.
+    most. A click on a node of either model, with ``alignment``, outlines the nodes of the other model that it is fed
+    by or goes to (red: positive product, blue: negative; thicker: larger); another click, or a double click, clears.
 
     Parameters
     ----------
     source, target:
-        Scores on the two models; ``target`` is usually ``alignment.transfer(source)``.
+        Scores on the two models; ``target`` is usually ``alignment.transfer(source)``. Mappings of task → scores give a
+        dropdown of tasks; the options below may then be mappings, too.
     alignment:
-        What carried one to the other; default: no contributors in the hover.
+        What carried one to the other; default: no contributors in the hover, no links on click.
     size:
         The circuit size shown at first: the rest of the target is dimmed. Default: everything is shown.
     curve:
         A faithfulness curve of ``target``: the slider then shows f at each size.
+    gold:
+        Attribution run directly on the target: drawn beside the transferred scores, with their difference (in units of
+        the full colour). Default: not drawn.
     slider:
-        Whether a slider below the target changes the circuit size. Default: yes.
+        Whether a slider below the target changes the circuit size. Default: yes; never on paper.
     contributors:
-        How many source nodes the hover lists for each target node.
+        How many source nodes the hover lists for each target node, and a click outlines.
+    style:
+        See :data:`~dfa_lens.plots.style.Style`.
 
     Raises
     ------
     ScoreError
-        If ``size`` is out of range, or the scores are not those of the alignment's nodes.
+        If ``size`` is out of range, scores are not those of the alignment's nodes, or tasks have different node sets.
 
     Examples
     --------
@@ -306,30 +432,86 @@ def aligned_heatmap(
     >>> len(figure.data)
     8
     """
-    _check_size(size, target)
-    extra = None
-    if alignment is not None:
-        source.require(alignment.source, "The source scores")
-        target.require(alignment.target, "The target scores")
-        extra = _contributors(alignment, source, contributors)
-    figure = go.Figure()
-    axis, _ = _draw(figure, source, _hover(source), 0.0, 0.4, source_name, 1)
-    _, drawn = _draw(figure, target, _hover(target, extra), 0.47, 1.0, target_name, axis)
-    style.layout(figure, title, width=width, height=height)
+    views = _views(source, target, alignment, curve, gold)
+    first = next(iter(views.values()))
+    _check_size(size, first.target)
+    grids = {task: view.grids(contributors) for task, view in views.items()}
+    figure = Picture()
+    names = [source_name, target_name, "gold", "difference"]
+    places = [(0.0, 0.4), (0.47, 1.0)] if first.gold is None else [(0, 0.2), (0.25, 0.49), (0.51, 0.75), (0.77, 1.0)]
+    sets = [first.source.nodes, *[first.target.nodes] * 3]
+    parts: list[list[_Drawn]] = []
+    for grid, name, nodes, (left, right) in zip(next(iter(grids.values())), names, sets, places, strict=False):
+        parts.append(_draw(figure, nodes, grid, left, right, name, 1 + sum(map(len, parts))))
+    styling.layout(figure, title, width=width, height=height, style=style)
     _colors(figure)
-    _dim(figure, target, drawn, size)
-    if slider:
-        _add_slider(figure, target, drawn, size, curve)
-    return figure
+    _dim(figure, first.target, parts[1], size)
+    controls = not styling.on_paper(style)
+    sliders = {task: _slider(view, parts[1], size, places[1]) for task, view in views.items()} if slider else {}
+    if slider and controls:
+        figure.update_layout(sliders=[next(iter(sliders.values()))], margin={"b": 120})
+    if len(views) > 1 and controls:
+        _add_dropdown(figure, grids, sliders, parts)
+    table = pd.concat([view.table(task) for task, view in views.items()], ignore_index=True)
+    if any(view.alignment is None for view in views.values()):
+        return figure.carry(table)
+    links = [linking.Links.of(v.alignment, v.source, contributors) for v in views.values() if v.alignment is not None]
+    labels, cells = (first.source.nodes.names, first.target.nodes.names), (_cells(parts[0]), _cells(parts[1]))
+    if controls:
+        figure.update_layout(margin={"b": 150})
+    return figure.carry(
+        table, script=linking.script(links, labels, cells), react=linking.react(links[0], labels, cells)
+    )
 
 
-def _add_slider(
-    figure: go.Figure,
-    target: NodeScores,
-    drawn: list[tuple[_Panel, int]],
-    size: int | None,
-    curve: FaithfulnessCurve | None,
+def _cells(drawn: list[_Drawn]) -> list[linking.Cell]:
+    """Where each node of a model is drawn."""
+    found = {}
+    for each in drawn:
+        for row, column in np.argwhere(each.panel.position >= 0):
+            node = int(each.panel.position[row, column])
+            found[node] = linking.Cell(each.trace, each.axis, int(row), int(column))
+    return [found[node] for node in range(len(found))]
+
+
+def _add_dropdown(
+    figure: go.Figure, grids: Mapping[str, list[_Grid]], sliders: Mapping[str, Any], parts: list[list[_Drawn]]
 ) -> None:
+    """A menu of tasks: new colours, numbers, texts, and the slider of that task."""
+    flat = [(part, each) for part, drawn in enumerate(parts) for each in drawn]
+    buttons = []
+    for task, of_task in grids.items():
+        change: dict[str, list[Any]] = {"z": [], "customdata": [], "text": []}
+        for part, each in flat:
+            change["z"].append(_json_grid(each.panel.place(of_task[part].colors)))
+            change["customdata"].append(_json_grid(each.panel.place(of_task[part].numbers)))
+            change["text"].append(each.panel.place_text(of_task[part].hover).tolist())
+        indices = [each.trace for _, each in flat]
+        for _, each in flat:  # nothing is dimmed until the slider is moved again
+            blank = _json_grid(np.full(each.panel.position.shape, np.nan))
+            for key, values in change.items():
+                values.append(blank if key == "z" else None)
+            indices.append(each.overlay)
+        layout = {"sliders": [sliders[task] | {"active": len(sliders[task]["steps"]) - 1}]} if sliders else {}
+        buttons.append({"label": styling.text(task), "method": "update", "args": [change, layout, indices]})
+    figure.update_layout(
+        updatemenus=[
+            {
+                "buttons": buttons,
+                "x": 1.0,
+                "xanchor": "right",
+                "y": 1.02,
+                "yanchor": "bottom",
+                "font": {"size": 12},
+                "pad": {"b": 4},
+            }
+        ]
+    )
+
+
+def _slider(view: _View, drawn: list[_Drawn], size: int | None, place: tuple[float, float]) -> dict[str, Any]:
+    """A slider of circuit sizes under the target."""
+    target, curve = view.target, view.curve
     n = len(target)
     sizes = sorted({*range(0, n + 1, max(1, n // 48)), n, *([size] if size is not None else [])})
     steps = []
@@ -343,30 +525,25 @@ def _add_slider(
                 "method": "restyle",
                 "label": label,
                 "args": [
-                    {"z": [_json_grid(panel.place(outside)) for panel, _ in drawn]},
-                    [overlay for _, overlay in drawn],
+                    {"z": [_json_grid(each.panel.place(outside)) for each in drawn]},
+                    [each.overlay for each in drawn],
                 ],
             }
         )
-    figure.update_layout(
-        sliders=[
-            {
-                "active": sizes.index(size if size is not None else n),
-                "steps": steps,
-                "x": 0.47,
-                "len": 0.53,
-                "y": -0.09,
-                "pad": {"t": 20, "b": 0},
-                "currentvalue": {"prefix": "nodes kept: ", "font": {"size": 13, "color": style.INK}},
-                "ticklen": 0,
-                "minorticklen": 0,
-                "font": {"color": "rgba(0,0,0,0)", "size": 1},
-            }
-        ]
-    )
-    figure.update_layout(margin={"b": 120})
+    return {
+        "active": sizes.index(size if size is not None else n),
+        "steps": steps,
+        "x": place[0],
+        "len": place[1] - place[0],
+        "y": -0.09,
+        "pad": {"t": 20, "b": 0},
+        "currentvalue": {"prefix": "nodes kept: ", "font": {"size": 13, "color": styling.INK}},
+        "ticklen": 0,
+        "minorticklen": 0,
+        "font": {"color": "rgba(0,0,0,0)", "size": 1},
+    }
 
 
 def _json_grid(grid: np.ndarray) -> list[list[float | None]]:
     """NaN as null: slider steps are written as plain JSON."""
-    return [[None if np.isnan(value) else float(value) for value in row] for row in grid]
+    return [[None if np.isnan(value) else float(f"{value:.5g}") for value in row] for row in grid]
