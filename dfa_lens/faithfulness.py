@@ -170,6 +170,49 @@ class FaithfulnessCurve:
         )
 
 
+@dataclass(frozen=True)
+class Difference:
+    """The CPR of one circuit less that of another, on the same examples.
+
+    ``p`` is two-sided, from the joint bootstrap over examples: twice the smaller part of resamples on either side of 0.
+    """
+
+    value: float
+    interval: Interval
+    p: float
+
+
+def cpr_difference(
+    first: FaithfulnessCurve,
+    second: FaithfulnessCurve,
+    *,
+    confidence: float = 0.95,
+    resamples: int = 2000,
+    seed: int = 0,
+) -> Difference:
+    """Whether one circuit's CPR is higher than another's, examples resampled for both alike.
+
+    Raises
+    ------
+    FaithfulnessError
+        If the curves are of different examples.
+    """
+    n = len(first.clean_values)
+    if n != len(second.clean_values) or not np.allclose(first.clean_values, second.clean_values, atol=1e-4):
+        raise FaithfulnessError("The two curves are of different examples: their difference can't be resampled.")
+    index = np.random.default_rng(seed).integers(n, size=(resamples, n))
+    gaps = area_of(first, index) - area_of(second, index)
+    tail = (1 - confidence) / 2
+    low, high = np.quantile(gaps, [tail, 1 - tail])
+    p = 2 * min((gaps <= 0).mean(), (gaps >= 0).mean())
+    return Difference(first.cpr - second.cpr, Interval(float(low), float(high)), float(min(1.0, max(p, 1 / resamples))))
+
+
+def area_of(curve: FaithfulnessCurve, index: Int[np.ndarray, "resample example"]) -> Float[np.ndarray, " resample"]:
+    """The CPR of resampled examples, one for each row of ``index``."""
+    return np.trapezoid(curve._resampled(index), curve.fractions, axis=0)
+
+
 def area(fractions: Float[np.ndarray, " size"], values: Float[np.ndarray, " size"]) -> float:
     """The area under ``values`` by trapezoids on a linear axis."""
     return float(np.trapezoid(values, fractions))

@@ -122,8 +122,9 @@ def test_report(browser, tmp_path):
     results = demo.run(families=["llama3"], only=["addition"], size=size)
     open_page(browser, report(results, tmp_path))
     graphs = "return [...document.querySelectorAll('.plotly-graph-div')].map(g => g.data.length)"
-    # curves (floor, and line and band for each of four settings), two aligned heatmaps, gold
-    assert browser.execute_script(graphs) == [9, 8, 8, 4]
+    # recovery (three settings); curves (floor, and line and band for each of four settings), two aligned heatmaps, gold;
+    # in a closed part: training (two numbers of two settings), W
+    assert browser.execute_script(graphs) == [3, 9, 8, 8, 4, 4, 5]
     for width in (400, 800, 1280):
         browser.set_window_size(width, 900)
         overflow = browser.execute_async_script(
@@ -131,3 +132,175 @@ def test_report(browser, tmp_path):
             "setTimeout(() => done(document.documentElement.scrollWidth - window.innerWidth), 500);"
         )
         assert overflow <= 20, f"the page is wider than the window at {width} pixels"
+
+
+def click(browser, name, row, column):
+    """A real click on a cell; what is outlined afterwards, and the last line of text."""
+    from selenium.webdriver.common.action_chains import ActionBuilder
+
+    where = browser.execute_script(
+        f"""
+        const graph = document.querySelector('.plotly-graph-div');
+        const trace = graph.data.find(trace => trace.name === '{name}');
+        const x = graph._fullLayout[trace.xaxis.replace('x', 'xaxis')];
+        const y = graph._fullLayout[trace.yaxis.replace('y', 'yaxis')];
+        const box = graph.getBoundingClientRect();
+        return [box.left + x._offset + x.d2p({column}), box.top + y._offset + y.d2p({row})];
+        """
+    )
+    pointer = ActionBuilder(browser)
+    pointer.pointer_action.move_to_location(round(where[0]) - 2, round(where[1]))
+    pointer.pointer_action.move_to_location(round(where[0]), round(where[1]))
+    pointer.pointer_action.pause(0.3)
+    pointer.pointer_action.click()
+    pointer.perform()
+    return browser.execute_async_script(
+        "const done = arguments[0]; setTimeout(() => { const layout = document.querySelector('.plotly-graph-div').layout;"
+        "done([(layout.shapes || []).map(s => [s.xref, s.x0, s.y0]), layout.annotations.map(a => a.text)]); }, 400);"
+    )
+
+
+def test_a_click_outlines_what_a_node_is_fed_by(browser, heatmap):
+    path, s, _ = heatmap
+    open_page(browser, path)
+    alignment = dfa.controls.random_w(A, B)
+    products = alignment.contributions(s)
+    shapes, notes = click(browser, "target heads", 7, 3)
+    j = B.position("a7.h3")
+    fed = [A.names[i] for i in products[:, j].abs().argsort(descending=True)[:5].tolist()]
+    assert len(shapes) == 6
+    assert shapes[0][1:] == [2.5, 6.5]
+    assert notes[-1].startswith(f"<b>a7.h3</b> is fed by {fed[0]} ")
+    assert all(name in notes[-1] for name in fed)
+    # on the source: where a node's importance goes; a second click on it clears
+    shapes, notes = click(browser, "source heads", 2, 6)
+    goes = B.names[int(products[A.position("a2.h6")].abs().argmax())]
+    assert len(shapes) == 6
+    assert f"<b>a2.h6</b> goes to {goes} " in notes[-1]
+    assert sum("is fed by" in note or "goes to" in note for note in notes) == 1
+    shapes, notes = click(browser, "source heads", 2, 6)
+    assert shapes == []
+    assert not any("goes to" in note for note in notes)
+    assert not [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"]
+
+
+def test_the_dropdown_changes_the_task(browser, tmp_path):
+    alignment = dfa.controls.random_w(A, B)
+    source = {name: dfa.controls.random_scores(A, seed=i) for i, name in enumerate(("one", "</script>two"))}
+    target = {name: alignment.transfer(s) for name, s in source.items()}
+    dfa.plots.aligned_heatmap(source, target, alignment=alignment).write_html(tmp_path / "tasks.html")
+    open_page(browser, tmp_path / "tasks.html")
+    shown = browser.execute_async_script(
+        """
+        const done = arguments[0];
+        const graph = document.querySelector('.plotly-graph-div');
+        const button = graph.layout.updatemenus[0].buttons[1];
+        Plotly.update(graph, button.args[0], button.args[1], button.args[2]).then(() => {
+          graph.emit('plotly_buttonclicked', {active: 1});
+          const trace = graph.data.find(trace => trace.name === 'target heads');
+          done([trace.customdata[4][5], trace.text[4][5], graph.layout.sliders[0].steps.length]);
+        });
+        """
+    )
+    assert shown[0] == pytest.approx(target["</script>two"]["a4.h5"], rel=1e-3)
+    assert "a4.h5" in shown[1]
+    _, notes = click(browser, "target heads", 4, 5)
+    products = alignment.contributions(source["</script>two"])[:, B.position("a4.h5")]
+    assert f"is fed by {A.names[int(products.abs().argmax())]} " in notes[-1]
+
+
+def test_other_figures_open(browser, tmp_path):
+    import pandas as pd
+
+    history = [{"step": i, "loss": 1.0, "kl": 1 / (i + 1), "sparsity": 0.4} for i in range(9)]
+    alignment = dfa.Alignment.of(dfa.controls.random_w(A, B).W, A, B, history=history)
+    t = alignment.transfer(dfa.controls.random_scores(A))
+    table = pd.DataFrame(
+        {
+            "task": ["x", "y"] * 4,
+            "setting": ["a", "a", "b", "b"] * 2,
+            "recovery": [0.1 * i for i in range(8)],
+            "cpr": [0.1 * i for i in range(8)],
+            "examples": [4] * 4 + [8] * 4,
+            "train": ["x", "y"] * 4,
+            "test": ["x", "x", "y", "y"] * 2,
+        }
+    )
+    plots = dfa.plots
+    for name, figure in {
+        "explorer": plots.alignment_explorer(alignment),
+        "history": plots.training_history(alignment),
+        "scatter": plots.score_scatter(t, dfa.controls.random_scores(B)),
+        "matrix": plots.transfer_matrix(table),
+        "bars": plots.recovery_bars(table),
+        "sizes": plots.size_sensitivity(table),
+        "gold": plots.aligned_heatmap(
+            dfa.controls.random_scores(A), t, alignment=alignment, gold=dfa.controls.random_scores(B)
+        ),
+    }.items():
+        figure.write_html(tmp_path / f"{name}.html")
+        open_page(browser, tmp_path / f"{name}.html")
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory):
+    """A report with names that would be markup."""
+    from dataclasses import replace
+
+    from dfa_lens import demo
+
+    size = demo.Size(train=8, test=6, steps=3, curve_points=4, batch_size=8)
+    results = demo.run(families=["qwen2.5"], only=["mcqa"], size=size)
+    results.tasks[0] = replace(results.tasks[0], task="<script>document.title = 'broken'</script>", family="a & b")
+    folder = tmp_path_factory.mktemp("report")
+    return dfa.plots.report(results, folder)
+
+
+def test_labels_are_only_text(browser, page):
+    open_page(browser, page)
+    assert browser.title == "dfa_lens: circuit transfer"
+    heading = browser.execute_script("return document.querySelector('h3').textContent")
+    assert heading == "a & b: <script>document.title = 'broken'</script>"
+    links = browser.execute_script(
+        "return [...document.querySelectorAll('nav a')].map(a => document.querySelector(a.getAttribute('href')) !== null)"
+    )
+    assert all(links)
+
+
+def test_light_and_dark(browser, page):
+    from selenium.webdriver.common.by import By
+
+    open_page(browser, page)
+    colors = (
+        "const graph = document.querySelector('.plotly-graph-div');"
+        "return [getComputedStyle(document.body).backgroundColor, graph.layout.paper_bgcolor, graph.layout.font.color]"
+    )
+    assert browser.execute_script(colors) == ["rgb(255, 255, 255)", "white", "#222222"]
+    browser.find_element(By.ID, "scheme").click()
+    browser.execute_async_script("setTimeout(arguments[0], 600)")
+    assert browser.execute_script(colors) == ["rgb(22, 24, 28)", "#16181c", "#e6e6e6"]
+    browser.find_element(By.ID, "scheme").click()
+    browser.execute_async_script("setTimeout(arguments[0], 600)")
+    assert browser.execute_script(colors) == ["rgb(255, 255, 255)", "#ffffff", "#222222"]
+    # a reader whose system is dark gets a dark page at once
+    browser.execute_cdp_cmd(
+        "Emulation.setEmulatedMedia", {"features": [{"name": "prefers-color-scheme", "value": "dark"}]}
+    )
+    open_page(browser, page)
+    assert browser.execute_script(colors)[0] == "rgb(22, 24, 28)"
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
+
+
+def test_the_closed_part_opens(browser, page):
+    from selenium.webdriver.common.by import By
+
+    open_page(browser, page)
+    summary = browser.find_element(By.CSS_SELECTOR, "details > summary")
+    browser.execute_script("arguments[0].scrollIntoView({block: 'center'})", summary)
+    summary.click()
+    browser.execute_async_script("setTimeout(arguments[0], 600)")
+    widths = browser.execute_script(
+        "return [...document.querySelectorAll('details .main-svg')].map(s => s.getBoundingClientRect().width)"
+    )
+    assert min(widths) > 500
+    assert not [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"]

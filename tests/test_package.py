@@ -143,7 +143,8 @@ def test_the_project_speaks_of_itself_alone():
 
 
 @pytest.mark.parametrize("page", sorted(p.name for p in (ROOT / "docs").glob("*.md")))
-def test_code_in_the_docs_runs(page, capsys):
+def test_code_in_the_docs_runs(page, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     scope = {}
     for code in re.findall(r"```python\n(.*?)```", (ROOT / "docs" / page).read_text(), re.S):
         exec(compile(code, page, "exec"), scope)

@@ -110,3 +110,225 @@ def test_figures_change_no_global_setting(drawn):
     dfa.plots.aligned_heatmap(drawn[0], drawn[2])
     assert (pio.templates.default, pio.renderers.default) == before
     assert torch.is_grad_enabled()
+
+
+# --- tasks, gold, links --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def several():
+    alignment = dfa.controls.random_w(A, B)
+    source = {name: dfa.controls.random_scores(A, seed=i) for i, name in enumerate(("one", "<script>two"))}
+    return source, {name: alignment.transfer(s) for name, s in source.items()}, alignment
+
+
+def test_a_dropdown_of_tasks_changes_everything(several):
+    source, target, alignment = several
+    figure = dfa.plots.aligned_heatmap(source, target, alignment=alignment)
+    menu = figure.layout.updatemenus[0]
+    assert [button.label for button in menu.buttons] == ["one", "&lt;script&gt;two"]
+    second = menu.buttons[1].args
+    alone = dfa.plots.aligned_heatmap(source["<script>two"], target["<script>two"], alignment=alignment)
+    for at, index in enumerate(second[2]):
+        trace = alone.data[index]
+        shown = np.array([[np.nan if v is None else v for v in row] for row in second[0]["z"][at]])
+        np.testing.assert_allclose(shown, np.asarray(trace.z, dtype=float), rtol=1e-4)
+        if not trace.name.endswith("outside"):
+            assert [list(row) for row in trace.text] == second[0]["text"][at]
+    kept = alone.layout.sliders[0].steps[3].args[0]["z"]
+    assert second[1]["sliders"][0]["steps"][3]["args"][0]["z"] == kept
+
+
+def test_gold_and_the_difference(drawn):
+    s, alignment, t = drawn
+    gold = dfa.controls.random_scores(B, seed=9)
+    figure = dfa.plots.aligned_heatmap(s, t, alignment=alignment, gold=gold)
+    traces = {trace.name: trace for trace in figure.data}
+    difference = traces["difference heads"].z[2, 3]
+    ours = t["a2.h3"] / style.robust_limit(t.values.numpy()) - gold["a2.h3"] / style.robust_limit(gold.values.numpy())
+    assert difference == pytest.approx(ours, abs=1e-5)
+    assert traces["gold heads"].customdata[2, 3] == pytest.approx(gold["a2.h3"])
+    table = figure.to_frame()
+    assert set(table["model"]) == {"source", "target", "gold"}
+    assert len(table) == len(A) + 2 * len(B)
+
+
+def test_links_are_the_strongest_products(drawn):
+    from dfa_lens.plots.links import Links
+
+    s, alignment, _ = drawn
+    links = Links.of(alignment, s, 3)
+    products = alignment.contributions(s)
+    for j in (0, 7, 23):
+        best = products[:, j].abs().argsort(descending=True)[:3].tolist()
+        assert [i for i, _ in links.feeds[j]] == best
+        assert [p for _, p in links.feeds[j]] == pytest.approx([float(products[i, j]) for i in best])
+    for i in (0, 5):
+        assert links.goes[i][0][0] == int(products[i].abs().argmax())
+
+
+def test_every_figure_carries_its_numbers(drawn, several, tmp_path):
+    import pandas as pd
+
+    s, alignment, t = drawn
+    trained = dfa.Alignment.of(
+        alignment.W, A, B, history=[{"step": i, "loss": 1.0, "kl": 1.0 / (i + 1), "sparsity": 0.4} for i in range(5)]
+    )
+    table = pd.DataFrame(
+        {
+            "task": ["x", "x", "y"] * 2,
+            "setting": ["gold"] * 3 + ["zero-shot"] * 3,
+            "recovery": [1.0, 1.0, 1.0, 0.5, 0.7, 0.9],
+            "examples": [4, 8, 8, 4, 8, 8],
+            "cpr": [0.8, 0.8, 0.7, 0.4, 0.5, 0.6],
+            "train": ["x", "x", "y", "x", "y", "y"],
+            "test": ["x", "y", "y", "x", "x", "y"],
+        }
+    )
+    plots = dfa.plots
+    made = {
+        "explorer": plots.alignment_explorer(alignment),
+        "matrix": plots.transfer_matrix(table),
+        "bars": plots.recovery_bars(table),
+        "history": plots.training_history({"<b>": trained}),
+        "sizes": plots.size_sensitivity(table),
+        "scatter": plots.score_scatter(t, dfa.controls.random_scores(B, seed=4)),
+        "heatmap": plots.scores_heatmap(s),
+    }
+    for name, figure in made.items():
+        assert isinstance(figure, plots.Picture), name
+        assert len(figure.to_frame()) > 0, name
+        figure.write_html(tmp_path / f"{name}.html", include_plotlyjs=False)
+    assert made["explorer"].to_frame().loc["a1.h2", "m3"] == pytest.approx(
+        float(alignment.W[A.position("a1.h2"), B.position("m3")])
+    )
+    cells = made["matrix"].to_frame().set_index(["train", "test"])
+    assert cells.loc[("x", "x"), "mean"] == pytest.approx((0.8 + 0.4) / 2)
+    bars = made["bars"].to_frame().set_index(["setting", "task"])
+    assert list(bars.index.get_level_values(0).unique()) == ["zero-shot"]
+    assert bars.loc[("zero-shot", "x"), "mean"] == pytest.approx(0.6)
+    assert "&lt;b&gt;" in made["history"].data[0].name
+    agreement = dfa.statistics.correlation(t, dfa.controls.random_scores(B, seed=4))
+    assert f"r {agreement.pearson:.2f}" in made["scatter"].layout.annotations[0].text
+
+
+def test_explorer_orders(drawn):
+    _, alignment, _ = drawn
+    figure = dfa.plots.alignment_explorer(alignment)
+    by_layer, by_kind = figure.layout.updatemenus[0].buttons
+    assert list(figure.data[0].x) == list(B.names) == list(by_layer.args[0]["x"][0])
+    assert by_kind.args[0]["x"][0][-4:] == ["m0", "m1", "m2", "m3"]
+    W = alignment.W.numpy()
+    shown = np.array(by_kind.args[0]["z"][0])
+    rows, columns = by_kind.args[0]["y"][0], by_kind.args[0]["x"][0]
+    for r in (0, 4, 7):
+        for c in (0, 11, 23):
+            assert shown[r, c] == pytest.approx(float(W[A.position(rows[r]), B.position(columns[c])]), rel=1e-3)
+    depth = figure.data[3]
+    first = [n.layer == 0 for n in A], [n.layer == 2 for n in B]
+    assert depth.z[0][2] == pytest.approx(np.abs(W)[np.ix_(*first)].mean())
+
+
+def test_paper_style_has_no_controls(drawn, several):
+    s, alignment, _ = drawn
+    figure = dfa.plots.aligned_heatmap(*several[:2], alignment=alignment, style="paper", size=3)
+    assert not figure.layout.sliders and not figure.layout.updatemenus
+    assert figure.layout.width == round(6.8 * 96)
+    assert "serif" in figure.layout.font.family
+    assert dfa.plots.scores_heatmap(s, style="paper-narrow").layout.width == round(3.3 * 96)
+    assert dfa.plots.scores_heatmap(s, style="paper-narrow", width=500).layout.width == 500
+
+
+@pytest.mark.browser
+def test_static_pictures(drawn, tmp_path):
+    import shutil
+
+    if shutil.which("chromium") is None:
+        pytest.skip("no Chromium on this machine")
+    s, alignment, t = drawn
+    figure = dfa.plots.aligned_heatmap(s, t, alignment=alignment, style="paper", height=300)
+    figure.write_image(tmp_path / "figure.pdf")
+    figure.write_image(tmp_path / "figure.png", scale=2)
+    assert (tmp_path / "figure.pdf").read_bytes().startswith(b"%PDF")
+    png = (tmp_path / "figure.png").read_bytes()
+    assert png.startswith(b"\x89PNG")
+    assert int.from_bytes(png[16:20], "big") == 2 * round(6.8 * 96)
+
+
+# What people with the two common kinds of colour blindness see (Machado, Oliveira and Fernandes 2009, severity 1).
+_BLIND = {
+    "protan": [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]],
+    "deutan": [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.011820, 0.042940, 0.968881]],
+}
+
+
+def _seen(color, matrix):
+    """CIELAB of a "#rrggbb" colour seen through a simulation of colour blindness."""
+    rgb = np.array([int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)])
+    linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
+    linear = np.clip(np.array(matrix) @ linear, 0, 1)
+    xyz = np.array([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]]) @ linear
+    f = np.cbrt(np.maximum(xyz / np.array([0.9505, 1.0, 1.089]), 1e-9))
+    return np.array([116 * f[1] - 16, 500 * (f[0] - f[1]), 200 * (f[1] - f[2])])
+
+
+@pytest.mark.parametrize("kind", _BLIND)
+def test_colours_can_be_told_apart_by_the_colour_blind(kind):
+    matrix = _BLIND[kind]
+    ends = [_seen(dict(style.DIVERGING)[at], matrix) for at in (0.0, 0.25, 0.5, 0.75, 1.0)]
+    for i, one in enumerate(ends):
+        for other in ends[i + 1 :]:
+            assert np.linalg.norm(one - other) > 20
+    lines = [_seen(color, matrix) for color in style.LINES[:5]]
+    for i, one in enumerate(lines):
+        for other in lines[i + 1 :]:
+            assert np.linalg.norm(one - other) > 10
+    lightness = [_seen(color, matrix)[0] for _, color in style.SEQUENTIAL]
+    assert lightness == sorted(lightness, reverse=True)
+
+
+def test_bad_tables(drawn, several):
+    import pandas as pd
+
+    from dfa_lens.errors import AlignmentError, DfaError
+
+    s, alignment, t = drawn
+    plots = dfa.plots
+    table = pd.DataFrame({"train": ["x"], "test": ["y"], "cpr": [np.nan], "setting": ["gold"], "task": ["x"]})
+    for call, error, message in (
+        (lambda: plots.transfer_matrix(table[:0]), DfaError, "The table is empty"),
+        (lambda: plots.transfer_matrix(table, value="cmd"), DfaError, "no column 'cmd'; it has 'train', 'test'"),
+        (lambda: plots.transfer_matrix(table), DfaError, "has no finite number"),
+        (lambda: plots.transfer_matrix([1]), DfaError, "A pandas table is needed, not list"),
+        (lambda: plots.recovery_bars(table, value="cpr"), DfaError, "Nothing is left to draw without 'gold'"),
+        (lambda: plots.size_sensitivity(table, x="cpr"), DfaError, "has only one size"),
+        (lambda: plots.training_history(alignment), DfaError, "has no history: it was not trained"),
+        (lambda: plots.training_history({}), DfaError, "no alignments"),
+        (lambda: plots.score_scatter(s, t), ScoreError, "belong to"),
+        (lambda: plots.alignment_explorer(dfa.Alignment.of(0 * alignment.W, A, B)), AlignmentError, "zero everywhere"),
+        (lambda: plots.aligned_heatmap(several[0], t), ScoreError, "on both models alike"),
+        (lambda: plots.aligned_heatmap(several[0], {"one": t}), ScoreError, "'<script>two' has source scores but no"),
+        (lambda: plots.aligned_heatmap(s, t, gold=s), ScoreError, "The gold scores belong to"),
+        (lambda: plots.scores_heatmap(s, style="papr"), DfaError, "Unknown style 'papr'.*Did you mean 'paper'"),
+        (lambda: plots.Picture().to_frame(), DfaError, "carries no table"),
+    ):
+        with pytest.raises(error, match=message):
+            call()
+
+
+def test_a_widget_reacts_to_clicks(drawn):
+    pytest.importorskip("anywidget")
+    from plotly.callbacks import Points
+
+    s, alignment, t = drawn
+    widget = dfa.plots.aligned_heatmap(s, t, alignment=alignment, contributors=3).widget()
+    index = next(i for i, trace in enumerate(widget.data) if trace.name == "target heads")
+    trace = widget.data[index]
+    points = Points(point_inds=[(3, 4)], trace_name=trace.name, trace_index=index)
+    for callback in trace._click_callbacks:
+        callback(trace, points, None)
+    assert len(widget.layout.shapes) == 1 + 3
+    assert widget.layout.shapes[0].x0 == 3.5 and widget.layout.shapes[0].y0 == 2.5
+    products = alignment.contributions(s)[:, B.position("a3.h4")]
+    best = A.names[int(products.abs().argmax())]
+    assert f"<b>a3.h4</b> is fed by {best}" in widget.layout.annotations[-1].text

@@ -132,9 +132,17 @@ class _Drawn:
 
 
 def _draw(
-    figure: go.Figure, nodes: NodeSet, grid: _Grid, left: float, right: float, title: str, first_axis: int
+    figure: go.Figure,
+    nodes: NodeSet,
+    grid: _Grid,
+    left: float,
+    right: float,
+    title: str,
+    first_axis: int,
+    *,
+    layers: bool = True,
 ) -> list[_Drawn]:
-    """Draw one model's panels between two fractions of the width."""
+    """Draw one model's panels between two fractions of the width, with or without the numbers of the layers."""
     panels = _panels(nodes)
     # Cells are equally wide in all panels of a model, but no panel vanishes beside a wide one.
     total = sum(len(panel.columns) for panel in panels)
@@ -189,8 +197,8 @@ def _draw(
                 f"yaxis{suffix}": {
                     "anchor": f"x{suffix}",
                     "range": [-0.5, n_rows - 0.5],
-                    "tickvals": list(range(0, n_rows, row_step)) if i == 0 else [],
-                    "ticktext": [_row_name(panel.rows[r]) for r in range(0, n_rows, row_step)] if i == 0 else [],
+                    "tickvals": list(range(0, n_rows, row_step)) if i == 0 and layers else [],
+                    "ticktext": [_row_name(panel.rows[r]) for r in range(0, n_rows, row_step)],
                     "title": {"text": "layer", "standoff": 4} if i == 0 and left == 0 else None,
                     "showgrid": False,
                     "zeroline": False,
@@ -442,7 +450,8 @@ def aligned_heatmap(
     sets = [first.source.nodes, *[first.target.nodes] * 3]
     parts: list[list[_Drawn]] = []
     for grid, name, nodes, (left, right) in zip(next(iter(grids.values())), names, sets, places, strict=False):
-        parts.append(_draw(figure, nodes, grid, left, right, name, 1 + sum(map(len, parts))))
+        first_axis = 1 + sum(map(len, parts))
+        parts.append(_draw(figure, nodes, grid, left, right, name, first_axis, layers=len(parts) < 2))
     styling.layout(figure, title, width=width, height=height, style=style)
     _colors(figure)
     _dim(figure, first.target, parts[1], size)

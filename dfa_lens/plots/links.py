@@ -163,7 +163,7 @@ def react(
         def clicked(trace: Any, points: Any, state: Any = None) -> None:
             for index in points.point_inds:
                 row, column = index
-                found = where.get((trace.trace_index, int(row), int(column)))
+                found = where.get((points.trace_index, int(row), int(column)))
                 if found is None:
                     continue
                 shapes, text = outlines(links, names, cells, *found)

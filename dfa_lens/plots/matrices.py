@@ -123,6 +123,7 @@ def require(table: Any, columns: tuple[str, ...]) -> None:
 def alignment_explorer(
     alignment: Alignment,
     *,
+    button: bool = True,
     title: str | None = None,
     style: Style = "screen",
     width: int | None = None,
@@ -139,6 +140,9 @@ def alignment_explorer(
     ----------
     alignment:
         Of one stage or several (their product is shown).
+    button:
+        Whether a button orders nodes by kind; without it the file has a third of the size. Default: yes; never on
+        paper.
 
     Raises
     ------
@@ -157,7 +161,7 @@ def alignment_explorer(
     for label, (rows, columns) in orders.items():
         z = W[np.ix_(rows, columns)]
         views[label] = {
-            "z": z,
+            "z": z.astype(np.float32),
             "x": [styling.text(target.names[c]) for c in columns],
             "y": [styling.text(source.names[r]) for r in rows],
             "above": np.abs(z).mean(0),
@@ -176,7 +180,6 @@ def alignment_explorer(
         )
     )
     bars = {"marker": {"color": styling.LINES[0]}, "showlegend": False}
-    mean = "mean |W| %{%s:.4g}"
     figure.add_trace(
         go.Bar(
             x=first["x"],
@@ -184,7 +187,7 @@ def alignment_explorer(
             xaxis="x",
             yaxis="y2",
             name="target nodes",
-            hovertemplate=f"%{{x}}<br>{mean % 'y'}<extra></extra>",
+            hovertemplate="%{x}<br>mean |W| %{y:.4g}<extra></extra>",
             **bars,
         )
     )
@@ -196,7 +199,7 @@ def alignment_explorer(
             yaxis="y",
             orientation="h",
             name="source nodes",
-            hovertemplate=f"%{{y}}<br>{mean % 'x'}<extra></extra>",
+            hovertemplate="%{y}<br>mean |W| %{x:.4g}<extra></extra>",
             **bars,
         )
     )
@@ -219,7 +222,7 @@ def alignment_explorer(
             )
         )
     styling.layout(figure, title, width=width, height=height, style=style)
-    plain = {"showgrid": False, "zeroline": False}
+    plain = {"showgrid": False, "zeroline": False, "automargin": True}
     figure.update_layout(
         bargap=0,
         xaxis={"domain": [0, 0.86], "anchor": "y", "title": {"text": "target nodes"}, "type": "category", "nticks": 20}
@@ -240,7 +243,7 @@ def alignment_explorer(
         yaxis4={"domain": [0, 0.26], "anchor": "x4", "title": {"text": "source kind"}, "type": "category"} | plain,
         shapes=_lines(source, target, orders["by layer"]),
     )
-    if not styling.on_paper(style):
+    if button and not styling.on_paper(style):
         figure.update_layout(
             updatemenus=[
                 {
@@ -257,7 +260,7 @@ def alignment_explorer(
                             "method": "update",
                             "args": [
                                 {
-                                    "z": [view["z"].tolist(), None, None],
+                                    "z": [[[float(f"{w:.4g}") for w in row] for row in view["z"]], None, None],
                                     "x": [view["x"], view["x"], view["beside"].tolist()],
                                     "y": [view["y"], view["above"].tolist(), view["y"]],
                                 },
@@ -300,7 +303,7 @@ def _lines(source: NodeSet, target: NodeSet, order: tuple[list[int], list[int]])
                 after.kind if before.layer > after.layer else "",
             ):
                 new_kind = before.layer > after.layer
-                line = {"color": "#444444" if new_kind else "rgba(0,0,0,0.18)", "width": 1.5 if new_kind else 0.5}
+                line = {"color": "#444444" if new_kind else "rgba(0,0,0,0.4)", "width": 1.5 if new_kind else 0.7}
                 along = {"type": "line", "line": line, "layer": "above"}
                 if across:
                     shapes.append(along | {"x0": at - 0.5, "x1": at - 0.5, "y0": -0.5, "y1": len(source) - 0.5})

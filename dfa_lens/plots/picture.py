@@ -53,7 +53,8 @@ class Picture(go.Figure):
     def _still(self) -> go.Figure:
         still = go.Figure(self)
         if still.layout.sliders or still.layout.updatemenus or self._script:
-            still.update_layout(sliders=[], updatemenus=[], margin={"b": 60})
+            still.layout.sliders, still.layout.updatemenus = (), ()
+            still.layout.margin.b = 60
         return still
 
     def widget(self) -> go.FigureWidget:

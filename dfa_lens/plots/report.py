@@ -2,42 +2,95 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
 import plotly.graph_objects as go
-import plotly.io as pio
 from plotly.offline import get_plotlyjs
 
 from dfa_lens.errors import DfaError
+from dfa_lens.faithfulness import cpr_difference
 from dfa_lens.plots.curves import curves
 from dfa_lens.plots.heatmaps import aligned_heatmap, scores_heatmap
+from dfa_lens.plots.matrices import alignment_explorer
+from dfa_lens.plots.picture import Picture
 from dfa_lens.plots.style import FONT, text
+from dfa_lens.plots.trends import recovery_bars, training_history
 from dfa_lens.results import GOLD, Results, TaskResult
 from dfa_lens.scores import write_atomically
 
+SIGNIFICANT = 0.05
+"""Marks are set where the false discovery rate over all cells of the table is below this."""
+
 _STYLE = f"""
-:root {{ color-scheme: light; }}
-body {{ font-family: {FONT}; color: #222; background: #fff; margin: 0 auto;
+:root {{ color-scheme: light dark; --ink: #222; --page: #fff; --soft: #666; --line: #ddd; --link: #0b57a4; }}
+:root[data-scheme=dark] {{ --ink: #e6e6e6; --page: #16181c; --soft: #a2a6ad; --line: #3a3e46; --link: #8ab8f0; }}
+body {{ font-family: {FONT}; color: var(--ink); background: var(--page); margin: 0 auto;
   max-width: 1180px; padding: 1rem 1.25rem 4rem; }}
-h1 {{ font-size: 1.7rem; margin: .5rem 0; }} h2 {{ margin-top: 2.5rem; border-bottom: 2px solid #ddd; }}
-h3 {{ margin: 2rem 0 .25rem; }} p, li {{ line-height: 1.5; max-width: 75ch; }}
-nav {{ position: sticky; top: 0; background: #fffffff0; padding: .5rem 0; border-bottom: 1px solid #eee; z-index: 5; }}
-nav a {{ margin-right: .9rem; white-space: nowrap; }} a {{ color: #0b57a4; }}
+h1 {{ font-size: 1.7rem; margin: .5rem 0; }} h2 {{ margin-top: 2.5rem; border-bottom: 2px solid var(--line); }}
+h3 {{ margin: 2rem 0 .25rem; scroll-margin-top: 4rem; }} h2 {{ scroll-margin-top: 4rem; }}
+p, li {{ line-height: 1.5; max-width: 75ch; }} a {{ color: var(--link); }}
+nav {{ position: sticky; top: 0; background: var(--page); padding: .5rem 0; border-bottom: 1px solid var(--line);
+  z-index: 5; display: flex; flex-wrap: wrap; gap: .25rem .9rem; max-height: 4.5rem; overflow-y: auto; }}
+nav a {{ white-space: nowrap; }} nav button {{ margin-left: auto; font: inherit; color: var(--ink);
+  background: none; border: 1px solid var(--line); border-radius: 4px; cursor: pointer; }}
 .scroll {{ overflow-x: auto; }}
 table {{ border-collapse: collapse; font-variant-numeric: tabular-nums; }}
-th, td {{ padding: .3rem .75rem; text-align: right; border-bottom: 1px solid #e5e5e5; white-space: nowrap; }}
+th, td {{ padding: .3rem .75rem; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; }}
 th:first-child, td:first-child, th:nth-child(2), td:nth-child(2) {{ text-align: left; }}
-tr.mean td {{ font-weight: 600; border-bottom: 2px solid #bbb; }} small, .small {{ color: #555; font-size: .85rem; }}
-.ci {{ color: #666; font-size: .8rem; }}
+tr.mean td {{ font-weight: 600; border-bottom: 2px solid var(--soft); }}
+small, .small {{ color: var(--soft); font-size: .85rem; }} .ci {{ color: var(--soft); font-size: .8rem; }}
 figure {{ margin: 0 0 1rem; overflow-x: auto; }} figure > div {{ min-width: 620px; }}
-@media print {{ nav {{ display: none; }} h3 {{ break-before: page; }} }}
+details > summary {{ cursor: pointer; margin: .5rem 0; }} pre {{ overflow-x: auto; font-size: .85rem; }}
+@media print {{ nav, details > summary {{ display: none; }} h3 {{ break-before: page; }}
+  figure {{ break-inside: avoid; }} body {{ max-width: none; padding: 0; }} }}
 """
+
+# Colours follow the reader's setting, the button changes them; figures in a closed part are drawn when it opens.
+_SCRIPT = """
+const scheme = window.matchMedia('(prefers-color-scheme: dark)').matches ? 'dark' : 'light';
+const paint = (graph, which) => {
+  const dark = which === 'dark';
+  const change = {'paper_bgcolor': dark ? '#16181c' : '#ffffff', 'font.color': dark ? '#e6e6e6' : '#222222'};
+  if (graph.layout.plot_bgcolor === '#ffffff' || graph.layout.plot_bgcolor === 'white' ||
+      graph.layout.plot_bgcolor === '#16181c') {
+    change['plot_bgcolor'] = change['paper_bgcolor'];
+  }
+  Object.keys(graph.layout).filter(key => /^[xy]axis/.test(key)).forEach(key => {
+    if (graph.layout[key].gridcolor) { change[key + '.gridcolor'] = dark ? '#33373f' : '#eeeeee'; }
+  });
+  Plotly.relayout(graph, change);
+};
+const show = which => {
+  document.documentElement.dataset.scheme = which;
+  document.querySelectorAll('.plotly-graph-div').forEach(graph => { if (graph.layout) { paint(graph, which); } });
+};
+document.addEventListener('DOMContentLoaded', () => {
+  if (scheme === 'dark') { show('dark'); }
+  document.getElementById('scheme').addEventListener('click', () =>
+    show(document.documentElement.dataset.scheme === 'dark' ? 'light' : 'dark'));
+  document.querySelectorAll('details').forEach(part => part.addEventListener('toggle', () =>
+    part.querySelectorAll('.plotly-graph-div').forEach(graph => Plotly.Plots.resize(graph))));
+});
+window.addEventListener('beforeprint', () => {
+  show('light');
+  document.querySelectorAll('details').forEach(part => { part.open = true; });
+});
+"""
+
+_CITE = """@article{dfa2026,
+  title = {Differentiable Faithfulness Alignment},
+  journal = {arXiv preprint arXiv:2604.24302}
+}"""
 
 
 def report(results: Results, path: str | Path) -> Path:
-    """Write one HTML page: the table, and for every family and task the curves and the aligned heatmap.
+    """Write one HTML page: words, the table, and for every family and task the curves and the aligned heatmaps.
 
-    Plotly is embedded once; the page needs no network. All labels are escaped.
+    Plotly is embedded once; the page needs no network, is light or dark as the reader's system is, and prints. All
+    labels are escaped.
 
     Parameters
     ----------
@@ -64,8 +117,10 @@ def report(results: Results, path: str | Path) -> Path:
     families = list(dict.fromkeys(result.family for result in results.tasks))
     sections = []
     for family in families:
-        sections.append(f'<h2 id="{text(family)}">{text(family)}</h2>')
-        sections += [_task(result) for result in results.tasks if result.family == family]
+        members = [result for result in results.tasks if result.family == family]
+        sections.append(f'<h2 id="{_slug(family)}">{text(family)}</h2>')
+        sections.append(_family(results, family))
+        sections += [_task(result) for result in members]
     links = [
         f'<a href="#{_anchor(r)}">{text(r.family) + " " if len(families) > 1 else ""}{text(r.task)}</a>'
         for r in results.tasks
@@ -76,27 +131,36 @@ def report(results: Results, path: str | Path) -> Path:
 <title>dfa_lens: circuit transfer</title><link rel="icon" href="data:,"><style>{_STYLE}</style>
 <script>{get_plotlyjs()}</script></head><body>
 <h1>Circuit transfer from source to target</h1>
-<p>{_words(results)}</p>
-<nav><a href="#table">table</a> {" ".join(links)} <a href="#about">about</a></nav>
+{_words(results)}
+<nav><a href="#table">table</a> {" ".join(links)} <a href="#about">about</a>
+<button id="scheme" title="light or dark">light / dark</button></nav>
 <h2 id="table">CPR by task</h2>
 <div class="scroll">{_table(results)}</div>
 <p class="small">CPR: area under the faithfulness curve over the fraction of nodes kept (higher is better), with 95 %
 bootstrap intervals over examples. <b>gold</b>: attribution run directly on the target. <b>in-distribution</b>: W
 trained on the task itself. <b>zero-shot</b>: W trained on all other tasks. <b>random W</b>: no training. <b>floor</b>:
-what an empty circuit gets.</p>
+what an empty circuit gets. ▲: above random W, † : not the same as gold (paired bootstrap over examples, false discovery
+rate below {SIGNIFICANT:.0%} over all cells).</p>
 {"".join(sections)}
 <h2 id="about">About</h2>
 <ul class="small">{provenance}</ul>
 <p class="small">Method: Differentiable Faithfulness Alignment, arXiv 2604.24302. Nodes: attention heads and MLP blocks;
-nodes outside a circuit are set to their activations on the corrupt prompt.</p>
+nodes outside a circuit are set to their activations on the corrupt prompt. A CPR above 1 means that nodes which work
+against the answer were left out, not that the circuit is better than the model. To cite:</p>
+<pre>{text(_CITE)}</pre>
+<script>{_SCRIPT}</script>
 </body></html>
 """
     write_atomically(path, page.encode())
     return path
 
 
+def _slug(name: str) -> str:
+    return re.sub(r"[^\w-]+", "-", name)
+
+
 def _anchor(result: TaskResult) -> str:
-    return text(f"{result.family}-{result.task}").replace(" ", "-")
+    return _slug(f"{result.family}-{result.task}")
 
 
 def _words(results: Results) -> str:
@@ -104,12 +168,47 @@ def _words(results: Results) -> str:
     means = table.groupby("setting", sort=False)["cpr"].mean()
     parts = [f"<b>{text(setting)}</b> {value:.3f}" for setting, value in means.items()]
     n = len(results.tasks)
-    return f"Mean CPR over {n} {'task' if n == 1 else 'tasks and families'}: {', '.join(parts)}."
+    first = f"Mean CPR over {n} {'task' if n == 1 else 'tasks and families'}: {', '.join(parts)}."
+    recovered = table[table["setting"] != GOLD].groupby("setting", sort=False)["recovery"].mean()
+    second = "Recovery, the CPR as a part of gold's: " + ", ".join(
+        f"<b>{text(setting)}</b> {value:.0%}" for setting, value in recovered.items()
+    )
+    weakest = table[table["setting"] != GOLD].sort_values("recovery").iloc[0]
+    third = (
+        f"The lowest recovery is {weakest['recovery']:.0%}: {text(weakest['setting'])}, {text(weakest['task'])} in "
+        f"{text(weakest['family'])}."
+    )
+    return f"<p>{first} {second}. {third}</p>"
+
+
+def _marks(results: Results) -> Mapping[tuple[str, str, str], str]:
+    """Where a circuit is above random W (▲), and where it is not the same as gold (†)."""
+    from scipy import stats
+
+    tests: list[tuple[tuple[str, str, str], str, float]] = []
+    for result in results.tasks:
+        if len(result.curves[GOLD].clean_values) < 2:
+            continue
+        for setting, curve in result.curves.items():
+            cell = (result.family, result.task, setting)
+            if "random W" in result.curves and setting != "random W":
+                gap = cpr_difference(curve, result.curves["random W"])
+                tests.append((cell, "▲" if gap.value > 0 else "▽", gap.p))
+            if setting != GOLD:
+                tests.append((cell, "†", cpr_difference(curve, result.curves[GOLD]).p))
+    marks: dict[tuple[str, str, str], str] = {}
+    if tests:
+        adjusted = stats.false_discovery_control(np.array([p for *_, p in tests]))
+        for (cell, mark, _), q in zip(tests, adjusted, strict=True):
+            if q < SIGNIFICANT:
+                marks[cell] = marks.get(cell, "") + mark
+    return marks
 
 
 def _table(results: Results) -> str:
     tidy = results.table().set_index(["family", "task", "setting"])
     wide = results.summary()
+    marks = _marks(results)
     settings = list(wide.columns)
     head = "".join(f"<th>{text(setting)}</th>" for setting in settings)
     rows = []
@@ -119,6 +218,7 @@ def _table(results: Results) -> str:
             cell = f"{row[setting]:.3f}"
             if (family, task, setting) in tidy.index:
                 entry = tidy.loc[(family, task, setting)]
+                cell += f"<sup>{marks.get((family, task, setting), '')}</sup>"
                 cell += f' <span class="ci">[{entry["cpr_low"]:.2f}, {entry["cpr_high"]:.2f}]</span>'
             cells.append(f"<td>{cell}</td>")
         style = ' class="mean"' if task == "mean" else ""
@@ -126,25 +226,37 @@ def _table(results: Results) -> str:
     return f"<table><thead><tr><th>family</th><th>task</th>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
 
 
+def _family(results: Results, family: str) -> str:
+    table = results.table()
+    return _html(recovery_bars(table[table["family"] == family], title="recovery: CPR / gold's CPR", height=380))
+
+
 def _task(result: TaskResult) -> str:
     figures = [curves(result.curves, title=None)]
-    for setting, alignment in result.alignments.items():
-        if alignment.history:  # trained, so worth a picture
-            figures.append(
-                aligned_heatmap(
-                    result.source,
-                    result.circuits[setting],
-                    alignment=alignment,
-                    curve=result.curves[setting],
-                    source_name=f"source: {result.source.meta.get('method', 'scores')}",
-                    target_name=f"target: {setting} transfer",
-                )
+    trained = {setting: alignment for setting, alignment in result.alignments.items() if alignment.history}
+    for setting, alignment in trained.items():
+        figures.append(
+            aligned_heatmap(
+                result.source,
+                result.circuits[setting],
+                alignment=alignment,
+                curve=result.curves[setting],
+                source_name=f"source: {result.source.meta.get('method', 'scores')}",
+                target_name=f"target: {setting} transfer",
             )
+        )
     figures.append(scores_heatmap(result.gold, title=f"target: {GOLD} ({result.gold.meta.get('method', 'scores')})"))
     body = "".join(_html(figure) for figure in figures)
+    if trained:
+        last = list(trained)[-1]
+        more = [
+            training_history(trained, smooth=5),
+            alignment_explorer(trained[last], button=False, title=f"W, {last}", height=640),
+        ]
+        body += f"<details><summary>Training and W</summary>{''.join(_html(figure) for figure in more)}</details>"
     return f'<h3 id="{_anchor(result)}">{text(result.family)}: {text(result.task)}</h3>{body}'
 
 
-def _html(figure: go.Figure) -> str:
+def _html(figure: go.Figure | Picture) -> str:
     config = {"responsive": True, "displaylogo": False}
-    return f"<figure>{pio.to_html(figure, include_plotlyjs=False, full_html=False, config=config)}</figure>"
+    return f"<figure>{figure.to_html(include_plotlyjs=False, full_html=False, config=config)}</figure>"

@@ -79,7 +79,14 @@ def layout(
     return figure
 
 
-AXIS = {"gridcolor": "#eeeeee", "zerolinecolor": "#cccccc", "linecolor": "#999999", "ticks": "outside", "ticklen": 4}
+AXIS = {
+    "gridcolor": "#eeeeee",
+    "zerolinecolor": "#cccccc",
+    "linecolor": "#999999",
+    "ticks": "outside",
+    "ticklen": 4,
+    "automargin": True,
+}
 
 
 def rgba(color: str, alpha: float) -> str:
