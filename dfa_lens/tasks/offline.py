@@ -198,6 +198,24 @@ def _mcqa(
     return _choice_example(rng, counterfactual, "mcqa", stem, options, right, template)
 
 
+def _about_an_animal(
+    rng: random.Random,
+    counterfactual: str,
+    name: str,
+    right: str,
+    others: list[str],
+    animal: world.Animal,
+    questions: tuple[str, ...],
+    templates: Sequence[int] | None,
+    n_choices: int,
+) -> Example:
+    _check_choices(n_choices)
+    options = [right, *rng.sample(others, n_choices - 1)]
+    template = _template(rng, len(questions), templates)
+    stem = "Question: " + questions[template].format(x=f"the {animal.name}")
+    return _choice_example(rng, counterfactual, name, stem, options, right, template)
+
+
 def _arc_easy(
     rng: random.Random,
     *,
@@ -206,14 +224,12 @@ def _arc_easy(
     templates: Sequence[int] | None = None,
     n_choices: int = 4,
 ) -> Example:
-    _check_choices(n_choices)
     relation = rng.choice(list(world.QUESTIONS))
     animal = rng.choice(world.ANIMALS)
     right = getattr(animal, relation)
-    options = [right, *rng.sample([v for v in world.values(relation) if v != right], n_choices - 1)]
-    template = _template(rng, len(world.QUESTIONS[relation]), templates)
-    stem = "Question: " + world.QUESTIONS[relation][template].format(x=f"the {animal.name}")
-    return _choice_example(rng, counterfactual, "arc-easy", stem, options, right, template)
+    others = [v for v in world.values(relation) if v != right]
+    questions = world.QUESTIONS[relation]
+    return _about_an_animal(rng, counterfactual, "arc-easy", right, others, animal, questions, templates, n_choices)
 
 
 def _arc_challenge(
@@ -224,15 +240,15 @@ def _arc_challenge(
     templates: Sequence[int] | None = None,
     n_choices: int = 4,
 ) -> Example:
-    _check_choices(n_choices)
     relation, _ = hop = rng.choice(list(world.SECOND_HOP))
     table = world.SECOND_HOP[hop]
     animal = rng.choice(world.ANIMALS)
     right = table[getattr(animal, relation)]
-    options = [right, *rng.sample(sorted({v for v in table.values() if v != right}), n_choices - 1)]
-    template = _template(rng, len(world.SECOND_HOP_QUESTIONS[hop]), templates)
-    stem = "Question: " + world.SECOND_HOP_QUESTIONS[hop][template].format(x=f"the {animal.name}")
-    return _choice_example(rng, counterfactual, "arc-challenge", stem, options, right, template)
+    others = sorted({v for v in table.values() if v != right})
+    questions = world.SECOND_HOP_QUESTIONS[hop]
+    return _about_an_animal(
+        rng, counterfactual, "arc-challenge", right, others, animal, questions, templates, n_choices
+    )
 
 
 # --- arithmetic ----------------------------------------------------------------------------------------------
