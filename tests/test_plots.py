@@ -53,7 +53,7 @@ def test_slider_dims_what_is_outside(drawn):
     for node in B:
         grid = shown["target MLP outside" if node.kind == "mlp" else "target heads outside"]
         value = grid[node.layer][0 if node.kind == "mlp" else node.index]
-        assert (value is None) == (node.name in kept)
+        assert (value == 0) == (node.name in kept)
 
 
 def test_other_nodes_get_a_sensible_layout(any_model):

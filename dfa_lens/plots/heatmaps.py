@@ -23,7 +23,8 @@ from dfa_lens.scores import NodeScores
 
 T = TypeVar("T")
 
-_DIM = ((0.0, "rgba(255,255,255,0.8)"), (1.0, "rgba(255,255,255,0.8)"))
+# What lies over a panel: 0 shows the cell, 1 dims it.
+_DIM = ((0.0, "rgba(255,255,255,0)"), (1.0, "rgba(255,255,255,0.8)"))
 
 
 @dataclass(frozen=True)
@@ -155,11 +156,11 @@ def _draw(
         axis = first_axis + i
         suffix = "" if axis == 1 else str(axis)
         cells = {"xgap": 1, "ygap": 1, "xaxis": f"x{suffix}", "yaxis": f"y{suffix}"}
-        z = panel.place(grid.colors)
+        z = panel.place(grid.colors).astype(np.float32)
         figure.add_trace(
             go.Heatmap(
                 z=z,
-                customdata=panel.place(grid.numbers),
+                customdata=panel.place(grid.numbers).astype(np.float32),
                 text=panel.place_text(grid.hover),
                 hovertemplate="%{text}<extra></extra>",
                 hoverongaps=False,
@@ -170,7 +171,9 @@ def _draw(
         )
         figure.add_trace(
             go.Heatmap(
-                z=np.full(z.shape, np.nan),
+                z=np.zeros(z.shape, dtype=np.int8),
+                zmin=0,
+                zmax=1,
                 colorscale=[list(stop) for stop in _DIM],
                 showscale=False,
                 hoverinfo="skip",
@@ -225,18 +228,18 @@ def _row_name(layer: int) -> str:
     return "embed" if layer < 0 else str(layer)
 
 
-def _outside(scores: NodeScores, k: int) -> np.ndarray:
-    """1 for every node outside the k best, NaN for those inside."""
-    out = np.ones(len(scores))
-    out[scores.order()[:k].numpy()] = np.nan
-    return out
+def _outside(scores: NodeScores, k: int, panel: _Panel) -> np.ndarray:
+    """1 for every node outside the k best, 0 for those inside and where there is no node."""
+    out = np.ones(len(scores), dtype=np.int8)
+    out[scores.order()[:k].numpy()] = 0
+    return np.where(panel.position >= 0, out[panel.position], 0)
 
 
 def _dim(figure: go.Figure, scores: NodeScores, drawn: list[_Drawn], size: int | None) -> None:
     """Dim all but the ``size`` best nodes; None dims nothing."""
     if size is not None:
         for each in drawn:
-            figure.data[each.overlay].z = each.panel.place(_outside(scores, size))
+            figure.data[each.overlay].z = _outside(scores, size, each.panel)
 
 
 def _check_size(size: int | None, scores: NodeScores) -> None:
@@ -497,7 +500,7 @@ def _add_dropdown(
             change["text"].append(each.panel.place_text(of_task[part].hover).tolist())
         indices = [each.trace for _, each in flat]
         for _, each in flat:  # nothing is dimmed until the slider is moved again
-            blank = _json_grid(np.full(each.panel.position.shape, np.nan))
+            blank = np.zeros(each.panel.position.shape, dtype=int).tolist()
             for key, values in change.items():
                 values.append(blank if key == "z" else None)
             indices.append(each.overlay)
@@ -525,7 +528,6 @@ def _slider(view: _View, drawn: list[_Drawn], size: int | None, place: tuple[flo
     sizes = sorted({*range(0, n + 1, max(1, n // 48)), n, *([size] if size is not None else [])})
     steps = []
     for k in sizes:
-        outside = _outside(target, k)
         label = f"{k} of {n}"
         if curve is not None:
             label += f", f = {curve.at(min(k, curve.n_nodes)):.2f}"
@@ -534,7 +536,7 @@ def _slider(view: _View, drawn: list[_Drawn], size: int | None, place: tuple[flo
                 "method": "restyle",
                 "label": label,
                 "args": [
-                    {"z": [_json_grid(each.panel.place(outside)) for each in drawn]},
+                    {"z": [_outside(target, k, each.panel).tolist() for each in drawn]},
                     [each.overlay for each in drawn],
                 ],
             }
