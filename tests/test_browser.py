@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import numpy as np
 import pytest
 
 import dfa_lens as dfa
@@ -304,3 +305,78 @@ def test_the_closed_part_opens(browser, page):
     )
     assert min(widths) > 500
     assert not [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"]
+
+
+@pytest.fixture(scope="module")
+def made_up(tmp_path_factory):
+    """A report of made-up results: no model, the same on every machine."""
+    import torch
+
+    from dfa_lens.faithfulness import FaithfulnessCurve
+    from dfa_lens.results import Results, TaskResult
+
+    def curve(level, seed):
+        rng = np.random.default_rng(seed)
+        fractions = np.linspace(0, 1, 11)
+        f = np.minimum(1, level * fractions * 2)[:, None] + 0.05 * rng.standard_normal((11, 12))
+        f[-1] = 1
+        ones, zeros = np.ones(12), np.zeros(12)
+        return FaithfulnessCurve(
+            fractions, (fractions * 110).astype(int), f, ones, zeros, 1 - fractions, "nodes", "signed", 110
+        )
+
+    def scores(nodes, seed):
+        return dfa.NodeScores(torch.sin(torch.arange(len(nodes)) * (1.3 + seed)) ** 3, nodes, {"method": "made up"})
+
+    history = [{"step": i, "loss": 1.0, "kl": 1 / (i + 1), "sparsity": 0.4} for i in range(9)]
+    W = torch.sin(torch.arange(len(A) * len(B), dtype=torch.float32)).reshape(len(A), len(B))
+    alignment = dfa.Alignment.of(W, A, B, history=history)
+    tasks = [
+        TaskResult(
+            "made up",
+            task,
+            scores(A, seed),
+            scores(B, seed),
+            {"zero-shot": alignment},
+            {"zero-shot": alignment.transfer(scores(A, seed))},
+            {"gold": curve(1.5, 1), "zero-shot": curve(1.0 + seed, 2), "random W": curve(0.2, 3)},
+        )
+        for seed, task in enumerate(("one", "two"))
+    ]
+    return dfa.plots.report(Results(tasks, {"command": "none"}), tmp_path_factory.mktemp("made-up"))
+
+
+@pytest.mark.parametrize("width", [400, 800, 1280])
+def test_the_report_looks_as_it_did(browser, made_up, width):
+    """Compared in rough: shrunk to 64 pixels of width, so that fonts do not matter and layout and colours do.
+
+    ``UPDATE_SCREENSHOTS=FOLDER pytest tests/test_browser.py`` stores new ones, and in FOLDER the whole ones to look at.
+    """
+    import io
+    import os
+    from pathlib import Path
+
+    image = pytest.importorskip("PIL.Image")
+    browser.set_window_size(width, 900)
+    open_page(browser, made_up)
+    browser.execute_script("document.querySelectorAll('details').forEach(part => { part.open = true; })")
+    browser.execute_async_script("setTimeout(arguments[0], 1200)")
+    height = browser.execute_script("return document.documentElement.scrollHeight")
+    browser.execute_cdp_cmd(
+        "Emulation.setDeviceMetricsOverride",
+        {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False},
+    )
+    browser.execute_async_script("setTimeout(arguments[0], 1500)")
+    shot = image.open(io.BytesIO(browser.get_screenshot_as_png())).convert("RGB")
+    browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+    browser.set_window_size(1280, 900)
+    small = shot.resize((64, round(64 * shot.height / shot.width)), image.Resampling.BOX)
+    stored = Path(__file__).parent / "screenshots" / f"report-{width}.png"
+    if os.environ.get("UPDATE_SCREENSHOTS"):
+        stored.parent.mkdir(exist_ok=True)
+        small.save(stored)
+        shot.save(Path(os.environ["UPDATE_SCREENSHOTS"]) / f"report-{width}.png")
+    before = image.open(stored).convert("RGB")
+    assert abs(before.height - small.height) <= 0.05 * before.height, "the page has another height"
+    gap = np.abs(np.asarray(before, dtype=float) - np.asarray(small.resize(before.size), dtype=float)).mean()
+    assert gap < 8, f"the page looks different by {gap:.1f} of 255"
