@@ -18,10 +18,10 @@ if TYPE_CHECKING:
     from dfa_lens.attribution import IntegrationWarning, attribute
     from dfa_lens.behaviour import Behaviour
     from dfa_lens.errors import DfaError
-    from dfa_lens.estimate import Estimate, estimate
     from dfa_lens.faithfulness import FaithfulnessCurve, faithfulness_curve
     from dfa_lens.models import load_model
     from dfa_lens.nodes import Node, NodeSet
+    from dfa_lens.planning import Estimate, estimate
     from dfa_lens.prompts import PromptPairs
     from dfa_lens.scores import NodeScores
     from dfa_lens.training import fit
@@ -33,7 +33,7 @@ _HOME: dict[str, str | None] = {
     "Alignment": "alignment",
     "Behaviour": "behaviour",
     "DfaError": "errors",
-    "Estimate": "estimate",
+    "Estimate": "planning",
     "FaithfulnessCurve": "faithfulness",
     "IntegrationWarning": "attribution",
     "Node": "nodes",
@@ -42,7 +42,7 @@ _HOME: dict[str, str | None] = {
     "PromptPairs": "prompts",
     "attribute": "attribution",
     "controls": None,
-    "estimate": "estimate",
+    "estimate": "planning",
     "faithfulness_curve": "faithfulness",
     "fit": "training",
     "hooks": None,

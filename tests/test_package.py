@@ -30,6 +30,12 @@ def test_public_names_exist():
         dfa.nothing  # noqa: B018
 
 
+def test_no_module_hides_a_public_name():
+    """Importing a submodule binds its name in the package: it must not be that of a function or class."""
+    modules = {path.stem for path in (ROOT / "dfa_lens").glob("*.py")}
+    assert not {name for name, home in dfa._HOME.items() if home is not None} & modules
+
+
 def test_no_module_prints():
     for path in (ROOT / "dfa_lens").rglob("*.py"):
         if path.name not in ("train.py",):

@@ -169,6 +169,8 @@ def _words(results: Results) -> str:
     parts = [f"<b>{text(setting)}</b> {value:.3f}" for setting, value in means.items()]
     n = len(results.tasks)
     first = f"Mean CPR over {n} {'task' if n == 1 else 'tasks and families'}: {', '.join(parts)}."
+    if (table["setting"] == GOLD).all():
+        return f"<p>{first}</p>"
     recovered = table[table["setting"] != GOLD].groupby("setting", sort=False)["recovery"].mean()
     second = "Recovery, the CPR as a part of gold's: " + ", ".join(
         f"<b>{text(setting)}</b> {value:.0%}" for setting, value in recovered.items()
@@ -228,6 +230,8 @@ def _table(results: Results) -> str:
 
 def _family(results: Results, family: str) -> str:
     table = results.table()
+    if (table["setting"] == GOLD).all():
+        return ""
     return _html(recovery_bars(table[table["family"] == family], title="recovery: CPR / gold's CPR", height=380))
 
 
