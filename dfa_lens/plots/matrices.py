@@ -55,7 +55,7 @@ def transfer_matrix(
     (2, 5)
     """
     require(table, (train, test, value))
-    cells = table.groupby([train, test], sort=False)[value].agg(["mean", "std", "count"]).reset_index()
+    cells = summary(table, [train, test], value)
     rows, columns = list(dict.fromkeys(table[train])), list(dict.fromkeys(table[test]))
     wide = cells.pivot(index=train, columns=test, values="mean").reindex(index=rows, columns=columns)
     z = wide.to_numpy(dtype=float)
@@ -118,6 +118,11 @@ def require(table: Any, columns: tuple[str, ...]) -> None:
     for column in columns:
         if column not in table.columns:
             raise DfaError(f"The table has no column {column!r}; it has {', '.join(map(repr, table.columns))}.")
+
+
+def summary(table: pd.DataFrame, by: list[str], value: str) -> pd.DataFrame:
+    """Mean, standard deviation and number of rows of every group, in the order of first appearance."""
+    return table.groupby(by, sort=False)[value].agg(["mean", "std", "count"]).reset_index()
 
 
 def alignment_explorer(

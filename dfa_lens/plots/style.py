@@ -89,6 +89,9 @@ AXIS = {
 }
 
 
+LEGEND_ABOVE = {"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0}
+
+
 def rgba(color: str, alpha: float) -> str:
     """A "#rrggbb" colour, see-through."""
     red, green, blue = (int(color[i : i + 2], 16) for i in (1, 3, 5))

@@ -12,7 +12,7 @@ import plotly.graph_objects as go
 from dfa_lens.alignment import Alignment
 from dfa_lens.errors import DfaError
 from dfa_lens.plots import style as styling
-from dfa_lens.plots.matrices import require
+from dfa_lens.plots.matrices import require, summary
 from dfa_lens.plots.picture import Picture
 from dfa_lens.plots.style import Style
 from dfa_lens.scores import NodeScores
@@ -61,9 +61,9 @@ def recovery_bars(
         raise DfaError(f"Nothing is left to draw without {', '.join(map(repr, leave_out))}.")
     figure = Picture()
     groups, labels = list(dict.fromkeys(shown[group])), list(dict.fromkeys(shown[by]))
-    summary = shown.groupby([group, by], sort=False)[value].agg(["mean", "std", "count"]).reset_index()
+    means = summary(shown, [group, by], value)
     for i, name in enumerate(groups):
-        part = summary[summary[group] == name].set_index(by).reindex(labels)
+        part = means[means[group] == name].set_index(by).reindex(labels)
         color = styling.LINES[i % len(styling.LINES)]
         figure.add_trace(
             go.Bar(
@@ -105,9 +105,9 @@ def recovery_bars(
         bargap=0.25,
         xaxis={"showgrid": False},
         yaxis={"title": {"text": styling.text(value)}, **styling.AXIS},
-        legend={"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0},
+        legend=styling.LEGEND_ABOVE,
     )
-    return figure.carry(summary)
+    return figure.carry(means)
 
 
 def training_history(
@@ -168,7 +168,7 @@ def training_history(
         xaxis2={"domain": [0.56, 1], "anchor": "y2", **step},
         yaxis={"title": {"text": "KL(P_clean ‖ P_masked)"}, "rangemode": "tozero", **styling.AXIS},
         yaxis2={"title": {"text": "mean of the mask"}, "range": [0, 1], "anchor": "x2", **styling.AXIS},
-        legend={"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0},
+        legend=styling.LEGEND_ABOVE,
     )
     return figure.carry(pd.concat(parts, ignore_index=True))
 
@@ -204,10 +204,10 @@ def size_sensitivity(
     require(table, (x, value, group))
     if table[x].nunique() < 2:
         raise DfaError(f"Column {x!r} has only one size: there is no sensitivity to show.")
-    summary = table.groupby([group, x], sort=False)[value].agg(["mean", "std", "count"]).reset_index()
+    totals = summary(table, [group, x], value)
     figure = Picture()
     for i, name in enumerate(dict.fromkeys(table[group])):
-        part = summary[summary[group] == name].sort_values(x)
+        part = totals[totals[group] == name].sort_values(x)
         color = styling.LINES[i % len(styling.LINES)]
         spread = part["std"].fillna(0).to_numpy()
         sizes, means = part[x].to_numpy(), part["mean"].to_numpy()
@@ -243,9 +243,9 @@ def size_sensitivity(
     figure.update_layout(
         xaxis={"title": {"text": styling.text(x)}, "type": "log" if wide else "linear", **styling.AXIS},
         yaxis={"title": {"text": styling.text(value)}, **styling.AXIS},
-        legend={"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0},
+        legend=styling.LEGEND_ABOVE,
     )
-    return figure.carry(summary)
+    return figure.carry(totals)
 
 
 def score_scatter(
@@ -320,6 +320,6 @@ def score_scatter(
         xaxis={"title": {"text": styling.text(first_name)}, **styling.AXIS},
         yaxis={"title": {"text": styling.text(second_name)}, **styling.AXIS},
         coloraxis={"colorscale": "Viridis", "colorbar": {"title": {"text": "layer"}, "thickness": 12, "len": 0.7}},
-        legend={"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0},
+        legend=styling.LEGEND_ABOVE,
     )
     return figure.carry(table)
