@@ -165,23 +165,23 @@ def estimate(
     adapter.check_points(model, nodes.points)
     parameters = {p.data_ptr() if p.device.type != "meta" else id(p): p for p in model.parameters()}.values()
 
-    n, width = len(pairs), int(pairs.lengths.max())
+    n, width = len(pairs), int(pairs.longest.max())
     batch = min(batch_size, n)
     probe = _Probe(model, nodes, width)
     site_bytes = probe.cache_bytes()  # of one example, all sites
     embed_bytes = probe.cache_bytes([INPUT_POINT])
     logit_bytes = 4 * int(model.cfg.d_vocab)
     working = probe.working_bytes(batch)
-    kept_by_one = probe.gradient_bytes(batch)
+    graph_bytes = probe.gradient_bytes(batch) if method != "exact" else 0  # exact takes no gradient
 
     n_sites = len(nodes.sites)
     whole = sum(len(site.positions) == (site.size or 1) for site in nodes.sites)
     if method in ("nap", "nap-ig-inputs"):
         s = 1 if method == "nap" else steps
-        attribute = (n * (1 + s), n * s, batch * (site_bytes + 2 * embed_bytes), kept_by_one)
+        attribute = (n * (1 + s), n * s, batch * (site_bytes + 2 * embed_bytes), graph_bytes)
     elif method == "nap-ig-activations":
         forward = n * (2 + n_sites * steps + whole)
-        attribute = (forward, n * n_sites * steps, 3 * batch * site_bytes, kept_by_one)
+        attribute = (forward, n * n_sites * steps, 3 * batch * site_bytes, graph_bytes)
     else:
         attribute = (n * (2 + len(nodes)), 0, batch * site_bytes, 0)
 

@@ -169,13 +169,14 @@ def _words(results: Results) -> str:
     parts = [f"<b>{text(setting)}</b> {value:.3f}" for setting, value in means.items()]
     n = len(results.tasks)
     first = f"Mean CPR over {n} {'task' if n == 1 else 'tasks and families'}: {', '.join(parts)}."
-    if (table["setting"] == GOLD).all():
+    transferred = table[table["setting"] != GOLD]
+    if transferred.empty:
         return f"<p>{first}</p>"
-    recovered = table[table["setting"] != GOLD].groupby("setting", sort=False)["recovery"].mean()
+    recovered = transferred.groupby("setting", sort=False)["recovery"].mean()
     second = "Recovery, the CPR as a part of gold's: " + ", ".join(
         f"<b>{text(setting)}</b> {value:.0%}" for setting, value in recovered.items()
     )
-    weakest = table[table["setting"] != GOLD].sort_values("recovery").iloc[0]
+    weakest = transferred.sort_values("recovery").iloc[0]
     third = (
         f"The lowest recovery is {weakest['recovery']:.0%}: {text(weakest['setting'])}, {text(weakest['task'])} in "
         f"{text(weakest['family'])}."
@@ -230,9 +231,10 @@ def _table(results: Results) -> str:
 
 def _family(results: Results, family: str) -> str:
     table = results.table()
-    if (table["setting"] == GOLD).all():
+    transferred = table[(table["family"] == family) & (table["setting"] != GOLD)]
+    if transferred.empty:
         return ""
-    return _html(recovery_bars(table[table["family"] == family], title="recovery: CPR / gold's CPR", height=380))
+    return _html(recovery_bars(transferred, title="recovery: CPR / gold's CPR", height=380))
 
 
 def _task(result: TaskResult) -> str:
