@@ -13,7 +13,20 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dfa_lens import controls, hooks, metrics, plots, statistics, tasks, zoo
+    from dfa_lens import (
+        controls,
+        diagnostics,
+        features,
+        hooks,
+        metrics,
+        objectives,
+        parameterisation,
+        plots,
+        statistics,
+        study,
+        tasks,
+        zoo,
+    )
     from dfa_lens.alignment import Alignment
     from dfa_lens.attribution import IntegrationWarning, attribute
     from dfa_lens.behaviour import Behaviour
@@ -24,7 +37,7 @@ if TYPE_CHECKING:
     from dfa_lens.planning import Estimate, estimate
     from dfa_lens.prompts import PromptPairs
     from dfa_lens.scores import NodeScores
-    from dfa_lens.training import fit
+    from dfa_lens.training import Job, TrainingWarning, fit, fit_many
 
 __version__ = "0.1.0"
 
@@ -36,20 +49,28 @@ _HOME: dict[str, str | None] = {
     "Estimate": "planning",
     "FaithfulnessCurve": "faithfulness",
     "IntegrationWarning": "attribution",
+    "Job": "training",
     "Node": "nodes",
     "NodeScores": "scores",
     "NodeSet": "nodes",
     "PromptPairs": "prompts",
+    "TrainingWarning": "training",
     "attribute": "attribution",
     "controls": None,
+    "diagnostics": None,
     "estimate": "planning",
     "faithfulness_curve": "faithfulness",
+    "features": None,
     "fit": "training",
+    "fit_many": "training",
     "hooks": None,
     "load_model": "models",
     "metrics": None,
+    "objectives": None,
+    "parameterisation": None,
     "plots": None,
     "statistics": None,
+    "study": None,
     "tasks": None,
     "zoo": None,
 }
@@ -61,21 +82,29 @@ __all__ = [
     "Estimate",
     "FaithfulnessCurve",
     "IntegrationWarning",
+    "Job",
     "Node",
     "NodeScores",
     "NodeSet",
     "PromptPairs",
+    "TrainingWarning",
     "__version__",
     "attribute",
     "controls",
+    "diagnostics",
     "estimate",
     "faithfulness_curve",
+    "features",
     "fit",
+    "fit_many",
     "hooks",
     "load_model",
     "metrics",
+    "objectives",
+    "parameterisation",
     "plots",
     "statistics",
+    "study",
     "tasks",
     "zoo",
 ]

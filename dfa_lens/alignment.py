@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from jaxtyping import Float
@@ -18,12 +18,14 @@ from dfa_lens.errors import AlignmentError, FileError, unknown
 from dfa_lens.nodes import NodeSet
 from dfa_lens.scores import NodeScores, load_tensors, save_tensors
 
-Scaling = Literal["unit", "raw"]
+Scaling = Literal["unit", "raw", "rank", "signed-sqrt"]
 """What is done to source scores before W, in training and in every transfer.
 
 - ``unit``: divided by their Euclidean length. Scores of one task and of another then weigh the same, and so does
   one model beside another.
 - ``raw``: as they are (the paper).
+- ``rank``: replaced by their ranks (ties share the mean rank), centred, then unit length.
+- ``signed-sqrt``: sign(s)·√|s|, then unit length: a few very large scores weigh less.
 """
 
 _FORMAT = "dfa_lens alignment 1"
@@ -33,22 +35,30 @@ def scale(values: Float[Tensor, "*task node"], scaling: Scaling) -> Float[Tensor
     """Source scores made ready for W."""
     if scaling == "raw":
         return values
-    if scaling != "unit":
-        raise unknown("scaling", scaling, ("unit", "raw"), AlignmentError)
+    if scaling not in get_args(Scaling):
+        raise unknown("scaling", scaling, get_args(Scaling), AlignmentError)
+    if scaling == "signed-sqrt":
+        values = values.sign() * values.abs().sqrt()
+    if scaling == "rank":
+        below = (values[..., None, :] < values[..., :, None]).sum(-1)
+        above = (values[..., None, :] > values[..., :, None]).sum(-1)
+        values = (below - above).to(values.dtype)  # twice the rank, centred; ties share the mean of theirs
     length = values.norm(dim=-1, keepdim=True)
     if (length == 0).any():
-        raise AlignmentError("All source scores are zero: they can't be scaled to unit length and carry no ranking.")
+        what = "equal" if scaling == "rank" else "zero"
+        raise AlignmentError(f"All source scores are {what}: they can't be scaled ({scaling!r}) and carry no ranking.")
     return values / length
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One step of an alignment: scale the scores, multiply by W."""
+    """One step of an alignment: scale the scores, multiply by W, add the bias."""
 
     W: Float[Tensor, "source target"]
     source: NodeSet
     target: NodeSet
     scaling: Scaling = "unit"
+    bias: Float[Tensor, " target"] | None = None
 
     def __post_init__(self) -> None:
         if tuple(self.W.shape) != (len(self.source), len(self.target)):
@@ -58,15 +68,20 @@ class Stage:
             )
         if not torch.isfinite(self.W).all():
             raise AlignmentError(f"W has {int((~torch.isfinite(self.W)).sum())} entries that are not finite.")
+        if self.bias is not None and tuple(self.bias.shape) != (len(self.target),):
+            raise AlignmentError(f"The bias has shape {list(self.bias.shape)} for {len(self.target)} target nodes.")
+        if self.bias is not None and not torch.isfinite(self.bias).all():
+            raise AlignmentError("The bias has entries that are not finite.")
 
     def __call__(self, values: Float[Tensor, "*task source"]) -> Float[Tensor, "*task target"]:
         """Target scores of source scores."""
-        return scale(values, self.scaling) @ self.W
+        out = scale(values, self.scaling) @ self.W
+        return out if self.bias is None else out + self.bias
 
 
 @dataclass(frozen=True)
 class Alignment:
-    """Carries node scores from a source model to a target model: ŝ = s·W.
+    """Carries node scores from a source model to a target model: ŝ = s·W (+ b, where one was trained).
 
     Made by :func:`dfa_lens.fit`, by :meth:`of`, or by chaining: ``second @ first`` first applies ``first``.
 
@@ -107,17 +122,19 @@ class Alignment:
         target: NodeSet,
         *,
         scaling: Scaling = "unit",
+        bias: Float[Tensor, " target"] | None = None,
         temperature: float = 1.0,
         history: Sequence[Mapping[str, float | int]] = (),
         meta: Mapping[str, Any] | None = None,
     ) -> Alignment:
-        """An alignment of one matrix."""
-        stage = Stage(torch.as_tensor(W).detach().float().cpu(), source, target, scaling)
+        """An alignment of one matrix, with an added vector if ``bias`` is given."""
+        added = None if bias is None else torch.as_tensor(bias).detach().float().cpu()
+        stage = Stage(torch.as_tensor(W).detach().float().cpu(), source, target, scaling, added)
         return cls((stage,), temperature, tuple(history), dict(meta or {}))
 
     @property
     def W(self) -> Float[Tensor, "source target"]:
-        """The matrix; of a chain, the product of its matrices (the scaling between them changes no ranking)."""
+        """The matrix; of a chain, the product of its matrices, without what scaling and biases between them do."""
         product = self.stages[0].W
         for stage in self.stages[1:]:
             product = product @ stage.W
@@ -154,14 +171,25 @@ class Alignment:
     def contributions(self, scores: NodeScores) -> Float[Tensor, "source target"]:
         """How much each source node adds to each target node: s_i·W_ij, after scaling; the columns add up to ŝ.
 
-        For a chain the intermediate scaling is one factor over everything, so columns still add up to ŝ.
+        A bias comes from no source node, so with one the columns add up to ŝ less what the bias gives. In a chain the
+        scaling to unit length is one factor over everything; "rank" and "signed-sqrt" between two matrices are not
+        sums, so what a source node adds there has no meaning.
+
+        Raises
+        ------
+        AlignmentError
+            For a chain that scales by rank or square root after its first matrix.
         """
         scores.require(self.source, "The source scores")
-        out = scale(scores.values, self.stages[0].scaling)[:, None] * self.stages[0].W
-        for stage in self.stages[1:]:
-            total = out.sum(0)
-            factor = total.norm() if stage.scaling == "unit" else 1.0
-            out = (out / factor) @ stage.W
+        values = scores.values
+        out = scale(values, self.stages[0].scaling)[:, None]
+        for i, stage in enumerate(self.stages):
+            if i and stage.scaling not in ("unit", "raw"):
+                raise AlignmentError(f"Scaling {stage.scaling!r} inside a chain can't be split over source nodes.")
+            if i and stage.scaling == "unit":
+                out = out / values.norm()
+            out = out * stage.W if i == 0 else out @ stage.W
+            values = stage(values)
         return out
 
     def __matmul__(self, first: Alignment) -> Alignment:
@@ -175,6 +203,7 @@ class Alignment:
     def save(self, path: str | Path) -> None:
         """Write a safetensors file: matrices, node sets, temperature, history and provenance."""
         tensors = {f"W.{i}": stage.W for i, stage in enumerate(self.stages)}
+        tensors |= {f"bias.{i}": stage.bias for i, stage in enumerate(self.stages) if stage.bias is not None}
         description = {
             "temperature": self.temperature,
             "meta": dict(self.meta),
@@ -198,6 +227,7 @@ class Alignment:
                     NodeSet.from_records(record["source"]),
                     NodeSet.from_records(record["target"]),
                     record["scaling"],
+                    tensors.get(f"bias.{i}"),
                 )
                 for i, record in enumerate(description["stages"])
             )

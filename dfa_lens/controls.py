@@ -34,7 +34,8 @@ def permuted_w(alignment: Alignment, *, seed: int = 0) -> Alignment:
     """The alignment with the columns of W (the target nodes) in random order."""
     order = torch.randperm(len(alignment.target), generator=torch.Generator().manual_seed(seed))
     last = alignment.stages[-1]
-    permuted = Alignment.of(last.W[:, order], last.source, last.target, scaling=last.scaling)
+    bias = None if last.bias is None else last.bias[order]
+    permuted = Alignment.of(last.W[:, order], last.source, last.target, scaling=last.scaling, bias=bias)
     return Alignment(
         (*alignment.stages[:-1], *permuted.stages), alignment.temperature, (), {"control": "permuted-w", "seed": seed}
     )
@@ -84,6 +85,11 @@ def depth_mean(source: NodeSet, target: NodeSet) -> Alignment:
 _CONSTANT = NodeSet([Node("constant", "constant", "custom", -1)])
 
 
+def constant() -> NodeScores:
+    """The score 1 on a single node: with it as s in training and transfer, W is a free mask of the target."""
+    return NodeScores(torch.ones(1), _CONSTANT, {"control": "target-only"})
+
+
 def target_only(target: HookedModel, pairs: Mapping[str, PromptPairs], **options: Any) -> NodeScores:
     """A free mask on the target, trained with the same loss: the ceiling of every transfer.
 
@@ -94,7 +100,7 @@ def target_only(target: HookedModel, pairs: Mapping[str, PromptPairs], **options
     options:
         As for :func:`dfa_lens.fit`.
     """
-    one = NodeScores(torch.ones(1), _CONSTANT, {"control": "target-only"})
+    one = constant()
     return fit(target, dict.fromkeys(pairs, one), pairs, **options).transfer(one)
 
 

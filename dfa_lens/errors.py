@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from typing import Any
 
 
 class DfaError(Exception):
@@ -40,7 +41,12 @@ class AlignmentError(DfaError, ValueError):
 
 
 class TrainingError(DfaError, RuntimeError):
-    """Training that went wrong: a loss that is not finite."""
+    """Training that went wrong: a loss that is not finite.
+
+    ``alignment`` is what had been learned before, or None if nothing had.
+    """
+
+    alignment: Any = None
 
 
 class FaithfulnessError(DfaError, ValueError):

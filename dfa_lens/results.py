@@ -14,6 +14,21 @@ from dfa_lens.scores import NodeScores
 GOLD = "gold"
 
 
+def row(curve: FaithfulnessCurve, gold_cpr: float) -> dict[str, Any]:
+    """What a table says of one curve: CPR and its interval over examples, CMD, mean KL, recovery, floor."""
+    low, high = curve.cpr_interval()
+    return {
+        "cpr": curve.cpr,
+        "cpr_low": low,
+        "cpr_high": high,
+        "cmd": curve.cmd,
+        "kl": curve.mean_kl,
+        "recovery": curve.cpr / gold_cpr,
+        "floor": curve.floor,
+        "examples": len(curve.clean_values),
+    }
+
+
 @dataclass(frozen=True)
 class TaskResult:
     """What was found for one task in one family.
@@ -26,6 +41,10 @@ class TaskResult:
         Setting → alignment, and setting → transferred scores ("in-distribution", "zero-shot", "random W", …).
     curves:
         Setting → faithfulness curve on the target, "gold" among them.
+    seed:
+        Of prompts and training.
+    labels:
+        Setting → further columns of its row in tables (regime, method, control, …).
     """
 
     family: str
@@ -35,30 +54,24 @@ class TaskResult:
     alignments: Mapping[str, Alignment]
     circuits: Mapping[str, NodeScores]
     curves: Mapping[str, FaithfulnessCurve]
+    seed: int = 0
+    labels: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
 
     @cached_property
     def rows(self) -> list[dict[str, Any]]:
         """A row for every setting; made once, since every row has a bootstrap interval."""
         gold_cpr = self.curves[GOLD].cpr
-        rows = []
-        for setting, curve in self.curves.items():
-            low, high = curve.cpr_interval()
-            rows.append(
-                {
-                    "family": self.family,
-                    "task": self.task,
-                    "setting": setting,
-                    "cpr": curve.cpr,
-                    "cpr_low": low,
-                    "cpr_high": high,
-                    "cmd": curve.cmd,
-                    "kl": curve.mean_kl,
-                    "recovery": curve.cpr / gold_cpr,
-                    "floor": curve.floor,
-                    "examples": len(curve.clean_values),
-                }
-            )
-        return rows
+        return [
+            {
+                "family": self.family,
+                "seed": self.seed,
+                "task": self.task,
+                "setting": setting,
+                **self.labels.get(setting, {}),
+                **row(curve, gold_cpr),
+            }
+            for setting, curve in self.curves.items()
+        ]
 
 
 @dataclass

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from dfa_lens.errors import DfaError, ScoreError
+from dfa_lens.errors import DfaError, ScoreError, unknown
 from dfa_lens.scores import NodeScores
 
 
@@ -98,3 +98,82 @@ def paired_test(first: Sequence[float], second: Sequence[float], *, resamples: i
             rng=np.random.default_rng(seed),
         ).pvalue
     )
+
+
+def holm(p_values: Mapping[str, float]) -> dict[str, float]:
+    """p-values corrected for the number of tests by Holm's step-down method (Holm 1979); family-wise error."""
+    ordered = sorted(p_values.items(), key=lambda item: item[1])
+    out: dict[str, float] = {}
+    largest = 0.0
+    for i, (name, p) in enumerate(ordered):
+        largest = max(largest, min(1.0, (len(ordered) - i) * p))
+        out[name] = largest
+    return {name: out[name] for name in p_values}
+
+
+def mean_interval(values: Sequence[float], *, confidence: float = 0.95, resamples: int = 5000) -> Interval:
+    """Bootstrap interval of the mean of ``values`` (one for every task, family and seed, say)."""
+    return bootstrap(np.asarray(values, dtype=float), np.mean, confidence, resamples)
+
+
+def compare(
+    table: Any,
+    setting: str,
+    against: Sequence[str],
+    *,
+    value: str = "cpr",
+    by: Sequence[str] = ("family", "task", "seed"),
+    resamples: int = 20_000,
+) -> Any:
+    """One setting against others, paired over everything that both were run on.
+
+    Parameters
+    ----------
+    table:
+        A tidy table with the columns ``setting``, ``value`` and ``by``.
+    setting, against:
+        The one setting, and those it is compared with.
+    value:
+        What is compared.
+    by:
+        What makes a pair. Seeds of one task are not independent of each other: with ``("family", "task")`` they are
+        averaged first, and the test is the harder one.
+
+    Returns
+    -------
+    pandas.DataFrame
+        A row for each other setting: pairs, mean, other's mean, difference, its interval (low, high), p (two-sided
+        sign-flip permutation test) and p_holm (corrected for the number of rows).
+
+    Raises
+    ------
+    DfaError
+        If a setting is not in the table, or fewer than two pairs are.
+    """
+    import pandas as pd
+
+    wide = table.pivot_table(index=list(by), columns="setting", values=value, aggfunc="mean")
+    for name in (setting, *against):
+        if name not in wide:
+            raise unknown("setting", name, list(wide.columns), DfaError)
+    rows = []
+    for other in against:
+        both = wide[[setting, other]].dropna()
+        first, second = both[setting].to_numpy(), both[other].to_numpy()
+        p = paired_test(first, second, resamples=resamples)
+        low, high = mean_interval(first - second)
+        rows.append(
+            {
+                "setting": setting,
+                "against": other,
+                "pairs": len(both),
+                "mean": first.mean(),
+                "other": second.mean(),
+                "difference": (first - second).mean(),
+                "low": low,
+                "high": high,
+                "p": p,
+            }
+        )
+    corrected = holm({row["against"]: row["p"] for row in rows})
+    return pd.DataFrame([{**row, "p_holm": corrected[row["against"]]} for row in rows])

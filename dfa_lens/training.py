@@ -1,16 +1,18 @@
 """fit: learn W by making the target behave faithfully under the soft mask.
 
 Every step takes a batch of prompt pairs, mixed over tasks. Each example is gated by the mask of its own task,
-g = sigmoid(scale(s)·W / T), and the loss is KL(P_clean ‖ P_masked) + sparsity·mean(g). Only W gets a gradient; the
-clean and corrupt runs of every batch are computed once and kept.
+g = sigmoid(scale(s)·W / T), and the loss is KL(P_clean ‖ P_masked) + λ·mean(g). What W is made of is in
+:mod:`~dfa_lens.parameterisation`, masks and losses are in :mod:`~dfa_lens.objectives`. Only W gets a gradient; the
+clean and corrupt runs are computed once and kept, also over several trainings (:func:`fit_many`).
 """
 
 from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
 import torch
@@ -18,12 +20,14 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from dfa_lens import adapter, hooks
+from dfa_lens import adapter, hooks, objectives, parameterisation
 from dfa_lens.adapter import HookedModel, Layout
 from dfa_lens.alignment import Alignment, Scaling, scale
 from dfa_lens.errors import AlignmentError, PromptError, TrainingError, unknown
 from dfa_lens.hooks import Activations, Intervention
 from dfa_lens.nodes import NodeSet
+from dfa_lens.objectives import Loss, Objective
+from dfa_lens.parameterisation import Full, Parameterisation, Problem
 from dfa_lens.prompts import PromptPairs
 from dfa_lens.scores import NodeScores
 
@@ -39,6 +43,46 @@ Positions = Literal["answer", "all", "all-padded"]
 Cache = Literal["device", "cpu", "recompute"]
 """Where the clean and corrupt runs are kept: beside the model, in main memory, or nowhere (two more passes a step)."""
 
+RELEASED: Mapping[str, Any] = {
+    "intervention": "restore",
+    "positions": "all-padded",
+    "scaling": "raw",
+    "sparsity": 0.1,
+    "gate_heads": False,
+}
+"""The options with which ``fit(..., **RELEASED)`` trains as the authors' released code does, faults included."""
+
+
+class TrainingWarning(UserWarning):
+    """A training that can run but can hardly be meant: a mask saturated from the start, constant scores, few tasks."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One training among several on the same target, for :func:`fit_many`; every field as in :func:`fit`."""
+
+    scores: Mapping[str, NodeScores]
+    alignment: str | Parameterisation = "full"
+    objective: str | Objective = "sparse"
+    sparsity: float | None = None
+    lr: float = 0.1
+    steps: int = 200
+    batch_size: int = 16
+    seed: int = 0
+    scaling: Scaling = "unit"
+    temperature: float | tuple[float, float] = 1.0
+    initial: Float[Tensor, "source target"] | None = field(default=None, repr=False)
+    initial_scale: float = 0.01
+    towards: Alignment | None = None
+    pull: float = 1.0
+    shuffle: bool = True
+
+    @property
+    def temperatures(self) -> tuple[float, float]:
+        """T at the first and at the last step."""
+        given = self.temperature
+        return given if isinstance(given, tuple) else (float(given), float(given))
+
 
 def fit(
     target: HookedModel,
@@ -47,17 +91,22 @@ def fit(
     *,
     intervention: Intervention = "circuit",
     positions: Positions = "answer",
-    sparsity: float = 3.0,
+    sparsity: float | None = None,
     lr: float = 0.1,
     steps: int = 200,
     batch_size: int = 16,
     seed: int = 0,
     progress: bool = False,
     nodes: NodeSet | None = None,
+    alignment: str | Parameterisation = "full",
+    objective: str | Objective = "sparse",
+    loss: Loss = "kl",
     scaling: Scaling = "unit",
-    temperature: float = 1.0,
+    temperature: float | tuple[float, float] = 1.0,
     initial: Float[Tensor, "source target"] | None = None,
     initial_scale: float = 0.01,
+    towards: Alignment | None = None,
+    pull: float = 1.0,
     gate_heads: bool = True,
     cache: Cache = "device",
     shuffle: bool = True,
@@ -76,21 +125,30 @@ def fit(
     positions:
         Where the KL is taken, see :data:`Positions`.
     sparsity:
-        λ, the weight of mean(g). 3 keeps a fraction of the nodes; 0.1 (the paper) keeps nearly all with scores of
-        unit length.
+        λ, the weight of the objective's sparsity; default: the objective's own, 10. The paper's 0.1 keeps nearly all
+        nodes with scores of unit length.
     lr, steps, batch_size:
         Adam's learning rate, the number of its steps, and the examples in the batch of each.
     seed:
         Of W's start and the order of the examples. The global random state is neither read nor changed.
     nodes:
         The target's nodes; default: all heads and MLP blocks.
+    alignment:
+        What W is made of, a name or object of :mod:`~dfa_lens.parameterisation`; default: every entry is free.
+    objective:
+        Masks and penalty, a name or object of :mod:`~dfa_lens.objectives`; default: the paper's.
+    loss:
+        How far the masked run is from the clean one, see :data:`~dfa_lens.objectives.Loss`.
     scaling:
         What is done to the scores before W, see :data:`~dfa_lens.alignment.Scaling`; kept with the alignment.
     temperature:
-        T in g = sigmoid(ŝ/T).
+        T in g = sigmoid(ŝ/T); a pair goes geometrically from the first to the second over the steps, and the
+        alignment keeps the second.
     initial, initial_scale:
-        W's start, or the standard deviation of its normal start; the default is small, so that every mask starts
-        near one half.
+        W's start (``full`` only), or the standard deviation of its normal start; the default is small, so that every
+        mask starts near one half.
+    towards, pull:
+        An alignment W₀ between the same nodes to stay near: pull·‖W − W₀‖²/‖W₀‖² is added to the loss.
     gate_heads:
         False leaves attention heads ungated, as the released code does without meaning to: comparison only.
     cache:
@@ -101,113 +159,343 @@ def fit(
     Returns
     -------
     Alignment
-        With ``.history``: loss, kl and mean mask ("sparsity") of every step.
+        With ``.history``: loss, kl (or what ``loss`` names) and mean mask ("sparsity") of every step.
 
     Raises
     ------
     AlignmentError
         If the two mappings differ, source scores belong to different node sets, or a number is out of range.
     TrainingError
-        If the loss is not finite: at which step, on which tasks.
+        If the loss is not finite: at which step, on which tasks. Its ``alignment`` is the last good one.
+
+    Warns
+    -----
+    TrainingWarning
+        If the mask is saturated from the start, all scores of a task are equal, or there are fewer tasks than the
+        parameterisation can tell apart.
     """
-    _check_numbers(sparsity, lr, steps, batch_size, temperature)
-    for name, value, valid in (
-        ("positions", positions, Positions),
-        ("intervention", intervention, Intervention),
-        ("cache", cache, Cache),
-    ):
-        if value not in get_args(valid):
-            raise unknown(name, value, get_args(valid), AlignmentError)
-    tasks, source = _check_tasks(scores, pairs)
-    for task in tasks:
+    job = Job(
+        scores=scores,
+        alignment=alignment,
+        objective=objective,
+        sparsity=sparsity,
+        lr=lr,
+        steps=steps,
+        batch_size=batch_size,
+        seed=seed,
+        scaling=scaling,
+        temperature=temperature,
+        initial=initial,
+        initial_scale=initial_scale,
+        towards=towards,
+        pull=pull,
+        shuffle=shuffle,
+    )
+    _check_names(intervention, positions, loss, cache)
+    _check_tasks(scores, pairs, all_pairs=True)
+    return fit_many(
+        target,
+        {"fit": job},
+        pairs,
+        intervention=intervention,
+        positions=positions,
+        nodes=nodes,
+        loss=loss,
+        gate_heads=gate_heads,
+        cache=cache,
+        progress=progress,
+    )["fit"]
+
+
+def fit_many(
+    target: HookedModel,
+    jobs: Mapping[str, Job],
+    pairs: Mapping[str, PromptPairs],
+    *,
+    intervention: Intervention = "circuit",
+    positions: Positions = "answer",
+    nodes: NodeSet | None = None,
+    loss: Loss = "kl",
+    gate_heads: bool = True,
+    cache: Cache = "device",
+    together: int | None = None,
+    progress: bool = False,
+) -> dict[str, Alignment]:
+    """Several trainings on one target: the clean and corrupt runs are shared, and so are the forward passes.
+
+    Each gives what :func:`fit` gives alone, up to rounding: its examples, random numbers and optimiser are its own.
+
+    Parameters
+    ----------
+    jobs:
+        By name; a job trains on the tasks that its scores name.
+    pairs:
+        The training pairs of all tasks that occur.
+    together:
+        How many trainings share a forward pass; default: 1 on a CPU, where a pass costs what its examples cost, else
+        16, since a small model leaves most of a GPU idle.
+    intervention, positions, nodes, loss, gate_heads, cache, progress:
+        As in :func:`fit`.
+    """
+    _check_names(intervention, positions, loss, cache)
+    if not jobs:
+        return {}
+    for job in jobs.values():
+        _check_job(job)
+        _check_tasks(job.scores, pairs)
+    used = tuple(task for task in pairs if any(task in job.scores for job in jobs.values()))
+    for task in used:
         try:
             pairs[task].require(d_vocab=int(target.cfg.d_vocab), n_ctx=target.cfg.n_ctx)
         except PromptError as error:
             raise PromptError(f"Task {task!r}: {error}") from None
     nodes = nodes if nodes is not None else NodeSet.heads_and_mlps(target)
-
-    s = scale(torch.stack([scores[task].values for task in tasks]), scaling)
     device = adapter.device_of(target)
-    generator = torch.Generator().manual_seed(seed)
-    if initial is None:
-        initial = initial_scale * torch.randn(len(source), len(nodes), generator=generator)
-    elif tuple(initial.shape) != (len(source), len(nodes)):
-        raise AlignmentError(f"initial has shape {list(initial.shape)}; [{len(source)}, {len(nodes)}] is needed.")
-    W = initial.detach().clone().float().to(device).requires_grad_(True)
-    s = s.to(device)
-    optimizer = torch.optim.Adam([W], lr=lr)
+    runs = {name: _Run(job, nodes, device) for name, job in jobs.items()}
     gated = nodes if gate_heads else nodes.where(lambda node: node.kind != "head")
     adapter.check_points(target, gated.points)
     columns = torch.tensor([nodes.position(name) for name in gated.names], device=device)
-
-    data = _Data(target, gated, tasks, pairs, intervention, positions, cache)
-    order = _order(len(data), batch_size, steps, generator if shuffle else None)
-    history: list[dict[str, float | int]] = []
-    with adapter.frozen(target):
-        data.fill(batch_size)
-        bar = tqdm(range(steps), desc="fit", unit="step", disable=not progress)
-        for step in bar:
-            batch = data.batch(order[step])
-            with torch.enable_grad():
-                masks = torch.sigmoid(s @ W / temperature)  # [task, node]
-                kl = batch.kl(target, gated, masks[:, columns], intervention, positions)
-                mean_mask = masks[batch.task.to(device)].mean()
-                loss = kl.to(device) + sparsity * mean_mask  # the last layers may be on another device
-                values = {"step": step, "loss": loss.item(), "kl": kl.item(), "sparsity": mean_mask.item()}
-                if not math.isfinite(values["loss"]):
-                    present = sorted({tasks[i] for i in batch.task.tolist()})
-                    raise TrainingError(
-                        f"The loss became {values['loss']} at step {step} on {', '.join(present)} (kl {values['kl']}): "
-                        "lower lr, or run the model in float32."
-                    )
-                optimizer.zero_grad(set_to_none=True)
-                (W.grad,) = torch.autograd.grad(loss, [W])
-            optimizer.step()
-            history.append(values)
-            if progress:
-                bar.set_postfix(kl=f"{values['kl']:.3f}", mask=f"{values['sparsity']:.3f}")
-
-    meta = {
-        "tasks": list(tasks),
+    data = _Data(target, gated, used, pairs, intervention, positions, cache)
+    if together is None:
+        together = 1 if device.type == "cpu" else 16
+    total = sum(job.steps for job in jobs.values())
+    with adapter.frozen(target), tqdm(total=total, desc="fit", unit="step", disable=not progress) as bar:
+        data.fill(max(job.batch_size for job in jobs.values()))
+        for group in _groups(list(runs.values()), together):
+            for run in group:
+                run.start(data)
+            for step in range(max(run.job.steps for run in group)):
+                active = [run for run in group if step < run.job.steps]
+                _step(active, step, data, columns, loss)
+                bar.update(len(active))
+                if progress:
+                    last = active[0].history[-1]
+                    bar.set_postfix(kl=f"{last['kl']:.3f}", mask=f"{last['sparsity']:.3f}")
+    shared: dict[str, Any] = {
         "intervention": intervention,
         "positions": positions,
-        "sparsity": sparsity,
-        "lr": lr,
-        "steps": steps,
-        "batch_size": batch_size,
-        "seed": seed,
-        "examples": {task: len(pairs[task]) for task in tasks},
         "target": str(getattr(target.cfg, "model_name", "")),
     }
+    if loss != "kl":
+        shared["loss"] = loss
     if not gate_heads:
-        meta["gate_heads"] = False
-    return Alignment.of(W, source, nodes, scaling=scaling, temperature=temperature, history=history, meta=meta)
+        shared["gate_heads"] = False
+    return {name: run.alignment(shared, pairs) for name, run in runs.items()}
 
 
-def _check_numbers(sparsity: float, lr: float, steps: int, batch_size: int, temperature: float) -> None:
+def _groups(runs: list[_Run], together: int) -> Iterator[list[_Run]]:
+    for first in range(0, len(runs), together):
+        yield runs[first : first + together]
+
+
+def _step(runs: Sequence[_Run], step: int, data: _Data, columns: Tensor, loss: Loss) -> None:
+    """One optimiser step of every run, all on one forward and one backward pass."""
+    with torch.enable_grad():
+        drawn = [run.draw(step) for run in runs]
+        batch = data.batch(torch.cat([each.rows for each in drawn]))
+        gates = torch.cat([each.gates for each in drawn])
+        divergence = batch.divergence(data, gates[:, columns], loss).to(gates.device)
+        total = gates.new_zeros(())
+        for run, each, own in zip(runs, drawn, divergence.split([len(each.rows) for each in drawn]), strict=True):
+            kl = own.mean()
+            one = kl + each.penalty
+            run.note(step, one, kl, each.gates)
+            total = total + one
+        parameters = [parameter for run in runs for parameter in run.parameters.parameters()]
+        gradients = torch.autograd.grad(total, parameters)
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        parameter.grad = gradient
+    for run in runs:
+        run.optimizer.step()
+        run.optimizer.zero_grad(set_to_none=True)
+
+
+@dataclass
+class _Drawn:
+    """What one run brings to a step: its examples, their gates, what is added to its loss."""
+
+    rows: Int[Tensor, " example"]
+    gates: Float[Tensor, "example node"]
+    penalty: Float[Tensor, ""]
+
+
+class _Run:
+    """One training: its numbers, optimiser, random numbers and history."""
+
+    def __init__(self, job: Job, nodes: NodeSet, device: torch.device) -> None:
+        self.job, self.nodes = job, nodes
+        self.tasks = tuple(job.scores)
+        self.source = job.scores[self.tasks[0]].nodes
+        self.generator = torch.Generator().manual_seed(job.seed)
+        self.s = scale(torch.stack([job.scores[task].values for task in self.tasks]), job.scaling).to(device)
+        form = parameterisation.resolve(job.alignment)
+        if job.initial is not None:
+            if not isinstance(form, Full):
+                raise AlignmentError(f"initial sets W itself: it goes with alignment='full', not {form.name!r}.")
+            form = Full(initial=job.initial)
+        objective = objectives.resolve(job.objective)
+        self.objective = objective if job.sparsity is None else objective.weighted(job.sparsity)
+        problem = Problem(self.s, self.source, nodes, self.generator, job.initial_scale)
+        self.form, self.parameters = form, form.start(problem)
+        self.optimizer = torch.optim.Adam(self.parameters.parameters(), lr=job.lr)
+        self.history: list[dict[str, float | int]] = []
+        self.good: tuple[Tensor, Tensor | None] | None = None
+        self.towards: Tensor | None = None
+        if job.towards is not None:
+            if (job.towards.source, job.towards.target) != (self.source, nodes):
+                raise AlignmentError("`towards` must be an alignment between the same source and target nodes.")
+            self.towards = job.towards.W.to(device)
+            if not self.towards.any():
+                raise AlignmentError("`towards` is zero everywhere: there is nothing to stay near.")
+        needed = form.tasks_needed(problem)
+        if len(self.tasks) < needed:
+            _warn(
+                f"alignment={form.name!r} can tell {needed} tasks apart, but there are {len(self.tasks)}: some of its "
+                "numbers do nothing."
+            )
+        for task, scores in job.scores.items():
+            if len(scores) > 1 and "control" not in scores.meta and bool((scores.values == scores.values[0]).all()):
+                _warn(f"All source scores of task {task!r} are equal: they say nothing about its nodes.")
+
+    def start(self, data: _Data) -> None:
+        """Draw the order of the examples; all that is left of the random numbers goes to the objective."""
+        task = torch.tensor([data.tasks.index(name) for name in self.tasks])
+        own = torch.cat([(data.task == i).nonzero()[:, 0] for i in task.tolist()])
+        where = torch.full((len(data.tasks),), -1)
+        where[task] = torch.arange(len(task))
+        self.row_task = where[data.task]
+        job = self.job
+        order = _order(len(own), job.batch_size, job.steps, self.generator if job.shuffle else None)
+        self.order = [own[rows] for rows in order]
+
+    def temperature(self, step: int) -> float:
+        first, last = self.job.temperatures
+        return float(first * (last / first) ** (step / max(self.job.steps - 1, 1)))
+
+    def draw(self, step: int) -> _Drawn:
+        """The examples of a step, gated as the present W says."""
+        W, bias = self.parameters()
+        scores = self.s @ W
+        if bias is not None:
+            scores = scores + bias
+        rows = self.order[step]
+        masks = self.objective.masks(
+            scores[self.row_task[rows].to(scores.device)],
+            temperature=self.temperature(step),
+            progress=step / self.job.steps,
+            generator=self.generator,
+        )
+        penalty = masks.penalty.mean()
+        if self.towards is not None:
+            penalty = penalty + self.job.pull * ((W - self.towards) ** 2).sum() / (self.towards**2).sum()
+        if step == 0:
+            self._check_saturation(masks.gates.detach())
+        self.present = (W.detach(), None if bias is None else bias.detach())
+        return _Drawn(rows, masks.gates, penalty)
+
+    def _check_saturation(self, gates: Tensor) -> None:
+        stuck = float(((gates < 0.01) | (gates > 0.99)).float().mean())
+        if stuck > 0.5:
+            _warn(
+                f"{stuck:.0%} of the mask is below .01 or above .99 before the first step, where the gradient is next "
+                "to nothing: use scaling='unit', a smaller initial W or a higher temperature."
+            )
+
+    def note(self, step: int, loss: Tensor, kl: Tensor, gates: Tensor) -> None:
+        """Write down the step, or stop here if its loss is not finite."""
+        values = {"step": step, "loss": loss.item(), "kl": kl.item(), "sparsity": gates.detach().mean().item()}
+        if not math.isfinite(values["loss"]):
+            present = sorted({self.tasks[i] for i in self.row_task[self.order[step]].tolist()})
+            error = TrainingError(
+                f"The loss became {values['loss']} at step {step} on {', '.join(present)} (kl {values['kl']}): "
+                "lower lr, or run the model in float32. The last good alignment is this error's `alignment`."
+            )
+            error.alignment = self.alignment({}, {}) if self.good is not None else None
+            raise error
+        self.good = self.present  # a W under which the loss was finite
+        self.history.append(values)
+
+    def alignment(self, shared: Mapping[str, Any], pairs: Mapping[str, PromptPairs]) -> Alignment:
+        """What was learned; after a failure, what was learned before it."""
+        if len(self.history) == self.job.steps:
+            with torch.no_grad():
+                W, bias = self.parameters()
+        else:
+            assert self.good is not None
+            W, bias = self.good
+        job = self.job
+        meta = {
+            "tasks": list(self.tasks),
+            "alignment": self.form.name,
+            "objective": self.objective.name,
+            "sparsity": getattr(self.objective, "sparsity", None),
+            "lr": job.lr,
+            "steps": job.steps,
+            "batch_size": job.batch_size,
+            "seed": job.seed,
+            "examples": {task: len(pairs[task]) for task in self.tasks if task in pairs},
+            **shared,
+        }
+        if job.towards is not None:
+            meta["pull"] = job.pull
+        return Alignment.of(
+            W,
+            self.source,
+            self.nodes,
+            scaling=job.scaling,
+            bias=bias,
+            temperature=self.job.temperatures[1],
+            history=self.history,
+            meta=meta,
+        )
+
+
+def _warn(message: str) -> None:
+    warnings.warn(message, TrainingWarning, stacklevel=5)
+
+
+def _check_names(intervention: str, positions: str, loss: str, cache: str) -> None:
+    for name, value, valid in (
+        ("positions", positions, Positions),
+        ("intervention", intervention, Intervention),
+        ("cache", cache, Cache),
+        ("loss", loss, Loss),
+    ):
+        if value not in get_args(valid):
+            raise unknown(name, value, get_args(valid), AlignmentError)
+    if loss != "kl" and positions != "answer":
+        raise AlignmentError(f"loss={loss!r} looks at the answer: it needs positions='answer', not {positions!r}.")
+
+
+def _check_job(job: Job) -> None:
+    first, last = job.temperatures
     for name, value, ok, needed in (
-        ("sparsity", sparsity, sparsity >= 0, "0 or more"),
-        ("lr", lr, lr > 0, "positive"),
-        ("steps", steps, steps >= 1, "at least 1"),
-        ("batch_size", batch_size, batch_size >= 1, "at least 1"),
-        ("temperature", temperature, temperature > 0, "positive"),
+        ("sparsity", job.sparsity if job.sparsity is not None else 0.0, (job.sparsity or 0.0) >= 0, "0 or more"),
+        ("lr", job.lr, job.lr > 0, "positive"),
+        ("steps", job.steps, job.steps >= 1, "at least 1"),
+        ("batch_size", job.batch_size, job.batch_size >= 1, "at least 1"),
+        ("temperature", first, first > 0, "positive"),
+        ("temperature", last, last > 0, "positive"),
+        ("pull", job.pull, job.pull >= 0, "0 or more"),
+        ("initial_scale", job.initial_scale, job.initial_scale >= 0, "0 or more"),
     ):
         if not ok or not math.isfinite(value):
             raise AlignmentError(f"{name} must be {needed}, not {value}.")
 
 
-def _check_tasks(scores: Mapping[str, NodeScores], pairs: Mapping[str, PromptPairs]) -> tuple[tuple[str, ...], NodeSet]:
+def _check_tasks(
+    scores: Mapping[str, NodeScores], pairs: Mapping[str, PromptPairs], *, all_pairs: bool = False
+) -> None:
     if not scores:
         raise AlignmentError("There is no training task: scores and pairs are empty.")
-    for ours, theirs, names in ((scores, pairs, ("scores", "pairs")), (pairs, scores, ("pairs", "scores"))):
+    sides = [(scores, pairs, ("scores", "pairs"))] + ([(pairs, scores, ("pairs", "scores"))] if all_pairs else [])
+    for ours, theirs, names in sides:
         missing = [task for task in ours if task not in theirs]
         if missing:
             raise AlignmentError(f"Task {missing[0]!r} is in {names[0]} but not in {names[1]}; both need every task.")
-    tasks = tuple(scores)
-    source = scores[tasks[0]].nodes
-    for task in tasks:
-        scores[task].require(source, f"The scores of task {task!r}")
-    return tasks, source
+    source = next(iter(scores.values())).nodes
+    for task, each in scores.items():
+        each.require(source, f"The scores of task {task!r}")
 
 
 def _order(n: int, batch_size: int, steps: int, generator: torch.Generator | None) -> list[Int[Tensor, " batch"]]:
@@ -223,36 +511,34 @@ class _Batch:
     """What one step needs: prompts to run, the other runs' activations, and what the clean run predicted."""
 
     pairs: PromptPairs
-    task: Int[Tensor, " batch"]
     clean: Activations | None
     corrupt: Activations | None
     log_p_clean: Float[Tensor, ...]
 
-    def kl(
-        self,
-        model: HookedModel,
-        nodes: NodeSet,
-        masks: Float[Tensor, "task node"],
-        intervention: Intervention,
-        positions: Positions,
-    ) -> Float[Tensor, ""]:
-        """KL(P_clean ‖ P_masked), averaged over the batch."""
-        own = masks[self.task.to(masks.device)]
-        gates = hooks.gate_hooks(nodes, own, clean=self.clean, corrupt=self.corrupt, intervention=intervention)
+    def divergence(self, data: _Data, gates: Float[Tensor, "example node"], loss: Loss) -> Float[Tensor, " example"]:
+        """How far the run under these gates is from the clean one, for every example."""
+        taps = hooks.gate_hooks(
+            data.nodes, gates, clean=self.clean, corrupt=self.corrupt, intervention=data.intervention
+        )
         pairs = self.pairs
         tokens, lengths = pairs.clean, pairs.lengths
-        if intervention == "restore":
+        if data.intervention == "restore":
             tokens, lengths = pairs.corrupt, pairs.corrupt_lengths
-        where: Literal["answer", "all"] = "answer" if positions == "answer" else "all"
-        logits = adapter.run(model, tokens, lengths, gates, positions=where)
+        logits = adapter.run(data.model, tokens, lengths, taps, positions=data.where)
         log_p = logits.float().log_softmax(-1)
         target = self.log_p_clean.to(log_p.device)
+        if loss != "kl":
+            rows = torch.arange(len(pairs), device=log_p.device)
+            answer, wrong = pairs.answer.to(log_p.device), pairs.wrong.to(log_p.device)
+            if loss == "probability":
+                return (target[rows, answer].exp() - log_p[rows, answer].exp()) ** 2
+            now, clean = (each[rows, answer] - each[rows, wrong] for each in (log_p, target))
+            return ((now - clean) / clean.abs().mean().clamp_min(1e-6)) ** 2
         divergence = (target.exp() * (target - log_p)).sum(-1)
-        if where == "all":
+        if data.where == "all":
             shortest = torch.minimum(pairs.lengths, pairs.corrupt_lengths)
-            real = adapter.attention_mask(shortest, tokens.shape[1], divergence.device)
-            divergence = divergence * real
-        return divergence.sum() / len(self.pairs)
+            divergence = (divergence * adapter.attention_mask(shortest, tokens.shape[1], divergence.device)).sum(1)
+        return divergence
 
 
 class _Data:
@@ -268,7 +554,8 @@ class _Data:
         positions: Positions,
         cache: Cache,
     ) -> None:
-        self.model, self.nodes, self.positions, self.cache = model, nodes, positions, cache
+        self.model, self.nodes, self.intervention, self.cache = model, nodes, intervention, cache
+        self.tasks = tasks
         self.pairs = PromptPairs.concat([pairs[task] for task in tasks])
         if positions == "all-padded":  # padding is taken for real tokens
             full = torch.full_like(self.pairs.lengths, self.pairs.clean.shape[1])
@@ -327,7 +614,7 @@ class _Data:
             log_p = self.log_p[rows.to(self.log_p.device)]
             if log_p.ndim == 3:
                 log_p = log_p[:, :width]
-        return _Batch(part, self.task[rows], runs.get("clean"), runs.get("corrupt"), log_p)
+        return _Batch(part, runs.get("clean"), runs.get("corrupt"), log_p)
 
     def _window(self, point: str, rows: Int[Tensor, " batch"], width: int) -> tuple[Any, ...]:
         """The index of the examples ``rows`` in what is kept of a hook point, cut to prompts of ``width`` tokens."""

@@ -1,0 +1,199 @@
+"""What the masks are and what is minimised: soft masks, their sparsity, and the distance to the clean run.
+
+The loss of a step is mean(divergence) + penalty. An :class:`Objective` makes masks and penalty from transferred
+scores, :data:`Loss` names the divergence.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from typing_extensions import override
+
+from dfa_lens.errors import AlignmentError, unknown
+
+Loss = Literal["kl", "logit-difference", "probability"]
+"""How far the masked run is from the clean one; each averaged over examples.
+
+- ``kl``: KL(P_clean ‖ P_masked) (the paper).
+- ``logit-difference``: ((m_masked − m_clean) / mean |m_clean|)² with m = logit(answer) − logit(wrong); answer position
+  only. Asks for less than kl: other tokens may move.
+- ``probability``: (P_clean(answer) − P_masked(answer))²; answer position only.
+"""
+
+
+class Masks(NamedTuple):
+    """[example, node] what each node is gated with, and [example] what is added to each example's loss."""
+
+    gates: Float[Tensor, "example node"]
+    penalty: Float[Tensor, " example"]
+
+
+class Objective(ABC):
+    """Makes masks of transferred scores; derive from it for one of your own."""
+
+    name: ClassVar[str]
+
+    @abstractmethod
+    def masks(
+        self, scores: Float[Tensor, "example node"], *, temperature: float, progress: float, generator: torch.Generator
+    ) -> Masks:
+        """Masks and penalty.
+
+        Parameters
+        ----------
+        scores:
+            ŝ of each example's task; masks must be differentiable in it.
+        temperature:
+            T in sigmoid(ŝ/T) at this step.
+        progress:
+            From 0 at the first step to nearly 1 at the last.
+        generator:
+            The only source of randomness.
+        """
+
+    def weighted(self, sparsity: float) -> Objective:
+        """The same objective with another weight λ of sparsity."""
+        return replace(self, sparsity=sparsity)  # type: ignore[type-var]
+
+
+@dataclass(frozen=True)
+class Sparse(Objective):
+    """g = sigmoid(ŝ/T), penalty λ·mean(g): the paper's objective.
+
+    Attributes
+    ----------
+    sparsity:
+        λ. Measured on the shipped models (docs/method.md), 3 to 10 rank about equally well, 0.1 (the paper) keeps
+        nearly everything, 30 begins to cost.
+    """
+
+    name: ClassVar[str] = "sparse"
+    sparsity: float = 10.0
+
+    @override
+    def masks(
+        self, scores: Float[Tensor, "example node"], *, temperature: float, progress: float, generator: torch.Generator
+    ) -> Masks:
+        gates = torch.sigmoid(scores / temperature)
+        return Masks(gates, self.sparsity * gates.mean(1))
+
+
+@dataclass(frozen=True)
+class TargetSize(Objective):
+    """g = sigmoid(ŝ/T), penalty λ·((mean(g) − fraction)/fraction)²: circuits of one size.
+
+    Attributes
+    ----------
+    fraction:
+        The part of the nodes to keep.
+    sparsity:
+        λ, the weight of the penalty.
+    """
+
+    name: ClassVar[str] = "target-size"
+    fraction: float = 0.2
+    sparsity: float = 10.0
+
+    @override
+    def masks(
+        self, scores: Float[Tensor, "example node"], *, temperature: float, progress: float, generator: torch.Generator
+    ) -> Masks:
+        if not 0 < self.fraction < 1:
+            raise AlignmentError(f"fraction must be between 0 and 1, not {self.fraction}.")
+        gates = torch.sigmoid(scores / temperature)
+        return Masks(gates, self.sparsity * (gates.mean(1) / self.fraction - 1) ** 2)
+
+
+@dataclass(frozen=True)
+class Matryoshka(Objective):
+    """One ranking for every size: each example draws a size k, and its mask is shifted until it holds k nodes.
+
+    g = sigmoid((ŝ/std(ŝ) − b)/sharpness) with b such that Σg = k; no penalty, since the size is given. At sizes below
+    the smallest working circuit there is next to no gradient, so the first part of the training ("warm-up") uses
+    :class:`Sparse`. Without it, some rankings put a node last that everything needs, and never recover.
+
+    Attributes
+    ----------
+    sharpness:
+        Temperature of the shifted mask, in standard deviations of ŝ; small is hard.
+    sizes:
+        How k is drawn: "uniform" over 1 … n−1, which is what CPR averages over, or "log-uniform".
+    straight_through:
+        True runs the hard circuit of the k best nodes and takes the gradient of the soft mask.
+    warm_up:
+        Part of the steps that :class:`Sparse` takes.
+    sparsity:
+        λ of the warm-up.
+    """
+
+    name: ClassVar[str] = "matryoshka"
+    sharpness: float = 0.3
+    sizes: Literal["uniform", "log-uniform"] = "uniform"
+    straight_through: bool = False
+    warm_up: float = 0.5
+    sparsity: float = 10.0
+
+    @override
+    def masks(
+        self, scores: Float[Tensor, "example node"], *, temperature: float, progress: float, generator: torch.Generator
+    ) -> Masks:
+        if self.sizes not in ("uniform", "log-uniform"):
+            raise unknown("sizes", self.sizes, ("uniform", "log-uniform"), AlignmentError)
+        if not self.sharpness > 0 or not 0 <= self.warm_up <= 1:
+            raise AlignmentError(
+                f"sharpness must be positive and warm_up between 0 and 1, not {self.sharpness} and {self.warm_up}."
+            )
+        if progress < self.warm_up:
+            warm = Sparse(self.sparsity)
+            return warm.masks(scores, temperature=temperature, progress=progress, generator=generator)
+        n = scores.shape[1]
+        if n < 2:
+            raise AlignmentError("Matryoshka needs at least two nodes.")
+        drawn = torch.rand(len(scores), generator=generator).to(scores.device)
+        sizes = 1 + drawn * (n - 2) if self.sizes == "uniform" else torch.exp(drawn * math.log(n - 1))
+        gates = gates_of_size(scores / (scores.std(1, keepdim=True) + 1e-6), sizes, self.sharpness)
+        if self.straight_through:
+            best = scores.detach().argsort(dim=1, descending=True).argsort(dim=1)
+            hard = (best < sizes.round()[:, None]).to(gates.dtype)
+            gates = hard + gates - gates.detach()
+        return Masks(gates, torch.zeros_like(drawn))
+
+
+def gates_of_size(
+    scores: Float[Tensor, "example node"], sizes: Float[Tensor, " example"], sharpness: float
+) -> Float[Tensor, "example node"]:
+    """sigmoid((scores − b)/sharpness), with b for each example such that the gates add up to its size.
+
+    The gradient takes into account that b moves with the scores: adding a constant to all scores changes nothing.
+    """
+    with torch.no_grad():
+        low, high = scores.amin(1) - 20 * sharpness, scores.amax(1) + 20 * sharpness
+        for _ in range(30):  # halving: exact to 1e-9 of the range
+            middle = (low + high) / 2
+            over = torch.sigmoid((scores - middle[:, None]) / sharpness).sum(1) > sizes
+            low, high = torch.where(over, middle, low), torch.where(over, high, middle)
+        shift = (low + high) / 2
+        gates = torch.sigmoid((scores - shift[:, None]) / sharpness)
+        slope = gates * (1 - gates)
+        slope = slope / slope.sum(1, keepdim=True).clamp_min(1e-12)  # ∂b/∂score
+    moved = (slope * scores).sum(1)
+    return torch.sigmoid((scores - (shift + moved - moved.detach())[:, None]) / sharpness)
+
+
+KNOWN: dict[str, type[Objective]] = {kind.name: kind for kind in (Sparse, TargetSize, Matryoshka)}
+
+
+def resolve(objective: str | Objective) -> Objective:
+    """The objective of that name with its defaults; an object is handed back."""
+    if isinstance(objective, Objective):
+        return objective
+    if objective not in KNOWN:
+        raise unknown("objective", objective, KNOWN, AlignmentError)
+    return KNOWN[objective]()
