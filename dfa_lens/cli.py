@@ -1,4 +1,4 @@
-"""The command line: ``dfa-lens demo | attribute | fit | transfer | evaluate | report``."""
+"""The command line: ``dfa-lens demo | attribute | fit | transfer | evaluate | report | study``."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from dfa_lens.errors import DfaError, TaskError
+from dfa_lens.errors import DfaError, TaskError, unknown
 
 app = typer.Typer(
     help="Carry a circuit from a small language model to a large one.",
@@ -102,7 +102,11 @@ def fit(
     scores: Annotated[list[str], typer.Option(help="TASK=FILE, source scores of a training task; repeat for several.")],
     out: OutOption,
     steps: Annotated[int, typer.Option(help="Optimiser steps.")] = 200,
-    sparsity: Annotated[float, typer.Option(help="The weight of the mean mask in the loss.")] = 3.0,
+    sparsity: Annotated[float, typer.Option(help="The weight of the mean mask in the loss.")] = 10.0,
+    alignment: Annotated[
+        str, typer.Option(help="full, kernel, full+bias, low-rank, block or depth-band: what W is made of.")
+    ] = "full",
+    objective: Annotated[str, typer.Option(help="sparse, target-size or matryoshka.")] = "sparse",
     examples: ExamplesOption = 64,
     seed: SeedOption = 0,
     backend: BackendOption = "auto",
@@ -113,9 +117,54 @@ def fit(
     loaded_scores = {task: dfa.NodeScores.load(path) for task, path in _named(scores).items()}
     model = _model(target, backend)
     pairs = {task: dfa.tasks.load(task, model.tokenizer, n=examples, seed=seed) for task in loaded_scores}
-    alignment = dfa.fit(model, loaded_scores, pairs, steps=steps, sparsity=sparsity, seed=seed, progress=True)
-    alignment.save(out)
-    typer.echo(f"{alignment}; {out} written.")
+    learned = dfa.fit(
+        model,
+        loaded_scores,
+        pairs,
+        steps=steps,
+        sparsity=sparsity,
+        alignment=alignment,
+        objective=objective,
+        seed=seed,
+        progress=True,
+    )
+    learned.save(out)
+    typer.echo(f"{learned}; {out} written.")
+
+
+@app.command(epilog="Example: dfa-lens study --quick --setting zero-shot --setting uniform-s --out study")
+def study(
+    out: Annotated[Path, typer.Option(help="Folder for the rows; what is there already is not run again.")],
+    setting: Annotated[
+        list[str] | None, typer.Option(help="One of dfa.study.SETTINGS; may be given several times. Default: all.")
+    ] = None,
+    family: Annotated[list[str] | None, typer.Option(help="llama3 or qwen2.5; default: both.")] = None,
+    task: Annotated[list[str] | None, typer.Option(help="A test task; default: all six.")] = None,
+    seed: Annotated[list[int] | None, typer.Option(help="Default: 0, 1 and 2.")] = None,
+    workers: Annotated[int, typer.Option(help="Processes.")] = 1,
+    device: Annotated[str, typer.Option(help="cpu, cuda, …")] = "cpu",
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer examples, steps and sizes.")] = False,
+) -> None:
+    """Compare settings (regimes, controls, methods) over tasks, families and seeds; one tidy table."""
+    from dfa_lens import study as module
+
+    for name in setting or ():
+        if name not in module.SETTINGS:
+            raise unknown("setting", name, module.SETTINGS)
+    table = module.run(
+        family,
+        {name: module.SETTINGS[name] for name in setting} if setting else None,
+        seeds=seed or (0, 1, 2),
+        test_tasks=task,
+        size=module.QUICK if quick else module.FULL,
+        out=out,
+        workers=workers,
+        device=device,
+        progress=True,
+    )
+    table.to_csv(out / "table.csv", index=False)
+    means = table.groupby("setting", sort=False)[["cpr", "cmd", "kl"]].agg(["mean", "std"]).round(3)
+    typer.echo(f"{means.to_string()}\n{out / 'table.csv'} written.")
 
 
 @app.command(

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from dfa_lens import adapter, hooks
@@ -53,13 +53,20 @@ class NodeFeatures:
 
 
 def attention_features(
-    model: HookedModel, nodes: NodeSet | None = None, *, prompts: int = 32, length: int = 24, seed: int = 0
+    model: HookedModel,
+    nodes: NodeSet | None = None,
+    *,
+    pairs: PromptPairs | None = None,
+    prompts: int = 32,
+    length: int = 24,
+    seed: int = 0,
+    batch_size: int = 32,
 ) -> NodeFeatures:
     """How much each head attends to the previous token, to the same token before, to what followed it, to the first.
 
-    Measured on random tokens that are repeated once, so no task is needed: the mean attention, over the second half,
-    on the token before ("previous-token"), on the same token in the first half ("duplicate-token"), on the one after
-    that ("induction"), on the first of all and on itself.
+    The mean attention that a query gives to the token before it ("previous-token"), to earlier occurrences of its own
+    token ("duplicate-token"), to what came after those ("induction"), to the first token and to itself; each over the
+    queries that have such keys.
 
     Parameters
     ----------
@@ -67,8 +74,12 @@ def attention_features(
         Left as it was.
     nodes:
         Default: all heads and MLP blocks. Only nodes of kind "head" are measured.
+    pairs:
+        Whose clean prompts to measure on; take training tasks only. Default: random tokens that are repeated once,
+        queries in the second half: no task is needed, but a small model that never saw such text may attend to nothing
+        in particular there.
     prompts, length:
-        Number of prompts and of tokens before the repetition.
+        Number of random prompts and of tokens before the repetition.
     seed:
         Of the random tokens; the global random state is neither read nor changed.
 
@@ -80,36 +91,70 @@ def attention_features(
     torch.Size([54, 5])
     """
     nodes = nodes if nodes is not None else NodeSet.heads_and_mlps(model)
-    if min(prompts, length) < 1:
-        raise AlignmentError(f"prompts and length must be at least 1, not {prompts} and {length}.")
-    tokens = _repeated(model, prompts, length, seed)
+    if pairs is None:
+        if min(prompts, length) < 1:
+            raise AlignmentError(f"prompts and length must be at least 1, not {prompts} and {length}.")
+        tokens = _repeated(model, prompts, length, seed)
+        lengths = torch.full((prompts,), tokens.shape[1])
+        if tokens.shape[1] > model.cfg.n_ctx:
+            raise AlignmentError(
+                f"{tokens.shape[1]} tokens are more than the model's context of {model.cfg.n_ctx}: lower length."
+            )
+        wanted = _keys_of_repeated(tokens, length)
+    else:
+        pairs.require(d_vocab=int(model.cfg.d_vocab), n_ctx=model.cfg.n_ctx)
+        tokens, lengths = pairs.clean, pairs.lengths
+        wanted = _keys(tokens, lengths)
     heads = [(i, node) for i, node in enumerate(nodes) if node.kind == "head"]
-    out = torch.zeros(len(nodes), len(ATTENTION))
-    total = tokens.shape[1]
-    if total > model.cfg.n_ctx:
-        raise AlignmentError(f"{total} tokens are more than the model's context of {model.cfg.n_ctx}: lower length.")
-    here = torch.arange(total - length, total)
-    found: dict[int, Tensor] = {}
+    points = {node.layer: f"blocks.{node.layer}.attn.hook_pattern" for _, node in heads}
+    adapter.points(model, list(points.values()))
+    totals: dict[int, Tensor] = {}
+    queries = wanted.any(-1).sum((0, 2)).clamp_min(1)  # [feature]: queries that have such keys
 
-    def look(layer: int) -> adapter.HookFunction:
+    def look(layer: int, own: Tensor) -> adapter.HookFunction:
         def function(pattern: Tensor) -> None:  # [batch, head, query, key]
-            rows = here.to(pattern.device)
-            keys = (rows - 1, rows - length, rows - length + 1, torch.zeros_like(rows), rows)
-            parts = [pattern[:, :, rows, key].float().mean((0, 2)) for key in keys]
-            found[layer] = torch.stack(parts, -1).cpu()
+            mass = torch.einsum("bhqk,bfqk->hf", pattern.float(), own.to(pattern.device, torch.float32)).cpu()
+            totals[layer] = totals.get(layer, torch.zeros_like(mass)) + mass
 
         return function
 
-    points = {node.layer: f"blocks.{node.layer}.attn.hook_pattern" for _, node in heads}
-    adapter.points(model, list(points.values()))
     with torch.no_grad(), adapter.frozen(model):
-        lengths = torch.full((prompts,), total)
-        adapter.run(model, tokens, lengths, [(point, look(layer)) for layer, point in points.items()])
+        for rows in torch.arange(len(tokens)).split(batch_size):
+            taps = [(point, look(layer, wanted[rows])) for layer, point in points.items()]
+            adapter.run(model, tokens[rows], lengths[rows], taps, positions="all")
+    out = torch.zeros(len(nodes), len(ATTENTION))
     for i, node in heads:
-        if node.index is None or node.index >= len(found[node.layer]):
-            raise NodeError(f"Node {node.name!r} is not one of the model's {len(found[node.layer])} heads.")
-        out[i] = found[node.layer][node.index]
+        if node.index is None or node.index >= len(totals[node.layer]):
+            raise NodeError(f"Node {node.name!r} is not one of the model's {len(totals[node.layer])} heads.")
+        out[i] = totals[node.layer][node.index] / queries
     return NodeFeatures(out, nodes)
+
+
+def _keys(tokens: Int[Tensor, "prompt pos"], lengths: Int[Tensor, " prompt"]) -> Bool[Tensor, "prompt feature pos pos"]:
+    """Which keys count for which feature, for every query of real prompts."""
+    n = tokens.shape[1]
+    where = torch.arange(n)
+    query, key = where[:, None], where[None, :]
+    same = tokens[:, :, None] == tokens[:, None, :]  # [prompt, query, key]
+    followed = torch.zeros_like(same)
+    followed[:, :, 1:] = same[:, :, :-1]  # the key before this one is the query's token
+    parts = [key == query - 1, same & (key < query), followed & (key <= query) & (query > 0), key == 0, key == query]
+    real = (where < lengths[:, None])[:, None, :, None] & (query > 0)
+    return torch.stack([part.expand_as(same) for part in parts], 1) & real
+
+
+def _keys_of_repeated(tokens: Int[Tensor, "prompt pos"], length: int) -> Bool[Tensor, "prompt feature pos pos"]:
+    """The same for random tokens that are repeated: queries of the second half, and the one key that was meant."""
+    n = tokens.shape[1]
+    query, key = torch.arange(n)[:, None], torch.arange(n)[None, :]
+    parts = [
+        key == query - 1,
+        key == query - length,
+        key == query - length + 1,
+        (key == 0) & (query >= 0),
+        key == query,
+    ]
+    return (torch.stack(parts) & (query >= n - length)).expand(len(tokens), -1, -1, -1)
 
 
 def _repeated(model: HookedModel, prompts: int, length: int, seed: int) -> Tensor:

@@ -175,7 +175,7 @@ def gates_of_size(
     """
     with torch.no_grad():
         low, high = scores.amin(1) - 20 * sharpness, scores.amax(1) + 20 * sharpness
-        for _ in range(30):  # halving: exact to 1e-9 of the range
+        for _ in range(50):  # halving, to the last bit
             middle = (low + high) / 2
             over = torch.sigmoid((scores - middle[:, None]) / sharpness).sum(1) > sizes
             low, high = torch.where(over, middle, low), torch.where(over, high, middle)

@@ -12,6 +12,17 @@ from dfa_lens.faithfulness import FaithfulnessCurve
 from dfa_lens.scores import NodeScores
 
 GOLD = "gold"
+CONTROLS = (
+    "uniform-s",
+    "random-s",
+    "scrambled-s",
+    "permuted-w",
+    "random-w",
+    "depth-mean",
+    "regression",
+    "target-only",
+)
+"""What can stand in the place of the source's scores or of W, see :mod:`dfa_lens.controls`."""
 
 
 def row(curve: FaithfulnessCurve, gold_cpr: float) -> dict[str, Any]:
@@ -56,6 +67,16 @@ class TaskResult:
     curves: Mapping[str, FaithfulnessCurve]
     seed: int = 0
     labels: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+
+    @property
+    def controls(self) -> list[str]:
+        """The settings that are controls, by their labels or, without any, by their names."""
+        known = {"random W", *CONTROLS}
+        return [
+            setting
+            for setting in self.curves
+            if (self.labels[setting].get("control") if setting in self.labels else setting in known)
+        ]
 
     @cached_property
     def rows(self) -> list[dict[str, Any]]:

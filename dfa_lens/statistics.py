@@ -159,9 +159,9 @@ def compare(
     rows = []
     for other in against:
         both = wide[[setting, other]].dropna()
-        first, second = both[setting].to_numpy(), both[other].to_numpy()
-        p = paired_test(first, second, resamples=resamples)
-        low, high = mean_interval(first - second)
+        first, second = both[setting], both[other]
+        p = paired_test(first.tolist(), second.tolist(), resamples=resamples)
+        low, high = mean_interval((first - second).tolist())
         rows.append(
             {
                 "setting": setting,

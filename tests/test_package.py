@@ -91,7 +91,7 @@ def test_command_line_errors_are_one_line(tmp_path):
 
 
 def test_every_command_shows_an_example(tmp_path):
-    for command in ("demo", "attribute", "fit", "transfer", "evaluate", "report"):
+    for command in ("demo", "attribute", "fit", "transfer", "evaluate", "report", "study"):
         code, out, _ = run_cli(command, "--help", cwd=tmp_path)
         assert code == 0
         assert f"Example: dfa-lens {command} " in " ".join(out.split())
@@ -107,9 +107,10 @@ def test_the_demo_and_its_report(tmp_path):
     results = demo.run(families=["llama3"], only=["addition"], size=size)
     again = demo.run(families=["llama3"], only=["addition"], size=size)
     table = results.table()
-    assert table["setting"].tolist() == ["gold", "in-distribution", "zero-shot", "random W"]
+    assert table["setting"].tolist() == ["gold", "in-distribution", "zero-shot", "uniform-s", "depth-mean", "random-w"]
+    assert table["control"].tolist() == ["", "", "", "uniform-s", "depth-mean", "random-w"]
     assert table["cpr"].tolist() == again.table()["cpr"].tolist()
-    assert list(results.summary().columns) == ["gold", "in-distribution", "zero-shot", "random W", "floor"]
+    assert list(results.summary().columns) == [*table["setting"], "floor"]
     page = report(results, tmp_path / "out").read_text()
     assert page.count("<script src=") == 0  # nothing is fetched
     assert "llama3: addition" in page

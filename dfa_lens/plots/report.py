@@ -17,7 +17,7 @@ from dfa_lens.plots.heatmaps import aligned_heatmap, scores_heatmap
 from dfa_lens.plots.matrices import alignment_explorer
 from dfa_lens.plots.picture import Picture
 from dfa_lens.plots.style import FONT, text
-from dfa_lens.plots.trends import recovery_bars, training_history
+from dfa_lens.plots.trends import recovery_bars, score_scatter, training_history
 from dfa_lens.results import GOLD, Results, TaskResult
 from dfa_lens.scores import write_atomically
 
@@ -138,9 +138,10 @@ def report(results: Results, path: str | Path) -> Path:
 <div class="scroll">{_table(results)}</div>
 <p class="small">CPR: area under the faithfulness curve over the fraction of nodes kept (higher is better), with 95 %
 bootstrap intervals over examples. <b>gold</b>: attribution run directly on the target. <b>in-distribution</b>: W
-trained on the task itself. <b>zero-shot</b>: W trained on all other tasks. <b>random W</b>: no training. <b>floor</b>:
-what an empty circuit gets. ▲: above random W, † : not the same as gold (paired bootstrap over examples, false discovery
-rate below {SIGNIFICANT:.0%} over all cells).</p>
+trained on the task itself. <b>zero-shot</b>: W trained on all other tasks. Controls: <b>uniform-s</b>: as zero-shot,
+but every source node has the same score; <b>depth-mean</b>: a fixed map by relative depth; <b>random-w</b>: no
+training. <b>floor</b>: what an empty circuit gets. ▲: above every control, † : not the same as gold (paired bootstrap
+over examples, false discovery rate below {SIGNIFICANT:.0%} over all cells).</p>
 {"".join(sections)}
 <h2 id="about">About</h2>
 <ul class="small">{provenance}</ul>
@@ -185,7 +186,7 @@ def _words(results: Results) -> str:
 
 
 def _marks(results: Results) -> Mapping[tuple[str, str, str], str]:
-    """Where a circuit is above random W (▲), and where it is not the same as gold (†)."""
+    """Where a circuit is above every control (▲), and where it is not the same as gold (†)."""
     from scipy import stats
 
     tests: list[tuple[tuple[str, str, str], str, float]] = []
@@ -194,9 +195,10 @@ def _marks(results: Results) -> Mapping[tuple[str, str, str], str]:
             continue
         for setting, curve in result.curves.items():
             cell = (result.family, result.task, setting)
-            if "random W" in result.curves and setting != "random W":
-                gap = cpr_difference(curve, result.curves["random W"])
-                tests.append((cell, "▲" if gap.value > 0 else "▽", gap.p))
+            if result.controls and setting not in result.controls:
+                gaps = [cpr_difference(curve, result.curves[control]) for control in result.controls]
+                if all(gap.value > 0 for gap in gaps):
+                    tests.append((cell, "▲", max(gap.p for gap in gaps)))  # all must hold: the largest counts
             if setting != GOLD:
                 tests.append((cell, "†", cpr_difference(curve, result.curves[GOLD]).p))
     marks: dict[tuple[str, str, str], str] = {}
@@ -239,7 +241,11 @@ def _family(results: Results, family: str) -> str:
 
 def _task(result: TaskResult) -> str:
     figures = [curves(result.curves, title=None)]
-    trained = {setting: alignment for setting, alignment in result.alignments.items() if alignment.history}
+    trained = {
+        setting: alignment
+        for setting, alignment in result.alignments.items()
+        if alignment.history and setting not in result.controls
+    }
     for setting, alignment in trained.items():
         figures.append(
             aligned_heatmap(
@@ -259,8 +265,10 @@ def _task(result: TaskResult) -> str:
         more = [
             training_history(trained, smooth=5),
             alignment_explorer(trained[last], button=False, title=f"W, {last}", height=640),
+            score_scatter(result.gold, result.circuits[last], first_name=GOLD, second_name=f"{last} transfer"),
         ]
-        body += f"<details><summary>Training and W</summary>{''.join(_html(figure) for figure in more)}</details>"
+        closed = "".join(_html(figure) for figure in more)
+        body += f"<details><summary>Training, W, agreement with gold</summary>{closed}</details>"
     return f'<h3 id="{_anchor(result)}">{text(result.family)}: {text(result.task)}</h3>{body}'
 
 

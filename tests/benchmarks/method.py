@@ -5,7 +5,7 @@
     python tests/benchmarks/method.py --sensitivity        # λ, T, steps, learning rate, losses, …; one seed
     python tests/benchmarks/method.py --tables-only        # from the rows on disk
 
-Rows go to ``build/method`` as they are made, and a second call runs what is missing; in the end they are in
+Rows go to ``build`` as they are made, and a second call runs what is missing; in the end they are in
 ``docs/results/method.csv`` (``sensitivity.csv``), with the tables in the ``.md`` beside it.
 """
 
@@ -62,7 +62,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--build", type=Path, default=Path("build/method"))
+    parser.add_argument("--build", type=Path, default=Path("build"))
     parser.add_argument("--out", type=Path, default=RESULTS)
     given = parser.parse_args()
     warnings.simplefilter("ignore")

@@ -1,0 +1,160 @@
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+import dfa_lens as dfa
+from dfa_lens import study
+from dfa_lens.errors import DfaError, FileError
+from dfa_lens.results import CONTROLS
+from dfa_lens.study import Cell, Setting, Size
+
+TINY = Size(train=6, test=4, steps=2, curve_points=3, batch_size=8)
+SOME = {
+    "zero-shot": Setting("zero-shot"),
+    "near-distribution": Setting("near-distribution"),
+    "uniform-s": Setting("zero-shot", "uniform-s"),
+    "permuted-w": Setting("zero-shot", "permuted-w"),
+    "random-w": Setting("zero-shot", "random-w"),
+}
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("study")
+    found = study.run(["llama3"], SOME, seeds=[1], test_tasks=["addition", "ioi"], size=TINY, out=folder)
+    return folder, found
+
+
+def test_a_row_for_everything(table):
+    _, found = table
+    counted = found.groupby("setting")["task"].apply(list)
+    assert counted["gold"] == ["addition", "ioi"]
+    assert counted["near-distribution"] == ["addition"]  # ioi has no sibling
+    assert found.set_index(["setting", "task"]).loc[("near-distribution", "addition"), "trained_on"] == "subtraction"
+    zero = found.set_index(["setting", "task"]).loc[("zero-shot", "ioi")]
+    assert "ioi" not in zero["trained_on"].split() and len(zero["trained_on"].split()) == 5
+    gold = found[found["setting"] == "gold"].set_index("task")["cpr"]
+    np.testing.assert_allclose(found["recovery"], found["cpr"] / found["task"].map(gold))
+    assert found["forwards"].gt(0).sum() == 2 + 2 + 1 + 2  # gold, zero-shot, near, uniform-s
+
+
+def test_rows_are_what_the_steps_give_by_hand(table):
+    _, found = table
+    source, target = dfa.zoo.load("llama3-tiny-source"), dfa.zoo.load("llama3-tiny-target")
+    tasks = [t for t in dfa.tasks.names() if t != "addition"]
+    with pytest.warns(dfa.IntegrationWarning):
+        scores = {
+            t: dfa.attribute(source, dfa.tasks.load(t, source.tokenizer, n=6, seed=1), batch_size=8)
+            for t in dfa.tasks.names()
+        }
+    pairs = {t: dfa.tasks.load(t, target.tokenizer, n=6, seed=1) for t in tasks}
+    alignment = dfa.fit(target, {t: scores[t] for t in tasks}, pairs, steps=2, seed=1)
+    test = dfa.tasks.load("addition", target.tokenizer, split="test", n=4, seed=1)
+    curve = dfa.faithfulness_curve(target, test, alignment.transfer(scores["addition"]), sizes=[0, 37, 73, 110])
+    row = found.set_index(["setting", "task"]).loc[("zero-shot", "addition")]
+    assert row["cpr"] == pytest.approx(curve.cpr, abs=1e-5)
+    assert row["effective_rank"] == pytest.approx(dfa.diagnostics.effective_rank(alignment), abs=1e-2)
+
+
+def test_a_study_goes_on_where_it_stopped(table, monkeypatch):
+    folder, found = table
+    path = folder / "llama3-1.csv"
+    whole = path.read_text()
+    lines = whole.splitlines(keepends=True)
+    path.write_text("".join(lines[:5]) + lines[5][:20])  # interrupted in the middle of a row
+    runs = []
+    run = study.faithfulness_curve
+    monkeypatch.setattr(study, "faithfulness_curve", lambda *args, **kw: runs.append(1) or run(*args, **kw))
+    again = study.run(["llama3"], SOME, seeds=[1], test_tasks=["addition", "ioi"], size=TINY, out=folder)
+    assert len(runs) == len(lines) - 5
+    np.testing.assert_allclose(again["cpr"], found["cpr"])
+    runs.clear()
+    study.run(["llama3"], SOME, seeds=[1], test_tasks=["addition", "ioi"], size=TINY, out=folder)
+    assert not runs
+    path.write_text('"broken\n1,2')
+    with pytest.raises(FileError, match="is not a table of a study"):
+        study.run(["llama3"], SOME, seeds=[1], test_tasks=["ioi"], size=TINY, out=folder)
+    path.write_text(whole)
+
+
+def test_every_setting_of_the_benchmark_runs():
+    cell = Cell("qwen2.5", 0, Size(train=4, test=3, steps=1, curve_points=2, batch_size=8))
+    with pytest.warns(dfa.IntegrationWarning):
+        found = list(cell.run(study.SETTINGS, ["subtraction"]))
+    names = [outcome.name for outcome in found]
+    assert set(names) == {"gold", *study.SETTINGS}
+    assert names.count("one-task") == 5
+    assert all(np.isfinite(outcome.curve.cpr) for outcome in found)
+    controls = {outcome.setting.control for outcome in found if outcome.setting}
+    assert controls == {"", *CONTROLS}
+
+
+def test_processes_give_the_same(tmp_path):
+    """In a process of its own, since the pool starts fresh interpreters."""
+    code = (
+        "import json\nfrom dfa_lens import study\nfrom dfa_lens.study import Setting, Size\n"
+        "if __name__ == '__main__':\n"
+        "    size = Size(train=4, test=3, steps=1, curve_points=2, batch_size=8)\n"
+        "    made = [study.run(None, {'random-w': Setting(control='random-w')}, seeds=[0], test_tasks=['ioi'], size=size,"
+        " workers=w) for w in (1, 2)]\n"
+        "    print(json.dumps([table['cpr'].tolist() for table in made]))\n"
+    )
+    script = tmp_path / "run.py"
+    script.write_text(code)
+    out = subprocess.run([sys.executable, "-W", "ignore", script], capture_output=True, text=True, check=True).stdout
+    one, two = json.loads(out.splitlines()[-1])
+    np.testing.assert_allclose(one, two)
+    assert len(one) == 4
+
+
+def test_trainings_together_give_what_they_give_alone(any_model):
+    from helpers import random_pairs
+
+    nodes = dfa.NodeSet.for_sizes(2, 2)
+    scores = {t: dfa.controls.random_scores(nodes, seed=i) for i, t in enumerate("abc")}
+    pairs = {t: random_pairs(5, 8 + i, seed=i, ragged=True) for i, t in enumerate("abc")}
+    jobs = {
+        "one": dfa.Job({"a": scores["a"]}, steps=4, seed=1, batch_size=3),
+        "two": dfa.Job({t: scores[t] for t in "bc"}, steps=6, objective="matryoshka", alignment="kernel"),
+        "three": dfa.Job(scores, steps=3, seed=2, alignment="full+bias", sparsity=2.0),
+    }
+    for together in (1, 2, 3):
+        found = dfa.fit_many(any_model, jobs, pairs, together=together)
+        for name, job in jobs.items():
+            alone = dfa.fit(
+                any_model,
+                job.scores,
+                {t: pairs[t] for t in job.scores},
+                steps=job.steps,
+                seed=job.seed,
+                batch_size=job.batch_size,
+                objective=job.objective,
+                alignment=job.alignment,
+                sparsity=job.sparsity,
+            )
+            torch.testing.assert_close(found[name].W, alone.W, atol=2e-3, rtol=1e-3)
+            assert len(found[name].history) == job.steps
+            assert found[name].meta == alone.meta
+    assert dfa.fit_many(any_model, {}, pairs) == {}
+
+
+def test_bad_input():
+    with pytest.raises(DfaError, match="Unknown family 'lama'"):
+        study.run(["lama"], SOME)
+    with pytest.raises(DfaError, match="Unknown task 'add'"):
+        study.run(["llama3"], SOME, test_tasks=["add"])
+    with pytest.raises(DfaError, match="Unknown regime 'zeroshot'"):
+        Setting.__post_init__(_raw("zeroshot", ""))
+    with pytest.raises(DfaError, match="Unknown control 'random-W'"):
+        Setting.__post_init__(_raw("zero-shot", "random-W"))
+
+
+def _raw(regime, control):
+    made = object.__new__(Setting)
+    object.__setattr__(made, "regime", regime)
+    object.__setattr__(made, "control", control)
+    return made
