@@ -389,6 +389,20 @@ class _Runs:
     circuits: Float[Tensor, "size example"]
     kl: Float[Tensor, "size example"]
 
+    def note(
+        self,
+        i: int,
+        rows: Int[Tensor, " example"],
+        batch: PromptPairs,
+        metric: metrics.Metric,
+        logits: Float[Tensor, "example vocab"],
+        clean: Float[Tensor, "example vocab"],
+    ) -> None:
+        """Write down what the circuit of size number ``i`` gives on the examples ``rows``."""
+        self.circuits[i, rows] = metric(logits, batch, clean).double().cpu()
+        log_p, log_p_clean = logits.float().log_softmax(-1), clean.float().log_softmax(-1)
+        self.kl[i, rows] = (log_p_clean.exp() * (log_p_clean - log_p)).sum(-1).double().cpu()
+
 
 def _run_all(
     model: HookedModel,
@@ -413,31 +427,26 @@ def _run_all(
             corrupt: Activations = {}
             taps = hooks.record_hooks(nodes, corrupt)
             corrupt_logits = adapter.run(model, batch.corrupt, batch.corrupt_lengths, taps)
-            log_p_clean = clean_logits.float().log_softmax(-1)
             runs.clean[rows] = metric(clean_logits, batch, clean_logits).double().cpu()
             runs.corrupt[rows] = metric(corrupt_logits, batch, clean_logits).double().cpu()
 
-            def note(i: int, logits: Tensor, batch: PromptPairs = batch, rows: Tensor = rows) -> None:
-                runs.circuits[i, rows] = metric(logits, batch, clean_logits).double().cpu()  # noqa: B023
-                log_p = logits.float().log_softmax(-1)
-                runs.kl[i, rows] = (log_p_clean.exp() * (log_p_clean - log_p)).sum(-1).double().cpu()  # noqa: B023
-                bar.update(len(batch))
-
             gated = []
             for i in range(n_sizes):
-                if not with_input[i]:
-                    note(i, corrupt_logits)  # no clean information enters: exactly the corrupt run
+                if not with_input[i]:  # no clean information enters: exactly the corrupt run
+                    runs.note(i, rows, batch, metric, corrupt_logits, clean_logits)
                 elif keep[i].all():
-                    note(i, clean_logits)
+                    runs.note(i, rows, batch, metric, clean_logits, clean_logits)
                 else:
                     gated.append(i)
+            bar.update(len(batch) * (n_sizes - len(gated)))
             for first in range(0, len(gated), together):
                 group = gated[first : first + together]
                 many, others = _repeated(batch, corrupt, len(group))
                 gates = hooks.gate_hooks(nodes, keep[group].float().repeat_interleave(len(batch), 0), corrupt=others)
                 logits = adapter.run(model, many.clean, many.lengths, gates)
                 for i, own in zip(group, logits.split(len(batch)), strict=True):
-                    note(i, own)
+                    runs.note(i, rows, batch, metric, own, clean_logits)
+                bar.update(len(batch) * len(group))
             corrupt.clear()  # before the next batch is recorded: the gates of the last size still hold it
     return runs
 

@@ -10,13 +10,14 @@ was stopped: every row is on disk as soon as it is known.
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -33,7 +34,7 @@ from dfa_lens.nodes import NodeSet
 from dfa_lens.parameterisation import Kernel
 from dfa_lens.prompts import PromptPairs
 from dfa_lens.results import GOLD, row
-from dfa_lens.scores import NodeScores
+from dfa_lens.scores import NodeScores, write_atomically
 from dfa_lens.training import RELEASED, Job, fit_many
 
 Regime = Literal["in-distribution", "near-distribution", "zero-shot", "one-task"]
@@ -201,6 +202,8 @@ class Cell:
         self.method, self.steps, self.device, self.collection = method, steps, device, collection
         self.tasks = tuple(tasks.names())
         self._trained: dict[Any, tuple[Alignment, float]] = {}
+        self._gold: dict[str, NodeScores] = {}
+        self._tests: dict[str, PromptPairs] = {}
 
     def _model(self, which: str | Callable[[], HookedModel]) -> HookedModel:
         return zoo.load(which, device=self.device) if isinstance(which, str) else which()
@@ -256,16 +259,11 @@ class Cell:
         """Task → scores on the source."""
         return {task: self._attribute(self.source, self.on_source(task)) for task in self.tasks}
 
-    @cached_property
-    def gold(self) -> dict[str, NodeScores]:
-        """Task → scores on the target, filled by :meth:`gold_of`."""
-        return {}
-
     def gold_of(self, task: str) -> NodeScores:
         """Attribution run directly on the target."""
-        if task not in self.gold:
-            self.gold[task] = self._attribute(self.target, self.train[task])
-        return self.gold[task]
+        if task not in self._gold:
+            self._gold[task] = self._attribute(self.target, self.train[task])
+        return self._gold[task]
 
     @cached_property
     def attention_similarities(self) -> dict[str, Any]:
@@ -356,10 +354,6 @@ class Cell:
             batch_size=self.size.batch_size,
             together=1 if self.device == "cpu" else 16,
         )
-
-    @cached_property
-    def _tests(self) -> dict[str, PromptPairs]:
-        return {}
 
     def run(
         self,
@@ -473,7 +467,7 @@ def run(
         Each gives other prompts, another start of training and other random controls.
     out:
         A folder for the rows: ``<pair>-<seed>.csv`` grows row by row, and a second call with the same folder runs only
-        what is missing. Without it nothing is kept on disk.
+        what is missing. ``study.json`` keeps what the rows were made with. Without a folder nothing is kept on disk.
     workers:
         Processes, a pair and seed in each; each takes its share of the processor's cores.
     device, collection:
@@ -484,6 +478,12 @@ def run(
     pandas.DataFrame
         A row per pair ("family"), seed, test task and setting, with CPR, its interval over examples, CMD, mean KL,
         recovery (CPR over gold's), and what it cost (forwards, seconds).
+
+    Raises
+    ------
+    DfaError
+        If a pair, task or setting is unknown, or the folder holds rows of another size or of other settings by the same
+        names.
     """
     import pandas as pd
 
@@ -494,6 +494,7 @@ def run(
     folder = None if out is None else Path(out)
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
+        _check_folder(folder, settings, size, collection)
     plans = [
         _Plan(pair, seed, dict(settings), tuple(test_tasks or ()), size, folder, device, collection)
         for seed in seeds
@@ -514,6 +515,35 @@ def run(
                     frames.append(done.result())
                     bar.update()
     return pd.concat(frames, ignore_index=True).sort_values(["family", "seed"], kind="stable", ignore_index=True)
+
+
+def _check_folder(folder: Path, settings: Mapping[str, Setting], size: Size, collection: str) -> None:
+    """Rows that are there already must have been made in the same way; then what is to come is noted, too."""
+    path = folder / "study.json"
+    ours: dict[str, Any] = {
+        "size": asdict(size),
+        "collection": collection,
+        "settings": {name: _described(setting) for name, setting in settings.items()},
+    }
+    if path.is_file():
+        try:
+            theirs = json.loads(path.read_text(encoding="utf-8"))
+            known, rest = theirs["settings"], {name: theirs[name] for name in ("size", "collection")}
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise FileError(f"{path} does not describe a study: {error}. Take another folder.") from error
+        changed = [name for name in ("size", "collection") if rest[name] != ours[name]]
+        changed += [f"setting {name!r}" for name, text in ours["settings"].items() if known.get(name, text) != text]
+        if changed:
+            raise DfaError(
+                f"The rows in {folder} were made with another {' and '.join(changed)}: take another folder or name."
+            )
+        ours["settings"] = known | ours["settings"]
+    write_atomically(path, json.dumps(ours, indent=1).encode())
+
+
+def _described(setting: Setting) -> str:
+    options = {name: getattr(value, "__qualname__", repr(value)) for name, value in sorted(setting.options.items())}
+    return f"{setting.regime}, {setting.control}, {options}"
 
 
 @dataclass(frozen=True)

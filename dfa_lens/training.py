@@ -390,7 +390,8 @@ class _Run:
             penalty = penalty + self.job.pull * ((W - self.towards) ** 2).sum() / (self.towards**2).sum()
         if step == 0:
             self._check_saturation(masks.gates.detach())
-        self.present = (W.detach(), None if bias is None else bias.detach())
+        # copies: the optimiser changes W in place
+        self.present = (W.detach().clone(), None if bias is None else bias.detach().clone())
         return _Drawn(rows, masks.gates, penalty)
 
     def _check_saturation(self, gates: Tensor) -> None:

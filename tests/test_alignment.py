@@ -25,6 +25,40 @@ def test_transfer_is_its_equation():
     assert unit.transfer(s).nodes == B
 
 
+def test_scalings_are_their_definitions():
+    from scipy import stats
+
+    s = torch.tensor([[3.0, -1.0, 0.5, 0.5, -4.0], [1.0, 2.0, 3.0, 4.0, 5.0]])
+    ranks = stats.rankdata(s.numpy(), axis=1) - 3.0
+    np.testing.assert_allclose(scale(s, "rank"), ranks / np.linalg.norm(ranks, axis=1, keepdims=True), rtol=1e-6)
+    roots = np.sign(s.numpy()) * np.sqrt(np.abs(s.numpy()))
+    np.testing.assert_allclose(scale(s, "signed-sqrt"), roots / np.linalg.norm(roots, axis=1, keepdims=True), rtol=1e-6)
+    with pytest.raises(AlignmentError, match="All source scores are equal"):
+        scale(torch.ones(4), "rank")
+
+
+def test_bias_and_chains_with_it(tmp_path):
+    bias = torch.randn(len(B), generator=torch.Generator().manual_seed(5))
+    first, second = alignment(A, B, bias=bias), alignment(B, C, 1, scaling="unit", bias=torch.ones(len(C)))
+    s = dfa.controls.random_scores(A, seed=2)
+    plain = alignment(A, B).transfer(s).values
+    torch.testing.assert_close(first.transfer(s).values, plain + bias)
+    torch.testing.assert_close(first.contributions(s).sum(0), plain, atol=1e-5, rtol=1e-4)
+    chain = second @ first
+    torch.testing.assert_close(chain.transfer(s).values, second.transfer(first.transfer(s)).values)
+    chain.save(tmp_path / "w")
+    assert torch.equal(dfa.Alignment.load(tmp_path / "w").transfer(s).values, chain.transfer(s).values)
+    shuffled = dfa.controls.permuted_w(first, seed=1).transfer(s).values
+    assert not torch.equal(shuffled, first.transfer(s).values)
+    torch.testing.assert_close(shuffled.sort().values, first.transfer(s).values.sort().values)
+    with pytest.raises(AlignmentError, match=r"The bias has shape \[2\] for 12"):
+        unchecked(Stage.__init__)(object.__new__(Stage), torch.ones(6, 12), A, B, "unit", torch.ones(2))
+    with pytest.raises(AlignmentError, match="bias has entries that are not finite"):
+        alignment(A, B, bias=torch.full((12,), float("nan")))
+    with pytest.raises(AlignmentError, match="can't be split over source nodes"):
+        (alignment(B, C, 1, scaling="rank") @ first).contributions(s)
+
+
 @pytest.mark.parametrize("scaling", ["unit", "raw"])
 def test_chains(scaling):
     first, second = alignment(A, B, scaling=scaling), alignment(B, C, 1, scaling=scaling)

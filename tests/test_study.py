@@ -3,6 +3,7 @@ import subprocess
 import sys
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
@@ -79,6 +80,22 @@ def test_a_study_goes_on_where_it_stopped(table, monkeypatch):
     with pytest.raises(FileError, match="is not a table of a study"):
         study.run(["llama3"], SOME, seeds=[1], test_tasks=["ioi"], size=TINY, out=folder)
     path.write_text(whole)
+
+
+def test_a_folder_keeps_what_its_rows_were_made_with(tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        study, "_run_plan", lambda plan: pd.DataFrame({"family": [plan.pair.name], "seed": [plan.seed]})
+    )
+    study.run(["llama3"], {"a": Setting()}, seeds=[0], size=TINY, out=tmp_path)
+    study.run(["llama3"], {"b": Setting("in-distribution")}, seeds=[0], size=TINY, out=tmp_path)  # another name
+    assert set(json.loads((tmp_path / "study.json").read_text())["settings"]) == {"a", "b"}
+    with pytest.raises(DfaError, match="made with another setting 'a'"):
+        study.run(["llama3"], {"a": Setting(options={"lr": 0.2})}, seeds=[0], size=TINY, out=tmp_path)
+    with pytest.raises(DfaError, match="made with another size and collection"):
+        study.run(["llama3"], {"a": Setting()}, seeds=[0], collection="mib", out=tmp_path)
+    (tmp_path / "study.json").write_text("[")
+    with pytest.raises(FileError, match="does not describe a study"):
+        study.run(["llama3"], {"a": Setting()}, seeds=[0], size=TINY, out=tmp_path)
 
 
 def test_every_setting_of_the_benchmark_runs():

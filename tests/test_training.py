@@ -106,6 +106,66 @@ def test_target_only(any_model):
     assert mask.nodes == dfa.NodeSet.heads_and_mlps(any_model)
 
 
+def test_a_failed_training_hands_back_what_it_had(any_model, monkeypatch):
+    """The gates become NaN at step 3: the error says where, and carries the W of the steps before."""
+    from dfa_lens.objectives import Masks, Sparse
+
+    class Breaks(Sparse):
+        def masks(self, scores, *, temperature, progress, generator):
+            found = super().masks(scores, temperature=temperature, progress=progress, generator=generator)
+            return Masks(found.gates * float("nan"), found.penalty) if progress >= 0.5 else found
+
+    scores, pairs = inputs()
+    with pytest.raises(TrainingError, match="became nan at step 3 on a, b") as caught:
+        dfa.fit(any_model, scores, pairs, steps=6, objective=Breaks(1.0), lr=0.05)
+    good = caught.value.alignment
+    assert len(good.history) == 3
+    expected = dfa.fit(any_model, scores, pairs, steps=2, sparsity=1.0, lr=0.05)  # W before the third step
+    torch.testing.assert_close(good.W, expected.W)
+    with pytest.raises(TrainingError) as caught:
+        dfa.fit(any_model, scores, pairs, steps=6, initial=torch.full((6, 15), float("inf")))
+    assert caught.value.alignment is None
+
+
+def test_staying_near_another_alignment(any_model):
+    scores, pairs = inputs()
+    near = dfa.controls.depth_mean(SOURCE, dfa.NodeSet.heads_and_mlps(any_model))
+    free, pulled = (dfa.fit(any_model, scores, pairs, steps=30, towards=near, pull=pull) for pull in (0.0, 1000.0))
+    distance = [float((each.W - near.W).norm()) for each in (free, pulled)]
+    assert distance[1] < 0.3 * distance[0]
+    assert pulled.meta["pull"] == 1000.0
+    record = dfa.fit(any_model, scores, pairs, steps=1, towards=near, pull=2.0, initial=2 * near.W).history[0]
+    assert record["loss"] == pytest.approx(record["kl"] + 10 * record["sparsity"] + 2.0, rel=1e-4)
+    with pytest.raises(AlignmentError, match="between the same source and target nodes"):
+        dfa.fit(any_model, scores, pairs, towards=dfa.controls.depth_mean(SOURCE, SOURCE))
+
+
+def test_released_options_are_the_modes_by_name(any_model):
+    from dfa_lens.training import RELEASED
+
+    scores, pairs = inputs()
+    found = dfa.fit(any_model, scores, pairs, steps=2, **RELEASED)
+    assert found.stages[0].scaling == "raw"
+    assert {k: found.meta[k] for k in ("intervention", "positions", "sparsity", "gate_heads")} == {
+        "intervention": "restore",
+        "positions": "all-padded",
+        "sparsity": 0.1,
+        "gate_heads": False,
+    }
+
+
+def test_warnings(any_model):
+    scores, pairs = inputs()
+    with pytest.warns(dfa.TrainingWarning, match="100% of the mask is below .01 or above .99"):
+        dfa.fit(any_model, scores, pairs, steps=1, initial=torch.full((6, 15), 1.0), temperature=1e-3)
+    equal = dfa.NodeScores(torch.full((6,), 0.5), SOURCE)
+    with pytest.warns(dfa.TrainingWarning, match="All source scores of task 'a' are equal"):
+        dfa.fit(any_model, {"a": equal}, {"a": pairs["a"]}, steps=1)
+    dfa.fit(any_model, {"a": dfa.controls.uniform(SOURCE)}, {"a": pairs["a"]}, steps=1)  # a control says so itself
+    with pytest.raises(AlignmentError, match="All source scores are zero"):
+        dfa.fit(any_model, {"a": dfa.NodeScores(torch.zeros(6), SOURCE)}, {"a": pairs["a"]}, steps=1)
+
+
 def test_bad_input(any_model):
     scores, pairs = inputs()
     with pytest.raises(AlignmentError, match="Task 'b' is in scores but not in pairs"):

@@ -102,9 +102,14 @@ def transfer_matrix(
     styling.layout(figure, title, width=width, height=height, style=style)
     figure.update_layout(
         xaxis={"title": {"text": "tested on"}, "side": "bottom", "showgrid": False},
-        yaxis={"title": {"text": "trained on"}, "autorange": "reversed", "showgrid": False},
+        yaxis={
+            "title": {"text": "trained on", "standoff": 12},
+            "autorange": "reversed",
+            "showgrid": False,
+            "automargin": True,
+        },
         plot_bgcolor=styling.NO_NODE,
-        margin={"l": 120, "b": 90},
+        margin={"b": 70},
     )
     return figure.carry(cells)
 
