@@ -59,7 +59,15 @@ class Objective(ABC):
         """
 
     def weighted(self, sparsity: float) -> Objective:
-        """The same objective with another weight λ of sparsity."""
+        """The same objective with another weight λ of sparsity.
+
+        Raises
+        ------
+        AlignmentError
+            If the objective has no field ``sparsity``.
+        """
+        if not hasattr(self, "sparsity"):
+            raise AlignmentError(f"The objective {self.name!r} has no sparsity to be weighted.")
         return replace(self, sparsity=sparsity)  # type: ignore[type-var]
 
 

@@ -294,9 +294,10 @@ def _step(runs: Sequence[_Run], step: int, data: _Data, columns: Tensor, loss: L
         drawn = [run.draw(step) for run in runs]
         batch = data.batch(torch.cat([each.rows for each in drawn]))
         gates = torch.cat([each.gates for each in drawn])
-        divergence = batch.divergence(data, gates[:, columns], loss).to(gates.device)
+        sizes = [len(each.rows) for each in drawn]
+        divergence = batch.divergence(data, gates[:, columns], loss, sizes).to(gates.device)
         total = gates.new_zeros(())
-        for run, each, own in zip(runs, drawn, divergence.split([len(each.rows) for each in drawn]), strict=True):
+        for run, each, own in zip(runs, drawn, divergence.split(sizes), strict=True):
             kl = own.mean()
             one = kl + each.penalty
             run.note(step, one, kl, each.gates)
@@ -339,7 +340,10 @@ class _Run:
         self.form, self.parameters = form, form.start(problem)
         self.optimizer = torch.optim.Adam(self.parameters.parameters(), lr=job.lr)
         self.history: list[dict[str, float | int]] = []
-        self.good: tuple[Tensor, Tensor | None] | None = None
+        self.present: tuple[Tensor, Tensor | None] | None = None  # W and bias of this step
+        self.good: tuple[Tensor, Tensor | None] | None = None  # the last under which the loss was finite
+        self.order: list[Tensor] = []  # the examples of every step
+        self.row_task = torch.empty(0)  # for every example of the data, the number of its task in this run, or -1
         self.towards: Tensor | None = None
         if job.towards is not None:
             if (job.towards.source, job.towards.target) != (self.source, nodes):
@@ -413,7 +417,7 @@ class _Run:
             )
             error.alignment = self.alignment({}, {}) if self.good is not None else None
             raise error
-        self.good = self.present  # a W under which the loss was finite
+        self.good = self.present
         self.history.append(values)
 
     def alignment(self, shared: Mapping[str, Any], pairs: Mapping[str, PromptPairs]) -> Alignment:
@@ -516,8 +520,10 @@ class _Batch:
     corrupt: Activations | None
     log_p_clean: Float[Tensor, ...]
 
-    def divergence(self, data: _Data, gates: Float[Tensor, "example node"], loss: Loss) -> Float[Tensor, " example"]:
-        """How far the run under these gates is from the clean one, for every example."""
+    def divergence(
+        self, data: _Data, gates: Float[Tensor, "example node"], loss: Loss, sizes: Sequence[int]
+    ) -> Float[Tensor, " example"]:
+        """How far the run under these gates is from the clean one; ``sizes``: how many examples each training has."""
         taps = hooks.gate_hooks(
             data.nodes, gates, clean=self.clean, corrupt=self.corrupt, intervention=data.intervention
         )
@@ -534,7 +540,8 @@ class _Batch:
             if loss == "probability":
                 return (target[rows, answer].exp() - log_p[rows, answer].exp()) ** 2
             now, clean = (each[rows, answer] - each[rows, wrong] for each in (log_p, target))
-            return ((now - clean) / clean.abs().mean().clamp_min(1e-6)) ** 2
+            usual = torch.cat([part.abs().mean().expand(len(part)) for part in clean.split(list(sizes))])
+            return ((now - clean) / usual.clamp_min(1e-6)) ** 2
         divergence = (target.exp() * (target - log_p)).sum(-1)
         if data.where == "all":
             shortest = torch.minimum(pairs.lengths, pairs.corrupt_lengths)

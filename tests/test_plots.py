@@ -332,3 +332,24 @@ def test_a_widget_reacts_to_clicks(drawn):
     products = alignment.contributions(s)[:, B.position("a3.h4")]
     best = A.names[int(products.abs().argmax())]
     assert f"<b>a3.h4</b> is fed by {best}" in widget.layout.annotations[-1].text
+
+
+def test_a_widget_follows_the_dropdown(drawn):
+    """A task chosen in the menu changes the traces' data; the next click shows that task's links."""
+    pytest.importorskip("anywidget")
+    from plotly.callbacks import Points
+
+    s, alignment, t = drawn
+    other = dfa.controls.random_scores(A, seed=9)
+    sources, targets = {"one": s, "two": other}, {"one": t, "two": alignment.transfer(other)}
+    widget = dfa.plots.aligned_heatmap(sources, targets, alignment=dict.fromkeys(sources, alignment)).widget()
+    index = next(i for i, trace in enumerate(widget.data) if trace.name == "target heads")
+    change, _, traces = widget.layout.updatemenus[0].buttons[1].args
+    for position, trace in enumerate(traces):
+        if change["customdata"][position] is not None:
+            widget.data[trace].customdata = change["customdata"][position]
+    points = Points(point_inds=[(3, 4)], trace_name="target heads", trace_index=index)
+    for callback in widget.data[index]._click_callbacks:
+        callback(widget.data[index], points, None)
+    products = alignment.contributions(other)[:, B.position("a3.h4")]
+    assert f"is fed by {A.names[int(products.abs().argmax())]}" in widget.layout.annotations[-1].text

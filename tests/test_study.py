@@ -5,7 +5,6 @@ import sys
 import numpy as np
 import pandas as pd
 import pytest
-import torch
 
 import dfa_lens as dfa
 from dfa_lens import study
@@ -126,37 +125,6 @@ def test_processes_give_the_same(tmp_path):
     one, two = json.loads(out.splitlines()[-1])
     np.testing.assert_allclose(one, two)
     assert len(one) == 4
-
-
-def test_trainings_together_give_what_they_give_alone(any_model):
-    from helpers import random_pairs
-
-    nodes = dfa.NodeSet.for_sizes(2, 2)
-    scores = {t: dfa.controls.random_scores(nodes, seed=i) for i, t in enumerate("abc")}
-    pairs = {t: random_pairs(5, 8 + i, seed=i, ragged=True) for i, t in enumerate("abc")}
-    jobs = {
-        "one": dfa.Job({"a": scores["a"]}, steps=4, seed=1, batch_size=3),
-        "two": dfa.Job({t: scores[t] for t in "bc"}, steps=6, objective="matryoshka", alignment="kernel"),
-        "three": dfa.Job(scores, steps=3, seed=2, alignment="full+bias", sparsity=2.0),
-    }
-    for together in (1, 2, 3):
-        found = dfa.fit_many(any_model, jobs, pairs, together=together)
-        for name, job in jobs.items():
-            alone = dfa.fit(
-                any_model,
-                job.scores,
-                {t: pairs[t] for t in job.scores},
-                steps=job.steps,
-                seed=job.seed,
-                batch_size=job.batch_size,
-                objective=job.objective,
-                alignment=job.alignment,
-                sparsity=job.sparsity,
-            )
-            torch.testing.assert_close(found[name].W, alone.W, atol=2e-3, rtol=1e-3)
-            assert len(found[name].history) == job.steps
-            assert found[name].meta == alone.meta
-    assert dfa.fit_many(any_model, {}, pairs) == {}
 
 
 def test_bad_input():

@@ -471,9 +471,7 @@ def aligned_heatmap(
     labels, cells = (first.source.nodes.names, first.target.nodes.names), (_cells(parts[0]), _cells(parts[1]))
     if controls:
         figure.update_layout(margin={"b": 150})
-    return figure.carry(
-        table, script=linking.script(links, labels, cells), react=linking.react(links[0], labels, cells)
-    )
+    return figure.carry(table, script=linking.script(links, labels, cells), react=linking.react(links, labels, cells))
 
 
 def _cells(drawn: list[_Drawn]) -> list[linking.Cell]:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import plotly.graph_objects as go
 import torch
 
@@ -151,10 +152,25 @@ def script(links: list[Links], names: tuple[Sequence[str], Sequence[str]], cells
     return _SCRIPT.replace("__DATA__", json.dumps(data, separators=(",", ":")).replace("</", "<\\/"))
 
 
+def _task_shown(widget: go.FigureWidget, trace: int) -> int:
+    """Which task of the dropdown is drawn: the one whose numbers the trace holds (the menu itself does not say)."""
+    menus = widget.layout.updatemenus
+    numbers = _floats(widget.data[trace].customdata)
+    for task, button in enumerate(menus[0].buttons if menus else ()):
+        change, _, traces = button.args
+        if np.array_equal(_floats(change["customdata"][list(traces).index(trace)]), numbers, equal_nan=True):
+            return task
+    return 0
+
+
+def _floats(values: Any) -> np.ndarray:
+    return np.asarray(values, dtype=object).astype(float)
+
+
 def react(
-    links: Links, names: tuple[Sequence[str], Sequence[str]], cells: tuple[list[Cell], list[Cell]]
+    links: list[Links], names: tuple[Sequence[str], Sequence[str]], cells: tuple[list[Cell], list[Cell]]
 ) -> Callable[[go.FigureWidget], None]:
-    """What makes a FigureWidget react to clicks."""
+    """What makes a FigureWidget react to clicks; one :class:`Links` per task of the dropdown."""
     where = {(cell.trace, cell.row, cell.column): (side, i) for side in (0, 1) for i, cell in enumerate(cells[side])}
 
     def wire(widget: go.FigureWidget) -> None:
@@ -166,7 +182,8 @@ def react(
                 found = where.get((points.trace_index, int(row), int(column)))
                 if found is None:
                     continue
-                shapes, text = outlines(links, names, cells, *found)
+                task = _task_shown(widget, points.trace_index)
+                shapes, text = outlines(links[task], names, cells, *found)
                 with widget.batch_update():
                     widget.layout.shapes = shapes
                     widget.layout.annotations = (*notes, {**_NOTE, "text": text})
