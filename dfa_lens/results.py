@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal, get_args
 
 from dfa_lens.alignment import Alignment
 from dfa_lens.faithfulness import FaithfulnessCurve
 from dfa_lens.scores import NodeScores
 
 GOLD = "gold"
-CONTROLS = (
+Control = Literal[
+    "",
     "uniform-s",
     "random-s",
     "scrambled-s",
@@ -21,8 +22,8 @@ CONTROLS = (
     "depth-mean",
     "regression",
     "target-only",
-)
-"""What can stand in the place of the source's scores or of W, see :mod:`dfa_lens.controls`."""
+]
+"""What is put in the place of the source's scores or of W, see :mod:`dfa_lens.controls`; "" is the method itself."""
 
 
 def row(curve: FaithfulnessCurve, gold_cpr: float) -> dict[str, Any]:
@@ -71,7 +72,7 @@ class TaskResult:
     @property
     def controls(self) -> list[str]:
         """The settings that are controls, by their labels or, without any, by their names."""
-        known = {"random W", *CONTROLS}
+        known = {"random W", *get_args(Control)}
         return [
             setting
             for setting in self.curves

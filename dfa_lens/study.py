@@ -33,7 +33,7 @@ from dfa_lens.faithfulness import FaithfulnessCurve, faithfulness_curve
 from dfa_lens.nodes import NodeSet
 from dfa_lens.parameterisation import Kernel
 from dfa_lens.prompts import PromptPairs
-from dfa_lens.results import GOLD, row
+from dfa_lens.results import GOLD, Control, row
 from dfa_lens.scores import NodeScores, write_atomically
 from dfa_lens.training import RELEASED, Job, fit_many
 
@@ -45,19 +45,6 @@ Regime = Literal["in-distribution", "near-distribution", "zero-shot", "one-task"
 - ``zero-shot``: all other tasks.
 - ``one-task``: every other task by itself, a row for each (the column ``trained_on``).
 """
-Control = Literal[
-    "",
-    "uniform-s",
-    "random-s",
-    "scrambled-s",
-    "permuted-w",
-    "random-w",
-    "depth-mean",
-    "regression",
-    "target-only",
-]
-"""What is put in the place of the source's scores or of W, see :mod:`dfa_lens.controls`; "" is the method itself."""
-
 SIBLINGS = {
     "addition": "subtraction",
     "subtraction": "addition",
@@ -73,7 +60,7 @@ class Setting:
     Attributes
     ----------
     regime, control:
-        See :data:`Regime` and :data:`Control`.
+        See :data:`Regime` and :data:`~dfa_lens.results.Control`.
     options:
         For :func:`dfa_lens.fit`: fields of :class:`~dfa_lens.training.Job`, and ``intervention``, ``positions``,
         ``gate_heads``, ``loss``. ``alignment`` may also be a function of the :class:`Cell` and the training tasks.

@@ -57,9 +57,12 @@ def main() -> None:
     fits = {
         "transferred": (
             tiny,
-            timed("fit, 60 steps of 16 pairs", lambda: dfa.fit(model, {"ioi": tiny}, {"ioi": train}, steps=60)),
+            timed(
+                "fit, 60 steps of 16 pairs",
+                lambda: dfa.fit(model, {"ioi": tiny}, {"ioi": train}, steps=60, sparsity=3.0),
+            ),
         ),
-        "transferred, uniform source": (flat, dfa.fit(model, {"ioi": flat}, {"ioi": train}, steps=60)),
+        "transferred, uniform source": (flat, dfa.fit(model, {"ioi": flat}, {"ioi": train}, steps=60, sparsity=3.0)),
     }
     for name, (given, alignment) in fits.items():
         scores[name] = alignment.transfer(given)
