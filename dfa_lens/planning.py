@@ -174,16 +174,9 @@ def estimate(
     working = probe.working_bytes(batch)
     graph_bytes = probe.gradient_bytes(batch) if method != "exact" else 0  # exact takes no gradient
 
-    n_sites = len(nodes.sites)
-    whole = sum(len(site.positions) == (site.size or 1) for site in nodes.sites)
-    if method in ("nap", "nap-ig-inputs"):
-        s = 1 if method == "nap" else steps
-        attribute = (n * (1 + s), n * s, batch * (site_bytes + 2 * embed_bytes), graph_bytes)
-    elif method == "nap-ig-activations":
-        forward = n * (2 + n_sites * steps + whole)
-        attribute = (forward, n * n_sites * steps, 3 * batch * site_bytes, graph_bytes)
-    else:
-        attribute = (n * (2 + len(nodes)), 0, batch * site_bytes, 0)
+    forward, backward = (n * passes for passes in attribution_passes(nodes, method, steps))
+    held = {"nap-ig-activations": 3 * batch * site_bytes, "exact": batch * site_bytes}
+    attribute = (forward, backward, held.get(method, batch * (site_bytes + 2 * embed_bytes)), graph_bytes)
 
     kept = {"device": n * (site_bytes + logit_bytes), "cpu": n * logit_bytes, "recompute": 0}[cache]
     one_batch = batch * (site_bytes + logit_bytes)
@@ -201,6 +194,17 @@ def estimate(
             for name, numbers in (("attribute", attribute), ("fit", fit), ("faithfulness_curve", curve))
         ),
     )
+
+
+def attribution_passes(nodes: NodeSet, method: str, steps: int) -> tuple[int, int]:
+    """Forward and backward passes of one example for its scores."""
+    if method in ("nap", "nap-ig-inputs"):
+        s = 1 if method == "nap" else steps
+        return 1 + s, s
+    if method == "nap-ig-activations":
+        whole = sum(len(site.positions) == (site.size or 1) for site in nodes.sites)
+        return 2 + len(nodes.sites) * steps + whole, len(nodes.sites) * steps
+    return 2 + len(nodes), 0
 
 
 class _Probe:

@@ -32,6 +32,7 @@ from dfa_lens.errors import DfaError, FileError, unknown
 from dfa_lens.faithfulness import FaithfulnessCurve, faithfulness_curve
 from dfa_lens.nodes import NodeSet
 from dfa_lens.parameterisation import Kernel
+from dfa_lens.planning import attribution_passes
 from dfa_lens.prompts import PromptPairs
 from dfa_lens.results import GOLD, Control, row
 from dfa_lens.scores import NodeScores, write_atomically
@@ -362,14 +363,14 @@ class Cell:
         """
         chosen = list(test_tasks or self.tasks)
         n = self.size.train
+        attribution = n * sum(attribution_passes(self.target_nodes, self.method, self.steps))
         for task in chosen:
             if skip(GOLD, task, ()):
                 continue
             started = time.perf_counter()
             scores = self.gold_of(task)
             seconds = time.perf_counter() - started
-            forwards = n * (2 + 2 * self.steps)
-            yield Outcome(task, GOLD, None, (), None, scores, self.curve(task, scores), seconds, forwards)
+            yield Outcome(task, GOLD, None, (), None, scores, self.curve(task, scores), seconds, attribution)
         for name, setting in settings.items():
             wanted = [
                 (task, trained)
@@ -388,7 +389,7 @@ class Cell:
                     step = min(alignment.meta["batch_size"], n * len(trained))
                     forwards = 2 * step * len(alignment.history) + 2 * n * len(trained)
                 if setting.control == "regression":
-                    forwards = n * (2 + 2 * self.steps) * len(trained)
+                    forwards = attribution * len(trained)
                 yield Outcome(task, name, setting, trained, alignment, circuit, curve, seconds, forwards)
 
 
@@ -427,6 +428,7 @@ def labels(outcome: Outcome) -> dict[str, str]:
 # --- many cells --------------------------------------------------------------------------------------------------
 
 _KEY = ["setting", "task", "trained_on"]
+_WORDS = ("family", "task", "setting", "regime", "method", "control", "trained_on")
 
 
 def run(
@@ -565,9 +567,28 @@ def _read(path: Path | None) -> Any:
     whole = text[: text.rfind("\n") + 1]
     if whole != text:
         path.write_text(whole, encoding="utf-8")
+    return read(path)
+
+
+def read(path: str | Path) -> Any:
+    """A table of :func:`run` from a CSV file: empty cells are "" in columns of words and NaN in columns of numbers.
+
+    Raises
+    ------
+    FileError
+        If it is not such a table.
+    """
+    import pandas as pd
+
     try:
-        return pd.read_csv(path, keep_default_na=False, dtype={"trained_on": str, "control": str, "regime": str})
-    except (pd.errors.ParserError, pd.errors.EmptyDataError) as error:
+        table = pd.read_csv(path, keep_default_na=False, dtype=dict.fromkeys(_WORDS, str))
+        if not {*_WORDS, "seed", "cpr"} <= set(table.columns):
+            raise ValueError(f"its columns are {', '.join(map(str, table.columns[:4]))} …")
+        numbers = [name for name in table.columns if name not in _WORDS]
+        return table.assign(
+            **{name: pd.to_numeric(table[name].mask(table[name].astype(str) == "")) for name in numbers}
+        )
+    except (ValueError, pd.errors.ParserError, pd.errors.EmptyDataError) as error:
         raise FileError(f"{path} is not a table of a study: {error}. Remove it to start again.") from error
 
 

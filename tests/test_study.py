@@ -73,6 +73,7 @@ def test_a_study_goes_on_where_it_stopped(table, monkeypatch):
     again = study.run(["llama3"], SOME, seeds=[1], test_tasks=["addition", "ioi"], size=TINY, out=folder)
     assert len(runs) == len(lines) - 5
     np.testing.assert_allclose(again["cpr"], found["cpr"])
+    assert dict(again.dtypes) == dict(found.dtypes)  # what was read and what is new are of one kind
     runs.clear()
     study.run(["llama3"], SOME, seeds=[1], test_tasks=["addition", "ioi"], size=TINY, out=folder)
     assert not runs

@@ -13,10 +13,7 @@ from __future__ import annotations
 
 import argparse
 import os
-import platform
-import time
 import warnings
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -71,22 +68,16 @@ def main() -> None:
     size = study.QUICK if given.quick else study.FULL
     seeds = [0] if given.quick or given.sensitivity else given.seeds
     folder = given.build / (name + ("-quick" if given.quick else ""))
-    started = time.perf_counter()
     if not given.tables_only:
         table = run(given.sensitivity, seeds, size, folder, given.workers, given.device, given.tasks)
     elif given.sensitivity or given.quick:
         table = run(given.sensitivity, seeds, size, folder, 1, given.device, given.tasks)
     else:
-        table = pd.read_csv(
-            given.out / "method.csv",
-            keep_default_na=False,
-            na_values={"effective_rank": "", "shared": "", "depth": "", "stability": ""},
-        )
+        table = study.read(given.out / "method.csv")
     head = (
         f"`python tests/benchmarks/method.py{' --sensitivity' if given.sensitivity else ''}"
-        f"{' --tasks ' + ' '.join(given.tasks) if given.tasks else ''}{' --quick' if given.quick else ''}`, seeds {', '.join(map(str, seeds))}; dfa_lens {dfa.__version__}, "
-        f"torch {version('torch')}, transformer-lens {version('transformer-lens')}; {platform.machine()}, "
-        f"{given.device}, {given.workers} processes; {time.perf_counter() - started:.0f} s.\n"
+        f"{' --tasks ' + ' '.join(given.tasks) if given.tasks else ''}{' --quick' if given.quick else ''}`, seeds "
+        f"{', '.join(map(str, seeds))}; dfa_lens {dfa.__version__}.\n"
     )
     text = head + (sensitivity(table) if given.sensitivity else tables(table))
     print(text)
