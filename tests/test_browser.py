@@ -350,7 +350,7 @@ def made_up(tmp_path_factory):
 def test_the_report_looks_as_it_did(browser, made_up, width):
     """Compared in rough: shrunk to 64 pixels of width, so that fonts do not matter and layout and colours do.
 
-    ``UPDATE_SCREENSHOTS=FOLDER pytest tests/test_browser.py`` stores new ones, and in FOLDER the whole ones to look at.
+    ``UPDATE_SCREENSHOTS=FOLDER pytest tests/test_browser.py`` stores new ones, and in FOLDER (another one) the whole ones to look at.
     """
     import io
     import os
