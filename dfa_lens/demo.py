@@ -11,9 +11,8 @@ from tqdm.auto import tqdm
 
 import dfa_lens
 from dfa_lens import tasks, zoo
-from dfa_lens.errors import DfaError, unknown
 from dfa_lens.results import GOLD, Results, TaskResult
-from dfa_lens.study import QUICK, SETTINGS, Cell, Outcome, Size, labels
+from dfa_lens.study import QUICK, SETTINGS, Cell, Outcome, Pair, Size, labels
 
 SHOWN = {name: SETTINGS[name] for name in ("in-distribution", "zero-shot", "uniform-s", "depth-mean", "random-w")}
 FULL = Size(steps=100)  # half of fit's default: a table in minutes
@@ -47,24 +46,18 @@ def run(
     size:
         How much to run.
     """
-    known = zoo.pairs()
-    families = list(families or known)
+    pairs = [Pair.of(family) for family in families or zoo.pairs()]
     names = list(only or tasks.names())
-    for family in families:
-        if family not in known:
-            raise unknown("family", family, known, DfaError)
     for name in names:
         tasks.describe(name)  # an unknown name is an error here, not after minutes
     started = time.perf_counter()
     results = Results()
-    with tqdm(
-        total=len(families) * len(names) * (1 + len(SHOWN)), desc="demo", unit="curve", disable=not progress
-    ) as bar:
-        for family in families:
-            cell, found = Cell(family, seed, size), dict[str, list[Outcome]]()
+    with tqdm(total=len(pairs) * len(names) * (1 + len(SHOWN)), desc="demo", unit="curve", disable=not progress) as bar:
+        for pair in pairs:
+            cell, found = Cell(pair, seed, size), dict[str, list[Outcome]]()
             for outcome in cell.run(SHOWN, names):
                 found.setdefault(outcome.task, []).append(outcome)
-                bar.set_postfix_str(f"{family} {outcome.task}: {outcome.name}")
+                bar.set_postfix_str(f"{pair.name} {outcome.task}: {outcome.name}")
                 bar.update()
             results.tasks += [task_result(cell, outcomes) for outcomes in found.values()]
     results.provenance = {

@@ -46,6 +46,9 @@ Regime = Literal["in-distribution", "near-distribution", "zero-shot", "one-task"
 - ``zero-shot``: all other tasks.
 - ``one-task``: every other task by itself, a row for each (the column ``trained_on``).
 """
+_OTHER_SCORES = ("uniform-s", "random-s", "target-only")  # trained like the method, on other scores
+_UNTRAINED = ("random-w", "depth-mean", "regression")
+
 SIBLINGS = {
     "addition": "subtraction",
     "subtraction": "addition",
@@ -133,7 +136,7 @@ def behaviour_kernel(cell: Cell, trained: tuple[str, ...]) -> Kernel:
     """As :func:`attention_kernel`, and by what nodes do at the answers of the *training* tasks (CKA)."""
     alike = features.behaviour_similarity(
         cell.source,
-        PromptPairs.concat([cell.on_source(task) for task in trained]),
+        PromptPairs.concat([cell.on_source[task] for task in trained]),
         cell.target,
         PromptPairs.concat([cell.train[task] for task in trained]),
     )
@@ -231,13 +234,16 @@ class Cell:
         """Task → training pairs for the target."""
         return {task: self._load(task, self.target, "train", self.size.train) for task in self.tasks}
 
-    def on_source(self, task: str) -> PromptPairs:
-        """The training pairs for the source: the same examples."""
-        return self._load(task, self.source, "train", self.size.train)
+    @cached_property
+    def on_source(self) -> dict[str, PromptPairs]:
+        """Task → training pairs for the source: the same examples."""
+        return {task: self._load(task, self.source, "train", self.size.train) for task in self.tasks}
 
     def test(self, task: str) -> PromptPairs:
         """Test pairs for the target."""
-        return self._load(task, self.target, "test", self.size.test)
+        if task not in self._tests:
+            self._tests[task] = self._load(task, self.target, "test", self.size.test)
+        return self._tests[task]
 
     def _attribute(self, model: HookedModel, pairs: PromptPairs) -> NodeScores:
         return attribute(model, pairs, method=self.method, steps=self.steps, batch_size=self.size.batch_size)  # type: ignore[arg-type]
@@ -245,7 +251,7 @@ class Cell:
     @cached_property
     def scores(self) -> dict[str, NodeScores]:
         """Task → scores on the source."""
-        return {task: self._attribute(self.source, self.on_source(task)) for task in self.tasks}
+        return {task: self._attribute(self.source, pairs) for task, pairs in self.on_source.items()}
 
     def gold_of(self, task: str) -> NodeScores:
         """Attribution run directly on the target."""
@@ -285,7 +291,7 @@ class Cell:
 
     def _key(self, setting: Setting, trained: tuple[str, ...]) -> Any:
         options = tuple(sorted((name, repr(value)) for name, value in setting.options.items()))
-        kind = setting.control if setting.control in ("uniform-s", "random-s", "target-only") else ""
+        kind = setting.control if setting.control in _OTHER_SCORES else ""
         return kind, options, trained
 
     def fit(self, setting: Setting, sets: Sequence[tuple[str, ...]]) -> None:
@@ -332,11 +338,9 @@ class Cell:
         """The circuit's faithfulness on the task's test pairs."""
         n, points = len(circuit), self.size.curve_points
         sizes = sorted({round(i * n / points) for i in range(points + 1)})
-        if task not in self._tests:
-            self._tests[task] = self.test(task)
         return faithfulness_curve(
             self.target,
-            self._tests[task],
+            self.test(task),
             circuit,
             sizes=sizes,
             batch_size=self.size.batch_size,
@@ -378,8 +382,7 @@ class Cell:
                 for trained in self.trained_on(setting, task)
                 if not skip(name, task, trained)
             ]
-            free = setting.control in ("random-w", "depth-mean", "regression")
-            if wanted and not free:
+            if wanted and setting.control not in _UNTRAINED:
                 self.fit(setting, [trained for _, trained in wanted])
             for task, trained in wanted:
                 alignment, circuit, seconds = self._circuit(setting, task, trained)
@@ -566,7 +569,7 @@ def _read(path: Path | None) -> Any:
     text = path.read_text(encoding="utf-8")
     whole = text[: text.rfind("\n") + 1]
     if whole != text:
-        path.write_text(whole, encoding="utf-8")
+        write_atomically(path, whole.encode())
     return read(path)
 
 
