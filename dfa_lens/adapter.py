@@ -18,12 +18,10 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 from weakref import WeakKeyDictionary, WeakSet
 
-import einops
 import torch
-from jaxtyping import Float, Int
 from torch import Tensor
 
 from dfa_lens.errors import HookError
@@ -137,57 +135,6 @@ def check_points(model: HookedModel, names: Sequence[str]) -> None:
             )
         seen[id(point)] = name
     warn_if_processed(model)
-
-
-class Layout(NamedTuple):
-    """The shape of the activation at a hook point.
-
-    ``shape`` is that for two prompts of two tokens; ``position_axes`` are the axes that grow with the prompt: one for
-    most points, the last two of an attention pattern, none after all positions but the answer's have been dropped.
-    """
-
-    shape: tuple[int, ...]
-    position_axes: tuple[int, ...]
-
-
-def layout(
-    model: HookedModel, names: Sequence[str], *, positions: Literal["answer", "all"] = "answer"
-) -> dict[str, Layout]:
-    """The layout of the activations at hook points, from two runs on a few tokens.
-
-    Raises
-    ------
-    HookError
-        If a point does not fire, or gives no finite floating-point tensor with a batch axis.
-    """
-    seen: list[dict[str, tuple[int, ...]]] = []
-    for width in (2, 3):
-        found: dict[str, tuple[int, ...]] = {}
-
-        def look(name: str, found: dict[str, tuple[int, ...]] = found) -> HookFunction:
-            def function(activation: Tensor) -> None:
-                if not isinstance(activation, Tensor) or not activation.is_floating_point():
-                    kind = activation.dtype if isinstance(activation, Tensor) else type(activation).__name__
-                    raise HookError(f"Hook point {name!r} gives {kind}, not an activation that can be gated.")
-                if activation.ndim < 2 or activation.shape[0] != 2:
-                    raise HookError(f"Hook point {name!r} has shape {list(activation.shape)}: axis 0 is not the batch.")
-                if not bool(activation.isfinite().all()):
-                    raise HookError(
-                        f"Hook point {name!r} holds infinite values (masked attention scores?), which can't be mixed "
-                        "with others: use 'attn.hook_pattern'."
-                    )
-                found[name] = tuple(activation.shape)
-
-            return function
-
-        tokens, lengths = torch.zeros(2, width, dtype=torch.long), torch.full((2,), width)
-        with torch.no_grad(), frozen(model):
-            run(model, tokens, lengths, [(name, look(name)) for name in names], positions=positions)
-        seen.append(found)
-    return {
-        name: Layout(seen[0][name], tuple(i for i, n in enumerate(seen[0][name]) if seen[1][name][i] != n))
-        for name in names
-    }
 
 
 @dataclass(frozen=True)
@@ -407,53 +354,52 @@ def device_of(model: HookedModel) -> torch.device:
     return device
 
 
-def attention_mask(lengths: Int[Tensor, " batch"], n_positions: int, device: torch.device) -> Int[Tensor, "batch pos"]:
-    """1 at real tokens, 0 at the padding on the right."""
-    return (torch.arange(n_positions, device=device) < lengths.to(device)[:, None]).long()
+@contextmanager
+def prepared(model: HookedModel) -> Iterator[None]:
+    """:func:`frozen`, and the weights laid out in memory as the passes read them; for more than a pass or two.
 
-
-def run(
-    model: HookedModel,
-    tokens: Int[Tensor, "batch pos"],
-    lengths: Int[Tensor, " batch"],
-    hooks: Sequence[tuple[str, HookFunction]] = (),
-    *,
-    positions: Literal["answer", "all"] = "answer",
-) -> Float[Tensor, ...]:
-    """One forward pass under hooks.
-
-    Parameters
-    ----------
-    tokens, lengths:
-        Right-padded prompts and how many of their tokens are real.
-    hooks:
-        (hook point, function) pairs.
-    positions:
-        "answer": logits [batch, vocab] at the last real token, and the unembedding runs there only. "all": logits
-        [batch, pos, vocab]; what stands at padding positions means nothing.
-
-    Raises
-    ------
-    HookError
-        If a hook point does not exist, or does not fire exactly once.
+    A HookedTransformer turns every weight matrix round on every pass (``W.T.contiguous()``): it copies the whole model
+    each time, and a pass with gradients keeps that copy until it has gone backward. A matrix that lies in memory the
+    other way round, with the same values at the same indices, needs no copy.
     """
-    device = device_of(model)
-    tokens = tokens.to(device)
-    mask = attention_mask(lengths, tokens.shape[1], device)
-    hooks = list(hooks)
-    if positions == "answer":
-        # The final norm and the unembedding work position by position, so all others can be dropped before them.
-        def keep_last(residual: Tensor) -> Tensor:
-            last = lengths.to(residual.device) - 1
-            index = einops.repeat(last, "batch -> batch 1 d_model", d_model=residual.shape[-1])
-            return residual.gather(1, index)
+    with frozen(model):
+        turned: list[torch.nn.Parameter] = []
+        try:
+            if not is_bridge(model):
+                for parameter, order in _turned_round(model):
+                    if _nobody_else_holds(parameter):
+                        turned.append(parameter)
+                        parameter.data = _laid_out(parameter.data, order)
+            yield
+        finally:
+            for parameter in turned:
+                parameter.data = parameter.data.contiguous()
 
-        hooks.append((f"blocks.{int(model.cfg.n_layers) - 1}.hook_resid_post", keep_last))
-    with attached(model, hooks) as fired:
-        logits = model(tokens, attention_mask=mask)
-    often = [(name, n) for (name, _), n in zip(hooks, fired, strict=True) if n > 1]
-    if often:
-        raise HookError(f"Hook point {often[0][0]!r} fired {often[0][1]} times in one pass: it can't be a node.")
-    if not isinstance(logits, Tensor):
-        raise HookError(f"The model returned a {type(logits).__name__} instead of logits.")
-    return logits[:, 0] if positions == "answer" else logits
+
+def _turned_round(model: Any) -> Iterator[tuple[torch.nn.Parameter, tuple[int, ...]]]:
+    """The weights that a HookedTransformer copies on every pass, and the order of axes in which it reads them."""
+    for block in getattr(model, "blocks", ()):
+        attention, mlp = getattr(block, "attn", None), getattr(block, "mlp", None)
+        wanted: list[tuple[Any, str, tuple[int, ...]]]
+        wanted = [(attention, name, (0, 2, 1)) for name in ("W_Q", "W_K", "W_V", "_W_K", "_W_V")]
+        wanted.append((attention, "W_O", (2, 0, 1)))
+        if hasattr(mlp, "W_gate"):
+            wanted += [(mlp, name, (1, 0)) for name in ("W_gate", "W_in", "W_out")]
+        for module, name, order in wanted:
+            parameter = getattr(module, "_parameters", {}).get(name)
+            if parameter is not None and parameter.is_floating_point() and parameter.ndim == len(order):
+                yield parameter, order
+
+
+def _laid_out(weight: Tensor, order: tuple[int, ...]) -> Tensor:
+    """The same tensor, contiguous when its axes are taken in this order."""
+    back = [order.index(axis) for axis in range(len(order))]
+    return weight.permute(order).contiguous().permute(back)
+
+
+def _nobody_else_holds(parameter: torch.nn.Parameter) -> bool:
+    """Whether no view of the parameter's memory is about, which would be cut off from it."""
+    count = getattr(torch._C, "_storage_Use_Count", None)
+    storage = parameter.untyped_storage()
+    # two: the parameter and `storage`
+    return count is not None and parameter.is_contiguous() and not parameter.is_shared() and count(storage._cdata) <= 2

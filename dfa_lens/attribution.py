@@ -18,9 +18,10 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
+from itertools import groupby
 from typing import Any, Literal, get_args
 
 import torch
@@ -28,7 +29,7 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from dfa_lens import adapter, hooks, metrics
+from dfa_lens import adapter, batching, hooks, metrics, passes
 from dfa_lens.adapter import HookedModel, HookFunction
 from dfa_lens.errors import DfaError, unknown
 from dfa_lens.hooks import Activations
@@ -59,11 +60,12 @@ def attribute(
     steps: int | Literal["auto"] = 5,
     nodes: NodeSet | None = None,
     metric: str | Callable[..., Tensor] | None = None,
-    batch_size: int = 16,
+    batch_size: int | Literal["auto"] = 16,
     progress: bool = False,
     mlp_gradient: Literal["output", "input"] = "output",
     accumulate: Literal["own", "all"] = "own",
     tolerance: float = 0.02,
+    share_prefix: bool = True,
 ) -> NodeScores:
     """Score every node by how much its clean activation helps the metric.
 
@@ -85,7 +87,9 @@ def attribute(
     metric:
         See :class:`~dfa_lens.prompts.PromptPairs`; default: that of ``pairs``, the logit difference.
     batch_size:
-        Examples a pass. Changes memory and time, never the scores.
+        Examples a pass; integration steps and ablated nodes share a pass where there is room in it. "auto" takes what
+        fits into free memory, and half of that after an out-of-memory error. Changes memory and time, never the
+        scores.
     progress:
         Show a progress bar.
     mlp_gradient:
@@ -96,6 +100,9 @@ def attribute(
         as the released code does: comparison only.
     tolerance:
         For ``steps="auto"``.
+    share_prefix:
+        Run the tokens that a batch's clean and corrupt prompts share at their beginning only once, where that can be
+        done (see :func:`~dfa_lens.passes.shared_length`). Changes time, the scores by rounding only.
 
     Returns
     -------
@@ -141,17 +148,20 @@ def attribute(
     pairs.require(d_vocab=int(model.cfg.d_vocab), n_ctx=model.cfg.n_ctx)
     adapter.check_points(model, nodes.points)
 
-    def once(n: int) -> NodeScores:
-        job = _Job(model, nodes, metrics.resolve(chosen), method, n, mlp_gradient, accumulate)
+    def once(n: int, size: int) -> NodeScores:
+        job = _Job(model, nodes, metrics.resolve(chosen), method, n, mlp_gradient, accumulate, size, share_prefix)
+        if isinstance(chosen, str) and chosen in metrics.TWO_COLUMNS:
+            job.two_columns = True
         totals = torch.zeros(len(nodes), dtype=torch.float64)
         sums: dict[str, float] = {}
-        with adapter.frozen(model), tqdm(total=len(pairs), desc=method, unit="pair", disable=not progress) as bar:
-            for _, batch in pairs.batches(batch_size):
+        total = len(pairs) * job.units
+        with adapter.prepared(model), tqdm(total=total, desc=method, unit="run", disable=not progress) as bar:
+            job.done = bar.update
+            for _, batch in pairs.batches(size):
                 result = job.run(batch)
                 totals += result.scores
                 for key, value in result.sums.items():
                     sums[key] = sums.get(key, 0.0) + value
-                bar.update(len(batch))
         values = totals / len(pairs)
         means = {key: value / len(pairs) for key, value in sums.items()}
         meta: dict[str, Any] = {
@@ -173,10 +183,12 @@ def attribute(
             meta["completeness"] = {"expected": expected, "explained": explained, "residual": residual}
         return NodeScores(values.float(), nodes, meta)
 
-    if steps == "auto" and method.startswith("nap-ig"):
-        scores = _until_settled(once, tolerance)
-    else:
-        scores = once(1 if steps == "auto" else steps)
+    def scored(size: int) -> NodeScores:
+        if steps == "auto" and method.startswith("nap-ig"):
+            return _until_settled(lambda n: once(n, size), tolerance)
+        return once(1 if steps == "auto" else steps, size)
+
+    scores = batching.run(scored, batch_size, model, pairs, nodes, "attribute", method=method)
     residual = scores.meta.get("completeness", {}).get("residual", 0.0)
     if residual > INCOMPLETE and steps != "auto":
         warnings.warn(
@@ -226,8 +238,20 @@ class _Job:
     steps: int
     mlp_gradient: str
     accumulate: str
+    batch_size: int
+    share_prefix: bool
+    two_columns: bool = False  #: the metric reads the logits of the two answers only
+    done: Callable[[int], Any] = lambda n: None  #: told how many examples have gone through one more unit of work
 
-    def run(self, batch: PromptPairs) -> _Result:
+    @property
+    def units(self) -> int:
+        """Steps of the progress bar for one example."""
+        if self.method == "exact":
+            return len(self.nodes)
+        return {"nap": 1, "nap-ig-inputs": self.steps}.get(self.method, len(self.nodes.sites))
+
+    def run(self, pairs: PromptPairs) -> _Result:
+        batch = _Batch(self, pairs)
         if self.method in ("nap", "nap-ig-inputs"):
             return self._gradients(batch, 1 if self.method == "nap" else self.steps)
         if self.method == "nap-ig-activations":
@@ -236,49 +260,48 @@ class _Job:
 
     # --- nap and nap-ig-inputs -------------------------------------------------------------------------------
 
-    def _gradients(self, batch: PromptPairs, steps: int) -> _Result:
+    def _gradients(self, batch: _Batch, steps: int) -> _Result:
         totals = torch.zeros(len(self.nodes), dtype=torch.float64)
-        corrupt, corrupt_logits = self._record(batch, "corrupt", also=INPUT_POINT)
+        corrupt, corrupt_logits = batch.record("corrupt", also=INPUT_POINT)
         corrupt_embed = corrupt[INPUT_POINT]
         deltas: Activations = {}
-        seen: dict[str, Tensor] = {}  # of the clean run: embedding, logits
-        clean_value = input_score = 0.0
-
-        def read_clean_embedding(now: Tensor) -> None:
-            seen["embed"] = now.detach().clone()
+        clean_embed = corrupt_embed  # replaced by the first pass
 
         def difference(site: Site, now: Tensor) -> None:
             # in place of the recorded activation, which nothing else needs: one cache, not two
             deltas[site.point] = now.detach() - corrupt.pop(site.point)
 
-        # The last step is the clean run, so it goes first: the differences are read off it.
-        for k in range(steps, 0, -1):
-            leaves: dict[str, Tensor] = {}
+        def backward(taps: list[tuple[str, HookFunction]], start: Tensor | None, times: int) -> tuple[Tensor, ...]:
+            """One pass from the embedding ``start`` (None: its own), and back: embedding, gradient, logits."""
+            leaves: list[Tensor] = []
 
-            def embed(now: Tensor, k: int = k, leaves: dict[str, Tensor] = leaves) -> Tensor:
-                leaf = now if k == steps else torch.lerp(corrupt_embed, seen["embed"], k / steps)
-                leaves["embed"] = leaf.detach().clone().requires_grad_(True)
-                return leaves["embed"]
+            def embed(now: Tensor) -> Tensor:
+                leaves.append((now if start is None else start).detach().clone().requires_grad_(True))
+                return leaves[0]
 
-            taps: list[tuple[str, HookFunction]] = [(INPUT_POINT, embed)]
-            if k == steps:
-                taps = [(INPUT_POINT, read_clean_embedding), *taps]
-                taps += [(site.point, partial(difference, site)) for site in self.nodes.sites]
-            taps += self._gradient_taps(deltas, totals)
             with torch.enable_grad():
-                logits = adapter.run(self.model, batch.clean, batch.lengths, taps)
-                clean_logits = seen.setdefault("logits", logits.detach())
-                values = self.metric(logits, batch, clean_logits)
-                (gradient,) = torch.autograd.grad(values.sum(), [leaves["embed"]])
-            if k == steps:
-                clean_value = float(values.detach().sum(dtype=torch.float64))
-            delta = seen["embed"].float() - corrupt_embed.float()
-            input_score += float((delta * gradient.float()).sum(dtype=torch.float64))
+                logits = batch.run([(INPUT_POINT, embed), *taps, *self._gradient_taps(deltas, totals)], times=times)
+                values = batch.values(logits, logits.detach() if clean_logits is None else clean_logits, times)
+                (gradient,) = torch.autograd.grad(values.sum(), leaves)
+            return leaves[0].detach(), gradient, logits.detach(), values.detach()
+
+        # The last step is the clean run, so it goes first: the differences are read off it.
+        clean_logits: Tensor | None = None
+        read = [(site.point, partial(difference, site)) for site in self.nodes.sites]
+        clean_embed, gradient, clean_logits, values = backward(read, None, 1)
+        clean_value = float(values.sum(dtype=torch.float64))
+        change = clean_embed.float() - corrupt_embed.float()
+        input_score = float((change * gradient.float()).sum(dtype=torch.float64))
+        self.done(len(batch))
+        for fractions in batch.chunks([k / steps for k in range(steps - 1, 0, -1)]):
+            start = torch.cat([torch.lerp(corrupt_embed, clean_embed, fraction) for fraction in fractions])
+            _, gradient, _, _ = backward([], start, len(fractions))
+            input_score += float((change * _summed(gradient.float(), len(change))).sum(dtype=torch.float64))
+            self.done(len(batch) * len(fractions))
         totals /= steps
-        corrupt_value = self._total(corrupt_logits, batch, seen["logits"])
-        sums = {"clean": clean_value, "corrupt": corrupt_value}
+        sums = {"clean": clean_value, "corrupt": batch.total(corrupt_logits, clean_logits)}
         if self.method == "nap-ig-inputs":
-            sums |= {"expected": clean_value - corrupt_value, "explained": input_score / steps}
+            sums |= {"expected": clean_value - sums["corrupt"], "explained": input_score / steps}
         return _Result(totals, sums)
 
     def _gradient_taps(self, deltas: Activations, totals: Tensor) -> list[tuple[str, HookFunction]]:
@@ -314,7 +337,7 @@ class _Job:
         Padding needs no care here: attention is causal and the padding is on the right, so the gradient of anything
         read at the last real token is exactly zero there.
         """
-        product = delta.float() * gradient.float()
+        product = delta.float() * _summed(gradient.float(), len(delta))
         if site.axis is None:
             part = product.sum(dtype=torch.float64)[None]
         else:
@@ -327,57 +350,62 @@ class _Job:
 
     # --- nap-ig-activations ----------------------------------------------------------------------------------
 
-    def _paths(self, batch: PromptPairs) -> _Result:
+    def _paths(self, batch: _Batch) -> _Result:
         totals = torch.zeros(len(self.nodes), dtype=torch.float64)
-        corrupt, corrupt_logits = self._record(batch, "corrupt")
-        clean, clean_logits = self._record(batch, "clean")
-        deltas = {point: clean[point] - corrupt[point] for point in clean}
-        clean_value = self._total(clean_logits, batch, clean_logits)
-        sums = {"clean": clean_value, "corrupt": self._total(corrupt_logits, batch, clean_logits)}
+        corrupt, corrupt_logits = batch.record("corrupt")
+        deltas, clean_logits = batch.record("clean", streams=True)
+        for point in deltas:  # in place of the clean activations, which nothing else needs
+            deltas[point] -= corrupt[point]
+        clean_value = batch.total(clean_logits, clean_logits)
+        sums = {"clean": clean_value, "corrupt": batch.total(corrupt_logits, clean_logits)}
         sums |= {"expected": 0.0, "explained": 0.0, "gap": 0.0, "scale": 0.0}
         for site in self.nodes.sites:
             before = totals.clone()
-            for k in range(1, self.steps + 1):
-                self._one_path_step(batch, site, k / self.steps, corrupt, deltas, clean_logits, totals)
+            for fractions in batch.chunks([k / self.steps for k in range(1, self.steps + 1)]):
+                self._path(batch, site, fractions, corrupt[site.point], deltas[site.point], clean_logits, totals)
             if len(site.positions) == (site.size or 1):  # the whole group is scored: its scores must add up
                 group = NodeSet(self.nodes[position] for position in site.positions)
-                effect = clean_value - self._ablated(group, batch, corrupt, clean_logits)
+                off = torch.zeros(1, len(group))
+                effect = clean_value - float(batch.ablated(group, off, corrupt, clean_logits).sum())
                 explained = float((totals - before)[list(site.positions)].sum()) / self.steps
                 sums["expected"] += effect
                 sums["explained"] += explained
                 sums["gap"] += abs(effect - explained)
                 sums["scale"] += abs(effect)
+            self.done(len(batch))
         return _Result(totals / self.steps, sums)
 
-    def _one_path_step(
+    def _path(
         self,
-        batch: PromptPairs,
+        batch: _Batch,
         site: Site,
-        fraction: float,
-        corrupt: Activations,
-        deltas: Activations,
+        fractions: list[float],
+        corrupt: Tensor,
+        delta: Tensor,
         clean_logits: Tensor,
         totals: Tensor,
     ) -> None:
-        leaves: dict[str, Tensor] = {}
+        """The gradient at some places of one site's path, in one pass that begins at the site's block."""
+        leaves: list[Tensor] = []
 
         def function(now: Tensor) -> Tensor:
             hooks.check_site(site, now)
-            leaves["at"] = (corrupt[site.point] + fraction * deltas[site.point]).requires_grad_(True)
-            return leaves["at"]
+            places = torch.cat([corrupt + fraction * delta for fraction in fractions])
+            leaves.append(places.requires_grad_(True))
+            return leaves[0]
 
         with torch.enable_grad():
-            logits = adapter.run(self.model, batch.clean, batch.lengths, [(site.point, function)])
-            values = self.metric(logits, batch, clean_logits)
-            (gradient,) = torch.autograd.grad(values.sum(), [leaves["at"]])
-        self._add(totals, site, deltas[site.point], gradient)
+            logits = batch.run([(site.point, function)], times=len(fractions), layer=site.layer)
+            values = batch.values(logits, clean_logits, len(fractions))
+            (gradient,) = torch.autograd.grad(values.sum(), leaves)
+        self._add(totals, site, delta, gradient)
 
-    def _all_paths(self, batch: PromptPairs) -> _Result:
+    def _all_paths(self, batch: _Batch) -> _Result:
         """As released: on every pass of every group's path, the embedding's among them, every node's Δ·gradient is
         added up; the mean over all passes."""
         totals = torch.zeros(len(self.nodes), dtype=torch.float64)
-        corrupt, corrupt_logits = self._record(batch, "corrupt", also=INPUT_POINT)
-        clean, clean_logits = self._record(batch, "clean", also=INPUT_POINT)
+        corrupt, corrupt_logits = batch.record("corrupt", also=INPUT_POINT)
+        clean, clean_logits = batch.record("clean", also=INPUT_POINT)
         deltas = {point: clean[point] - corrupt[point] for point in clean}
         for point in clean:
             for k in range(1, self.steps + 1):
@@ -393,47 +421,126 @@ class _Job:
 
                 taps: list[tuple[str, HookFunction]] = [(INPUT_POINT, embed), (point, move)]
                 with torch.enable_grad():
-                    logits = adapter.run(
-                        self.model, batch.clean, batch.lengths, [*taps, *self._gradient_taps(deltas, totals)]
-                    )
-                    values = self.metric(logits, batch, clean_logits)
+                    logits = batch.run([*taps, *self._gradient_taps(deltas, totals)])
+                    values = batch.values(logits, clean_logits)
                     torch.autograd.grad(values.sum(), [leaves["embed"]])
+            if point != INPUT_POINT:
+                self.done(len(batch))
         names = {"clean": clean_logits, "corrupt": corrupt_logits}
-        sums = {name: self._total(logits, batch, clean_logits) for name, logits in names.items()}
+        sums = {name: batch.total(logits, clean_logits) for name, logits in names.items()}
         return _Result(totals / (len(clean) * self.steps), sums)
 
     # --- exact -----------------------------------------------------------------------------------------------
 
-    def _exact(self, batch: PromptPairs) -> _Result:
-        corrupt, corrupt_logits = self._record(batch, "corrupt")
-        with torch.no_grad():
-            clean_logits = adapter.run(self.model, batch.clean, batch.lengths)
-        clean = self._total(clean_logits, batch, clean_logits)
-        effects = [clean - self._ablated(NodeSet([node]), batch, corrupt, clean_logits) for node in self.nodes]
-        sums = {"clean": clean, "corrupt": self._total(corrupt_logits, batch, clean_logits)}
-        return _Result(torch.tensor(effects, dtype=torch.float64), sums)
+    def _exact(self, batch: _Batch) -> _Result:
+        corrupt, corrupt_logits = batch.record("corrupt")
+        _, clean_logits = batch.record("clean", nodes=False, streams=True)
+        clean = batch.total(clean_logits, clean_logits)
+        effects = torch.zeros(len(self.nodes), dtype=torch.float64)
+        for _, same_layer in groupby(range(len(self.nodes)), key=lambda position: self.nodes[position].layer):
+            for some in batch.chunks(list(same_layer)):
+                off = 1 - torch.eye(len(some))
+                effects[some] = clean - batch.ablated(self.nodes[some], off, corrupt, clean_logits)
+                self.done(len(batch) * len(some))
+        return _Result(effects, {"clean": clean, "corrupt": batch.total(corrupt_logits, clean_logits)})
 
-    # --- shared ----------------------------------------------------------------------------------------------
 
-    def _record(
-        self, batch: PromptPairs, which: Literal["clean", "corrupt"], *, also: str | None = None
+def _summed(gradient: Tensor, batch: int) -> Tensor:
+    """The sum over several passes of a batch that were made in one."""
+    return gradient if len(gradient) == batch else gradient.unflatten(0, (-1, batch)).sum(0)
+
+
+class _Batch:
+    """Some of the pairs, and how the model is run on them."""
+
+    def __init__(self, job: _Job, pairs: PromptPairs) -> None:
+        self.model, self.nodes, self.metric = job.model, job.nodes, job.metric
+        self.pairs = self.labels = pairs
+        self.room = max(1, job.batch_size // len(pairs))  # how often the batch fits into one pass
+        self.columns: Tensor | None = None
+        if job.two_columns:
+            self.columns = torch.stack([pairs.answer, pairs.wrong], 1)
+            first = torch.zeros_like(pairs.answer)
+            self.labels = replace(pairs, answer=first, wrong=first + 1, choices=None, corrupt_choices=None)
+        self.prefix = passes.shared_prefix(self.model, pairs, self.nodes, switch=job.share_prefix)
+        self.streams: dict[int, Tensor] = {}  # the clean run's residual stream at the beginning of blocks
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def chunks(self, items: list[Any]) -> list[list[Any]]:
+        """As many at a time as fit into one pass."""
+        return [items[first : first + self.room] for first in range(0, len(items), self.room)]
+
+    def run(
+        self,
+        taps: Sequence[tuple[str, HookFunction]],
+        *,
+        corrupt: bool = False,
+        times: int = 1,
+        layer: int | None = None,
+    ) -> Tensor:
+        """The logits (all, or those of the two answers) of one pass; ``times``: of the batch so often over."""
+        pairs = self.pairs
+        tokens, lengths = (pairs.corrupt, pairs.corrupt_lengths) if corrupt else (pairs.clean, pairs.lengths)
+        start = None
+        if layer in self.streams:
+            start = passes.Start(layer, self.streams[layer].repeat(times, 1, 1))
+        return passes.run(
+            self.model,
+            tokens.repeat(times, 1),
+            lengths.repeat(times),
+            taps,
+            columns=None if self.columns is None else self.columns.repeat(times, 1),
+            prefix=None if self.prefix is None else self.prefix.repeat(times),
+            start=start,
+        )
+
+    def record(
+        self,
+        which: Literal["clean", "corrupt"],
+        *,
+        nodes: bool = True,
+        also: str | None = None,
+        streams: bool = False,
     ) -> tuple[Activations, Tensor]:
+        """The nodes' activations, and the logits; with ``streams`` what later passes can begin with."""
         into: Activations = {}
-        corrupt = which == "corrupt"
-        tokens, lengths = (batch.corrupt, batch.corrupt_lengths) if corrupt else (batch.clean, batch.lengths)
-        taps = hooks.record_hooks(self.nodes, into)
-        if also is not None and also not in {site.point for site in self.nodes.sites}:
+        taps = hooks.record_hooks(self.nodes, into) if nodes else []
+        if also is not None and also not in self.nodes.points:
             taps.append((also, lambda now: into.__setitem__(also, now.detach().clone())))
+        if streams and passes.can_restart(self.model):
+            layers = sorted({node.layer for node in self.nodes if node.layer > 0})
+            taps += passes.stream_hooks(self.streams, layers)
         with torch.no_grad():
-            logits = adapter.run(self.model, tokens, lengths, taps)
+            logits = self.run(taps, corrupt=which == "corrupt")
         return into, logits
 
-    def _total(self, logits: Tensor, batch: PromptPairs, clean_logits: Tensor) -> float:
-        """The metric summed over the batch."""
-        return float(self.metric(logits, batch, clean_logits).sum(dtype=torch.float64))
+    def values(self, logits: Tensor, clean_logits: Tensor, times: int = 1) -> Float[Tensor, " row"]:
+        """The metric of every row."""
+        labels = self.labels
+        if times > 1:
+            labels = labels[torch.arange(len(labels)).repeat(times)]
+            clean_logits = clean_logits.repeat(times, 1)
+        return self.metric(logits, labels, clean_logits)
 
-    def _ablated(self, nodes: NodeSet, batch: PromptPairs, corrupt: Activations, clean_logits: Tensor) -> float:
-        """The metric summed over the batch, of the clean run with ``nodes`` at their corrupt activations."""
-        gates = hooks.gate_hooks(nodes, torch.zeros(len(nodes)), corrupt=corrupt)
+    def total(self, logits: Tensor, clean_logits: Tensor) -> float:
+        """The metric summed over the batch."""
+        return float(self.values(logits, clean_logits).sum(dtype=torch.float64))
+
+    def ablated(
+        self, nodes: NodeSet, masks: Float[Tensor, "times node"], corrupt: Activations, clean_logits: Tensor
+    ) -> Float[Tensor, " times"]:
+        """The metric summed over the batch, of the clean run under every one of several masks; ``nodes``: those of
+        one layer."""
+        times = len(masks)
+        others = {point: _again(corrupt[point], times) for point in nodes.points}
+        gates = hooks.gate_hooks(nodes, masks.repeat_interleave(len(self), 0), corrupt=others)
         with torch.no_grad():
-            return self._total(adapter.run(self.model, batch.clean, batch.lengths, gates), batch, clean_logits)
+            logits = self.run(gates, times=times, layer=nodes[0].layer)
+            values = self.values(logits, clean_logits, times)
+        return values.unflatten(0, (times, -1)).sum(1, dtype=torch.float64).cpu()
+
+
+def _again(activation: Tensor, times: int) -> Tensor:
+    return activation if times == 1 else activation.repeat(times, *[1] * (activation.ndim - 1))

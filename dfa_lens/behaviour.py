@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from dfa_lens import adapter
+from dfa_lens import adapter, passes
 from dfa_lens.adapter import HookedModel
 from dfa_lens.prompts import PromptPairs
 
@@ -135,10 +135,11 @@ def check(model: HookedModel, pairs: PromptPairs, *, batch_size: int = 16) -> Be
     difference, corrupt_difference = torch.zeros(n), torch.zeros(n)
     best, corrupt_best = torch.zeros(n, dtype=torch.bool), torch.zeros(n, dtype=torch.bool)
     prediction, corrupt_prediction = torch.zeros(n, dtype=torch.long), torch.zeros(n, dtype=torch.long)
-    with torch.no_grad(), adapter.frozen(model):
+    with torch.no_grad(), adapter.prepared(model):
         for rows, batch in pairs.batches(batch_size):
-            clean = adapter.run(model, batch.clean, batch.lengths).float().cpu()
-            corrupt = adapter.run(model, batch.corrupt, batch.corrupt_lengths).float().cpu()
+            prefix = passes.shared_prefix(model, batch)
+            clean = passes.run(model, batch.clean, batch.lengths, prefix=prefix).float().cpu()
+            corrupt = passes.run(model, batch.corrupt, batch.corrupt_lengths, prefix=prefix).float().cpu()
             two = torch.stack([batch.answer, batch.wrong], 1)
             for logits, choices, right, into in (
                 (clean, batch.choices, batch.answer, (difference, best, prediction)),

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -20,7 +20,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from dfa_lens import adapter, hooks, metrics
+from dfa_lens import adapter, batching, hooks, metrics, passes
 from dfa_lens.adapter import HookedModel
 from dfa_lens.errors import FaithfulnessError, ScoreError, unknown
 from dfa_lens.hooks import Activations
@@ -235,12 +235,13 @@ def faithfulness_curve(
     *,
     protocol: Protocol = "nodes",
     rank: Ranking = "signed",
-    batch_size: int = 16,
+    batch_size: int | Literal["auto"] = 16,
     progress: bool = False,
     sizes: Sequence[int] | None = None,
     fractions: Sequence[float] | None = None,
     metric: str | Callable[..., Tensor] | None = None,
     together: int = 1,
+    share_prefix: bool = True,
 ) -> FaithfulnessCurve:
     """Keep the k best nodes, corrupt the others, measure; for every k.
 
@@ -261,9 +262,14 @@ def faithfulness_curve(
         ten fractions.
     metric:
         Default: that of ``pairs``, the logit difference.
+    batch_size:
+        Examples a pass; "auto" takes what fits into free memory, and half of that after an out-of-memory error.
+        Changes memory and time, never the curve.
     together:
         How many sizes share a forward pass. More is faster for a small model on a GPU; the corrupt activations are
-        repeated as often.
+        repeated as often. With 1, a pass begins at the first block in which the circuit differs from the one before.
+    share_prefix:
+        As in :func:`~dfa_lens.attribution.attribute`.
 
     Raises
     ------
@@ -306,7 +312,11 @@ def faithfulness_curve(
     chosen = metrics.resolve(pairs.metric if metric is None else metric)
     if together < 1:
         raise FaithfulnessError(f"together must be at least 1, not {together}.")
-    runs = _run_all(model, pairs, nodes, keep, with_input, chosen, batch_size, together, progress)
+
+    def work(size: int) -> _Runs:
+        return _run_all(model, pairs, nodes, keep, with_input, chosen, size, together, progress, share_prefix)
+
+    runs = batching.run(work, batch_size, model, pairs, nodes, "faithfulness_curve", sizes=len(ks))
     clean, corrupt = float(runs.clean.mean()), float(runs.corrupt.mean())
     if not abs(clean - corrupt) > 1e-9 * max(abs(clean), abs(corrupt), 1e-30):
         raise FaithfulnessError(
@@ -414,19 +424,31 @@ def _run_all(
     batch_size: int,
     together: int,
     progress: bool,
+    share_prefix: bool,
 ) -> _Runs:
     n, n_sizes = len(pairs), len(keep)
     runs = _Runs(*(torch.zeros(shape, dtype=torch.float64) for shape in ((n,), (n,), (n_sizes, n), (n_sizes, n))))
+    layers = torch.tensor([node.layer for node in nodes])
+    restarts = [layer for layer in layers.unique().tolist() if layer > 0] if passes.can_restart(model) else []
+
+    @cache
+    def above(layer: int) -> NodeSet:
+        """The nodes that a pass beginning at this block meets."""
+        return nodes.where(lambda node: node.layer >= layer)
+
     with (
         torch.no_grad(),
-        adapter.frozen(model),
+        adapter.prepared(model),
         tqdm(total=n * n_sizes, desc="curve", unit="run", disable=not progress) as bar,
     ):
         for rows, batch in pairs.batches(batch_size):
-            clean_logits = adapter.run(model, batch.clean, batch.lengths)
+            prefix = passes.shared_prefix(model, batch, nodes, switch=share_prefix)
+            streams: dict[int, Tensor] = {}
+            keep_streams = passes.stream_hooks(streams, restarts) if together == 1 else []
+            clean_logits = passes.run(model, batch.clean, batch.lengths, keep_streams, prefix=prefix)
             corrupt: Activations = {}
             taps = hooks.record_hooks(nodes, corrupt)
-            corrupt_logits = adapter.run(model, batch.corrupt, batch.corrupt_lengths, taps)
+            corrupt_logits = passes.run(model, batch.corrupt, batch.corrupt_lengths, taps, prefix=prefix)
             runs.clean[rows] = metric(clean_logits, batch, clean_logits).double().cpu()
             runs.corrupt[rows] = metric(corrupt_logits, batch, clean_logits).double().cpu()
 
@@ -439,11 +461,25 @@ def _run_all(
                 else:
                     gated.append(i)
             bar.update(len(batch) * (n_sizes - len(gated)))
-            for first in range(0, len(gated), together):
+            before = torch.ones_like(keep[0])
+            for i in reversed(gated) if together == 1 else ():
+                # From the clean run downwards, each circuit differs from the one before in a few nodes, and below the
+                # first of them nothing changes.
+                layer = int(layers[keep[i] != before].min())
+                start = passes.Start(layer, streams[layer]) if layer in streams else None
+                layer = layer if start is not None else int(layers.min())
+                taps = passes.stream_hooks(streams, [each for each in restarts if each > layer])
+                gates = hooks.gate_hooks(above(layer), keep[i, layers >= layer].float(), corrupt=corrupt)
+                logits = passes.run(model, batch.clean, batch.lengths, [*gates, *taps], prefix=prefix, start=start)
+                runs.note(i, rows, batch, metric, logits, clean_logits)
+                before = keep[i]
+                bar.update(len(batch))
+            for first in range(0, len(gated), together) if together > 1 else ():
                 group = gated[first : first + together]
                 many, others = _repeated(batch, corrupt, len(group))
                 gates = hooks.gate_hooks(nodes, keep[group].float().repeat_interleave(len(batch), 0), corrupt=others)
-                logits = adapter.run(model, many.clean, many.lengths, gates)
+                again = None if prefix is None else prefix.repeat(len(group))
+                logits = passes.run(model, many.clean, many.lengths, gates, prefix=again)
                 for i, own in zip(group, logits.split(len(batch)), strict=True):
                     runs.note(i, rows, batch, metric, own, clean_logits)
                 bar.update(len(batch) * len(group))

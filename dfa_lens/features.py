@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from dfa_lens import adapter, hooks
+from dfa_lens import adapter, hooks, passes
 from dfa_lens.adapter import HookedModel
 from dfa_lens.errors import AlignmentError, NodeError
 from dfa_lens.nodes import NodeSet
@@ -121,7 +121,7 @@ def attention_features(
     with torch.no_grad(), adapter.frozen(model):
         for rows in torch.arange(len(tokens)).split(batch_size):
             taps = [(point, look(layer, wanted[rows])) for layer, point in points.items()]
-            adapter.run(model, tokens[rows], lengths[rows], taps, positions="all")
+            passes.run(model, tokens[rows], lengths[rows], taps, positions="all")
     out = torch.zeros(len(nodes), len(ATTENTION))
     for i, node in heads:
         if node.index is None or node.index >= len(totals[node.layer]):
@@ -234,7 +234,7 @@ def _at_answer(model: HookedModel, pairs: PromptPairs, nodes: NodeSet, batch_siz
     with torch.no_grad(), adapter.frozen(model):
         for _, batch in pairs.batches(batch_size):
             seen: dict[str, Tensor] = {}
-            adapter.run(model, batch.clean, batch.lengths, hooks.record_hooks(nodes, seen), positions="all")
+            passes.run(model, batch.clean, batch.lengths, hooks.record_hooks(nodes, seen), positions="all")
             for site in nodes.sites:
                 activation = seen[site.point]
                 if site.by_position or activation.ndim < 3 or activation.shape[1] != batch.clean.shape[1]:

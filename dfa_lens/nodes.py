@@ -178,7 +178,7 @@ class NodeSet(Sequence[Node]):
         >>> len(dfa.NodeSet.from_points(model, {"blocks.{layer}.hook_resid_pre": 1}, n_positions=10))
         60
         """
-        from dfa_lens import adapter
+        from dfa_lens import adapter, passes
 
         names: list[tuple[int, str, int | None]] = []
         for pattern, axis in points.items():
@@ -189,7 +189,7 @@ class NodeSet(Sequence[Node]):
                 names.append((_layer_of(pattern), pattern, axis))
         names.sort(key=lambda item: item[0])  # stable: the given order within a layer
         adapter.check_points(model, [name for _, name, _ in names])
-        layouts = adapter.layout(model, [name for _, name, _ in names])
+        layouts = passes.layout(model, [name for _, name, _ in names])
         nodes: list[Node] = []
         for layer, name, axis in names:
             if axis is None:

@@ -18,7 +18,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from dfa_lens import adapter, hooks
+from dfa_lens import adapter, hooks, passes
 from dfa_lens.adapter import HookedModel
 from dfa_lens.attribution import Method
 from dfa_lens.errors import DfaError
@@ -38,7 +38,8 @@ class Need:
         "attribute", "fit" or "faithfulness_curve".
     forward, backward:
         Examples that pass forward and backward through the model. Gradients reach activations only, so a backward
-        pass costs about as much as a forward pass.
+        pass costs about as much as a forward pass. A pass that begins at a later block, or after tokens that clean
+        and corrupt prompts share, is counted as a whole one: these are upper limits.
     cache_bytes:
         Recorded activations and logits that are kept at one time.
     gradient_bytes:
@@ -175,7 +176,8 @@ def estimate(
     graph_bytes = probe.gradient_bytes(batch) if method != "exact" else 0  # exact takes no gradient
 
     forward, backward = (n * passes for passes in attribution_passes(nodes, method, steps))
-    held = {"nap-ig-activations": 3 * batch * site_bytes, "exact": batch * site_bytes}
+    streams = len({node.layer for node in nodes if node.layer > 0}) * embed_bytes  # where later passes begin
+    held = {"nap-ig-activations": batch * (2 * site_bytes + streams), "exact": batch * (site_bytes + streams)}
     attribute = (forward, backward, held.get(method, batch * (site_bytes + 2 * embed_bytes)), graph_bytes)
 
     kept = {"device": n * (site_bytes + logit_bytes), "cpu": n * logit_bytes, "recompute": 0}[cache]
@@ -184,7 +186,7 @@ def estimate(
     fit = (again + batch * fit_steps, batch * fit_steps, kept + one_batch, probe.gradient_bytes(batch, gated=True))
 
     n_sizes = len(default_sizes(len(nodes))) if sizes is None else sizes
-    curve = (n * (1 + n_sizes), 0, batch * (site_bytes + 3 * logit_bytes), 0)
+    curve = (n * (1 + n_sizes), 0, batch * (site_bytes + streams + 3 * logit_bytes), 0)
 
     return Estimate(
         parameters=sum(p.numel() for p in parameters),
@@ -218,7 +220,7 @@ class _Probe:
         names = self.nodes.points if names is None else names
         bytes_per_value = next(iter(self.model.parameters())).element_size()
         total = 0
-        for shape, axes in adapter.layout(self.model, names).values():
+        for shape, axes in passes.layout(self.model, names).values():
             sizes = (self.width if axis in axes else size for axis, size in enumerate(shape) if axis > 0)
             total += math.prod(sizes) * bytes_per_value
         return total
@@ -235,15 +237,14 @@ class _Probe:
         """Most memory in use at one time during a gated pass without gradients."""
         tokens, lengths, corrupt, _ = self._recorded(batch)
         gates = hooks.gate_hooks(self.nodes, torch.full((len(self.nodes),), 0.5), corrupt=corrupt)
-        with torch.no_grad(), adapter.frozen(self.model), _Live() as live:
-            adapter.run(self.model, tokens, lengths, gates)
+        with torch.no_grad(), adapter.prepared(self.model), _Live() as live:
+            passes.run(self.model, tokens, lengths, gates)
         return live.peak
 
     def _kept(self, batch: int, gated: bool) -> int:
         model, nodes = self.model, self.nodes
         tokens, lengths, corrupt, logits = self._recorded(batch)
-        permanent = [*model.parameters(), *getattr(model, "buffers", list)(), *corrupt.values(), logits]
-        known = {_address(tensor) for tensor in permanent}
+        known: set[int] = set()
         kept: dict[int, Tensor] = {}  # the tensors themselves, so that no address is used twice
 
         def keep(tensor: Tensor) -> Tensor:
@@ -256,8 +257,10 @@ class _Probe:
 
         leaf = torch.full((len(nodes),), 0.5, requires_grad=True)
         taps = hooks.gate_hooks(nodes, leaf, corrupt=corrupt) if gated else [(INPUT_POINT, start)]
-        with torch.enable_grad(), adapter.frozen(model), saved_tensors_hooks(keep, lambda tensor: tensor):
-            out = adapter.run(model, tokens, lengths, taps)
+        with torch.enable_grad(), adapter.prepared(model), saved_tensors_hooks(keep, lambda tensor: tensor):
+            permanent = [*model.parameters(), *getattr(model, "buffers", list)(), *corrupt.values(), logits]
+            known.update(_address(tensor) for tensor in permanent)
+            out = passes.run(model, tokens, lengths, taps)
             if gated:
                 log_p, log_p_clean = out.float().log_softmax(-1), logits.float().log_softmax(-1)
                 torch.nn.functional.kl_div(log_p, log_p_clean, reduction="batchmean", log_target=True)
@@ -267,7 +270,7 @@ class _Probe:
         tokens, lengths = torch.zeros(batch, self.width, dtype=torch.long), torch.full((batch,), self.width)
         corrupt: hooks.Activations = {}
         with torch.no_grad(), adapter.frozen(self.model):
-            logits = adapter.run(self.model, tokens, lengths, hooks.record_hooks(self.nodes, corrupt))
+            logits = passes.run(self.model, tokens, lengths, hooks.record_hooks(self.nodes, corrupt))
         return tokens, lengths, corrupt, logits
 
 

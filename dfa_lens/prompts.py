@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from itertools import zip_longest
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -142,6 +143,12 @@ class PromptPairs:
     def longest(self) -> Int[Tensor, " pair"]:
         """The longer of each pair's two lengths."""
         return torch.maximum(self.lengths, self.corrupt_lengths)
+
+    @cached_property
+    def shared(self) -> Int[Tensor, " pair"]:
+        """How many tokens at the beginning each pair's prompts have in common; always fewer than either has."""
+        same = (self.clean == self.corrupt).long().cumprod(1).sum(1)
+        return torch.minimum(same, torch.minimum(self.lengths, self.corrupt_lengths) - 1)
 
     # --- making them -----------------------------------------------------------------------------------------
 
@@ -445,11 +452,13 @@ class PromptPairs:
     def batches(self, batch_size: int) -> Iterator[tuple[Int[Tensor, " batch"], PromptPairs]]:
         """Batches of similar length, longest first, each with the positions of its pairs in the whole.
 
-        Longest first, so that what does not fit into memory fails at once.
+        Longest first, so that what does not fit into memory fails at once; of equal length, those that share the
+        fewest tokens first, so that a batch's prompts share about as many.
         """
         if batch_size < 1:
             raise PromptError(f"batch_size must be at least 1, not {batch_size}.")
-        order = torch.argsort(self.longest, descending=True, stable=True)
+        by_shared = torch.argsort(self.shared, stable=True)
+        order = by_shared[torch.argsort(self.longest[by_shared], descending=True, stable=True)]
         for index in order.split(batch_size):
             yield index, self[index]
 

@@ -20,14 +20,15 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from dfa_lens import adapter, hooks, objectives, parameterisation
-from dfa_lens.adapter import HookedModel, Layout
+from dfa_lens import adapter, hooks, objectives, parameterisation, passes
+from dfa_lens.adapter import HookedModel
 from dfa_lens.alignment import Alignment, Scaling, scale
 from dfa_lens.errors import AlignmentError, PromptError, TrainingError, unknown
 from dfa_lens.hooks import Activations, Intervention
 from dfa_lens.nodes import NodeSet
 from dfa_lens.objectives import Loss, Objective
 from dfa_lens.parameterisation import Full, Parameterisation, Problem
+from dfa_lens.passes import Prefix
 from dfa_lens.prompts import PromptPairs
 from dfa_lens.scores import NodeScores
 
@@ -110,6 +111,7 @@ def fit(
     gate_heads: bool = True,
     cache: Cache = "device",
     shuffle: bool = True,
+    share_prefix: bool = True,
 ) -> Alignment:
     """Learn the alignment W from source scores to the target's nodes.
 
@@ -155,6 +157,9 @@ def fit(
         See :data:`Cache`.
     shuffle:
         False takes the examples in the order given, again and again.
+    share_prefix:
+        Run the tokens that clean and corrupt prompts share at their beginning only once, where that can be done (see
+        :func:`~dfa_lens.passes.shared_length`; with ``positions="answer"`` only). Changes time, W by rounding only.
 
     Returns
     -------
@@ -203,6 +208,7 @@ def fit(
         loss=loss,
         gate_heads=gate_heads,
         cache=cache,
+        share_prefix=share_prefix,
         progress=progress,
     )["fit"]
 
@@ -218,6 +224,7 @@ def fit_many(
     loss: Loss = "kl",
     gate_heads: bool = True,
     cache: Cache = "device",
+    share_prefix: bool = True,
     together: int | None = None,
     progress: bool = False,
 ) -> dict[str, Alignment]:
@@ -234,7 +241,7 @@ def fit_many(
     together:
         How many trainings share a forward pass; default: 1 on a CPU, where a pass costs what its examples cost, else
         16, since a small model leaves most of a GPU idle.
-    intervention, positions, nodes, loss, gate_heads, cache, progress:
+    intervention, positions, nodes, loss, gate_heads, cache, share_prefix, progress:
         As in :func:`fit`.
     """
     _check_names(intervention, positions, loss, cache)
@@ -255,11 +262,11 @@ def fit_many(
     gated = nodes if gate_heads else nodes.where(lambda node: node.kind != "head")
     adapter.check_points(target, gated.points)
     columns = torch.tensor([nodes.position(name) for name in gated.names], device=device)
-    data = _Data(target, gated, used, pairs, intervention, positions, cache)
+    data = _Data(target, gated, used, pairs, intervention, positions, cache, share_prefix)
     if together is None:
         together = 1 if device.type == "cpu" else 16
     total = sum(job.steps for job in jobs.values())
-    with adapter.frozen(target), tqdm(total=total, desc="fit", unit="step", disable=not progress) as bar:
+    with adapter.prepared(target), tqdm(total=total, desc="fit", unit="step", disable=not progress) as bar:
         data.fill(max(job.batch_size for job in jobs.values()))
         for group in _groups(list(runs.values()), together):
             for run in group:
@@ -292,16 +299,15 @@ def _step(runs: Sequence[_Run], step: int, data: _Data, columns: Tensor, loss: L
     """One optimiser step of every run, all on one forward and one backward pass."""
     with torch.enable_grad():
         drawn = [run.draw(step) for run in runs]
-        batch = data.batch(torch.cat([each.rows for each in drawn]))
         gates = torch.cat([each.gates for each in drawn])
         sizes = [len(each.rows) for each in drawn]
-        divergence = batch.divergence(data, gates[:, columns], loss, sizes).to(gates.device)
+        found = _divergence(data, torch.cat([each.rows for each in drawn]), gates, columns, loss)
         total = gates.new_zeros(())
-        for run, each, own in zip(runs, drawn, divergence.split(sizes), strict=True):
-            kl = own.mean()
-            one = kl + each.penalty
-            run.note(step, one, kl, each.gates)
-            total = total + one
+        for run, each, (own, slope, unit) in zip(runs, drawn, _split(found, sizes), strict=True):
+            square = unit.mean().clamp_min(1e-6) ** 2
+            kl = own.mean() / square
+            run.note(step, kl + each.penalty, kl, each.gates)
+            total = total + (each.gates * slope).sum() / len(own) / square + each.penalty
         parameters = [parameter for run in runs for parameter in run.parameters.parameters()]
         gradients = torch.autograd.grad(total, parameters)
     for parameter, gradient in zip(parameters, gradients, strict=True):
@@ -309,6 +315,30 @@ def _step(runs: Sequence[_Run], step: int, data: _Data, columns: Tensor, loss: L
     for run in runs:
         run.optimizer.step()
         run.optimizer.zero_grad(set_to_none=True)
+
+
+def _divergence(
+    data: _Data, rows: Int[Tensor, " example"], gates: Float[Tensor, "example node"], columns: Tensor, loss: Loss
+) -> tuple[Float[Tensor, " example"], Float[Tensor, "example node"], Float[Tensor, " example"]]:
+    """Each example's divergence, its gradient by the example's gates, and what it is measured in.
+
+    Group by group of the examples, each with its own backward pass, so that only one group's graph exists at a time.
+    """
+    divergence, gradient, unit = gates.new_zeros(len(rows)), torch.zeros_like(gates), gates.new_ones(len(rows))
+    for members in data.groups(rows):
+        batch = data.batch(rows[members])
+        group = members.to(gates.device)
+        leaf = gates.detach()[group].requires_grad_(True)
+        own = batch.divergence(data, leaf[:, columns], loss).to(gates.device)
+        (gradient[group],) = torch.autograd.grad(own.sum(), [leaf])
+        divergence[group] = own.detach()
+        if loss == "logit-difference":
+            unit[group] = batch.clean_difference().abs().to(gates.device)
+    return divergence, gradient, unit
+
+
+def _split(tensors: Sequence[Tensor], sizes: list[int]) -> Iterator[tuple[Tensor, ...]]:
+    return zip(*(tensor.split(sizes) for tensor in tensors), strict=True)
 
 
 @dataclass
@@ -519,11 +549,10 @@ class _Batch:
     clean: Activations | None
     corrupt: Activations | None
     log_p_clean: Float[Tensor, ...]
+    prefix: Prefix | None
 
-    def divergence(
-        self, data: _Data, gates: Float[Tensor, "example node"], loss: Loss, sizes: Sequence[int]
-    ) -> Float[Tensor, " example"]:
-        """How far the run under these gates is from the clean one; ``sizes``: how many examples each training has."""
+    def divergence(self, data: _Data, gates: Float[Tensor, "example node"], loss: Loss) -> Float[Tensor, " example"]:
+        """How far the run under these gates is from the clean one."""
         taps = hooks.gate_hooks(
             data.nodes, gates, clean=self.clean, corrupt=self.corrupt, intervention=data.intervention
         )
@@ -531,7 +560,7 @@ class _Batch:
         tokens, lengths = pairs.clean, pairs.lengths
         if data.intervention == "restore":
             tokens, lengths = pairs.corrupt, pairs.corrupt_lengths
-        logits = adapter.run(data.model, tokens, lengths, taps, positions=data.where)
+        logits = passes.run(data.model, tokens, lengths, taps, positions=data.where, prefix=self.prefix)
         log_p = logits.float().log_softmax(-1)
         target = self.log_p_clean.to(log_p.device)
         if loss != "kl":
@@ -539,14 +568,18 @@ class _Batch:
             answer, wrong = pairs.answer.to(log_p.device), pairs.wrong.to(log_p.device)
             if loss == "probability":
                 return (target[rows, answer].exp() - log_p[rows, answer].exp()) ** 2
-            now, clean = (each[rows, answer] - each[rows, wrong] for each in (log_p, target))
-            usual = torch.cat([part.abs().mean().expand(len(part)) for part in clean.split(list(sizes))])
-            return ((now - clean) / usual.clamp_min(1e-6)) ** 2
+            return (log_p[rows, answer] - log_p[rows, wrong] - self.clean_difference().to(log_p.device)) ** 2
         divergence = (target.exp() * (target - log_p)).sum(-1)
         if data.where == "all":
             shortest = torch.minimum(pairs.lengths, pairs.corrupt_lengths)
-            divergence = (divergence * adapter.attention_mask(shortest, tokens.shape[1], divergence.device)).sum(1)
+            divergence = (divergence * passes.attention_mask(shortest, tokens.shape[1], divergence.device)).sum(1)
         return divergence
+
+    def clean_difference(self) -> Float[Tensor, " example"]:
+        """logit(answer) - logit(wrong) of the clean run."""
+        two = torch.stack([self.pairs.answer, self.pairs.wrong], 1).to(self.log_p_clean.device)
+        right, wrong = self.log_p_clean.gather(1, two).unbind(1)
+        return right - wrong
 
 
 class _Data:
@@ -561,6 +594,7 @@ class _Data:
         intervention: Intervention,
         positions: Positions,
         cache: Cache,
+        share_prefix: bool,
     ) -> None:
         self.model, self.nodes, self.intervention, self.cache = model, nodes, intervention, cache
         self.tasks = tasks
@@ -570,10 +604,13 @@ class _Data:
             self.pairs = replace(self.pairs, lengths=full, corrupt_lengths=full)
         self.task = torch.cat([torch.full((len(pairs[task]),), i) for i, task in enumerate(tasks)])
         self.where: Literal["answer", "all"] = "answer" if positions == "answer" else "all"
-        self.layout: dict[str, Layout] = {}
+        self.share_prefix = share_prefix and self.where == "answer"
         self.needs = {"circuit": ("corrupt",), "restore": ("clean",), "interpolate": ("clean", "corrupt")}[intervention]
-        self.kept: dict[str, Activations] = {}
-        self.log_p: Tensor | None = None
+        self.kept: dict[str, dict[str, _Store]] = {}
+        self.log_p: _Store | None = None
+        self.keys_and_values: list[tuple[_Store, ...]] = []
+        self.prefix_axis = 0
+        self.first = torch.zeros(len(self.pairs), dtype=torch.long)  # where each example's runs begin
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -582,64 +619,139 @@ class _Data:
         """Run everything once and keep it, unless it is to be recomputed."""
         if self.cache == "recompute":
             return
-        self.layout = adapter.layout(self.model, self.nodes.points, positions=self.where)
-        width = self.pairs.clean.shape[1]
-        for rows in torch.arange(len(self)).split(batch_size):
-            part = self.pairs[rows]
-            runs, log_p = self._compute(part)
-            for name, activations in runs.items():
+        layout = passes.layout(self.model, self.nodes.points, positions=self.where)
+        axes = {point: each.position_axes for point, each in layout.items()}
+        for rows, part in self.pairs.batches(batch_size):
+            found = self._compute(part, keep_prefix=True)
+            self.first[rows] = found.first
+            for name, activations in found.runs.items():
                 store = self.kept.setdefault(name, {})
                 for point, activation in activations.items():
-                    if point not in store:
-                        where = "cpu" if self.cache == "cpu" else activation.device
-                        axes = self.layout[point].position_axes
-                        sizes = [width if axis in axes else n for axis, n in enumerate(activation.shape)]
-                        store[point] = torch.zeros((len(self), *sizes[1:]), dtype=activation.dtype, device=where)
-                    here = rows.to(store[point].device)
-                    store[point][self._window(point, here, part.clean.shape[1])] = activation.to(store[point].device)
+                    kept = store.setdefault(point, self._store(activation, axes[point]))
+                    kept.put(rows, found.first, activation)
+                    if point in found.before:  # the same in the clean and in the corrupt run
+                        kept.put(rows, 0, found.before[point])
+            if found.prefix is not None:
+                for layer, each in enumerate(zip(found.prefix.keys, found.prefix.values, strict=True)):
+                    if layer == len(self.keys_and_values):
+                        axis = found.prefix.axis
+                        self.keys_and_values.append(tuple(self._store(kept, (axis,)) for kept in each))
+                    for kept, tensor in zip(self.keys_and_values[layer], each, strict=True):
+                        kept.put(rows, 0, tensor)
+                self.prefix_axis = found.prefix.axis
             if self.log_p is None:
-                shape: tuple[int, ...] = (len(self), *log_p.shape[1:])
-                if log_p.ndim == 3:
-                    shape = (len(self), width, log_p.shape[2])
-                self.log_p = torch.zeros(shape, dtype=log_p.dtype, device=log_p.device)
-            if log_p.ndim == 3:
-                self.log_p[rows, : log_p.shape[1]] = log_p
-            else:
-                self.log_p[rows] = log_p
+                self.log_p = self._store(found.log_p, (1,) if found.log_p.ndim == 3 else (), here=True)
+            self.log_p.put(rows, found.first, found.log_p)
+
+    def _store(self, example: Tensor, position_axes: tuple[int, ...], *, here: bool = False) -> _Store:
+        width = self.pairs.clean.shape[1]
+        sizes = [width if axis in position_axes else n for axis, n in enumerate(example.shape)]
+        where = "cpu" if self.cache == "cpu" and not here else example.device
+        return _Store(torch.zeros((len(self), *sizes[1:]), dtype=example.dtype, device=where), position_axes)
+
+    def groups(self, rows: Int[Tensor, " batch"]) -> list[Int[Tensor, " group"]]:
+        """Which examples of a batch go through the model together: those for which padding is worth while.
+
+        On a GPU all of them. On a CPU a pass takes what its tokens take, so prompts of another length, or with a
+        shorter common beginning, are better off in a pass of their own as soon as it saves :data:`PASS_IN_TOKENS`.
+        """
+        if adapter.device_of(self.model).type != "cpu" or self.cache == "recompute" or self.where == "all":
+            return [torch.arange(len(rows))]
+        kinds: dict[tuple[int, int], list[int]] = {}
+        spans = zip(self.pairs.longest[rows].tolist(), self.first[rows].tolist(), strict=True)
+        for at, span in enumerate(spans):
+            kinds.setdefault(span, []).append(at)
+        order = sorted(kinds)
+        best: list[tuple[int, int]] = [(0, 0)]  # of the first j kinds: the cost, and where the last group begins
+        for j in range(1, len(order) + 1):
+            options = []
+            for i in range(j):
+                some = order[i:j]
+                width = some[-1][0] - min(first for _, first in some)
+                options.append((best[i][0] + PASS_IN_TOKENS + width * sum(len(kinds[kind]) for kind in some), i))
+            best.append(min(options))
+        found, j = [], len(order)
+        while j:
+            i = best[j][1]
+            found.append(torch.tensor(sorted(at for kind in order[i:j] for at in kinds[kind])))
+            j = i
+        return found
 
     def batch(self, rows: Int[Tensor, " batch"]) -> _Batch:
-        """The examples ``rows``, with everything cut to their longest prompt."""
+        """The examples ``rows``, with everything cut to their longest prompt, and their common beginning left out."""
         part = self.pairs[rows]
         if self.cache == "recompute":
-            runs, log_p = self._compute(part)
-        else:
-            width = part.clean.shape[1]
-            runs = {
-                name: {point: kept[self._window(point, rows.to(kept.device), width)] for point, kept in store.items()}
-                for name, store in self.kept.items()
-            }
-            assert self.log_p is not None
-            log_p = self.log_p[rows.to(self.log_p.device)]
-            if log_p.ndim == 3:
-                log_p = log_p[:, :width]
-        return _Batch(part, runs.get("clean"), runs.get("corrupt"), log_p)
+            found = self._compute(part)
+            return _Batch(part, found.runs.get("clean"), found.runs.get("corrupt"), found.log_p, found.prefix)
+        width, first = part.clean.shape[1], int(self.first[rows].min())
+        runs = {
+            name: {point: kept.get(rows, first, width) for point, kept in store.items()}
+            for name, store in self.kept.items()
+        }
+        prefix = None
+        if first:
+            device = adapter.device_of(self.model)
+            both = [[kept.get(rows, 0, first).to(device) for kept in pair] for pair in self.keys_and_values]
+            keys, values = zip(*both, strict=True)
+            prefix = Prefix(first, keys, values, self.prefix_axis)
+        assert self.log_p is not None
+        return _Batch(part, runs.get("clean"), runs.get("corrupt"), self.log_p.get(rows, first, width), prefix)
 
-    def _window(self, point: str, rows: Int[Tensor, " batch"], width: int) -> tuple[Any, ...]:
-        """The index of the examples ``rows`` in what is kept of a hook point, cut to prompts of ``width`` tokens."""
-        shape, axes = self.layout[point]
-        return (rows, *(slice(width) if axis in axes else slice(None) for axis in range(1, len(shape))))
-
-    def _compute(self, part: PromptPairs) -> tuple[dict[str, Activations], Tensor]:
+    def _compute(self, part: PromptPairs, *, keep_prefix: bool = False) -> _Computed:
+        """The clean and the corrupt run of some pairs; with ``keep_prefix`` also what the nodes do at their common
+        beginning."""
         runs: dict[str, Activations] = {}
+        before: Activations = {}
+        prefix = None
         with torch.no_grad():
+            first = passes.shared_length(self.model, part, self.nodes, switch=self.share_prefix)
+            if first:
+                taps = hooks.record_hooks(self.nodes, before) if keep_prefix else []
+                prefix = passes.prefix_of(self.model, part.clean[:, :first], taps)
             if "corrupt" in self.needs:
-                adapter.run(
+                passes.run(
                     self.model,
                     part.corrupt,
                     part.corrupt_lengths,
                     hooks.record_hooks(self.nodes, runs.setdefault("corrupt", {})),
                     positions=self.where,
+                    prefix=prefix,
                 )
             taps = hooks.record_hooks(self.nodes, runs.setdefault("clean", {})) if "clean" in self.needs else []
-            logits = adapter.run(self.model, part.clean, part.lengths, taps, positions=self.where)
-        return runs, logits.float().log_softmax(-1)
+            logits = passes.run(self.model, part.clean, part.lengths, taps, positions=self.where, prefix=prefix)
+        return _Computed(runs, logits.float().log_softmax(-1), prefix, before, first)
+
+
+#: What a pass costs on a CPU beside its tokens, in tokens; measured with `python tests/benchmarks/speed.py --overhead`.
+PASS_IN_TOKENS = 64
+
+
+@dataclass
+class _Computed:
+    """The runs of some examples, beginning after ``first`` tokens."""
+
+    runs: dict[str, Activations]
+    log_p: Float[Tensor, ...]
+    prefix: Prefix | None
+    before: Activations
+    first: int
+
+
+@dataclass
+class _Store:
+    """One tensor for all examples, axis 0, that is written and read in parts; some axes are positions."""
+
+    kept: Tensor
+    position_axes: tuple[int, ...]
+
+    def put(self, rows: Int[Tensor, " batch"], first: int, part: Tensor) -> None:
+        lengths = {part.shape[axis] for axis in self.position_axes} or {0}
+        self.kept[self._window(rows, first, first + lengths.pop())] = part.to(self.kept.device)
+
+    def get(self, rows: Int[Tensor, " batch"], first: int, end: int) -> Tensor:
+        return self.kept[self._window(rows, first, end)]
+
+    def _window(self, rows: Int[Tensor, " batch"], first: int, end: int) -> tuple[Any, ...]:
+        cut = slice(first, end)
+        axes = range(1, self.kept.ndim)
+        return (rows.to(self.kept.device), *(cut if axis in self.position_axes else slice(None) for axis in axes))

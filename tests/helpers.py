@@ -88,6 +88,8 @@ def state_of(model: Any) -> dict[str, Any]:
         "dtype": [p.dtype for p in model.parameters()],
         "weights": sum(float(p.detach().double().sum()) for p in model.parameters() if p.device.type != "meta"),
         "rng": torch.get_rng_state().tolist(),
+        "strides": [p.stride() for p in model.parameters()],
+        "forward": [name for name, m in model.named_modules() if "forward" in vars(m)],
         "grad enabled": torch.is_grad_enabled(),
     }
 

@@ -7,7 +7,7 @@ import torch
 from helpers import BACKENDS, random_model, random_pairs, unchecked
 
 import dfa_lens as dfa
-from dfa_lens import adapter, hooks
+from dfa_lens import adapter, hooks, passes
 from dfa_lens.adapter import ProcessedWeightsWarning
 from dfa_lens.errors import HookError
 
@@ -73,11 +73,11 @@ def test_what_is_recorded_is_never_edited(model, pairs):
     )
     corrupt = {}
     with torch.no_grad():
-        adapter.run(model, pairs.corrupt, pairs.lengths, hooks.record_hooks(nodes, corrupt))
+        passes.run(model, pairs.corrupt, pairs.lengths, hooks.record_hooks(nodes, corrupt))
         before = {point: activation.clone() for point, activation in corrupt.items()}
         for _ in range(2):
             gates = hooks.gate_hooks(nodes, torch.full((len(nodes),), 0.3), corrupt=corrupt)
-            adapter.run(model, pairs.clean, pairs.lengths, gates)
+            passes.run(model, pairs.clean, pairs.lengths, gates)
     assert all(torch.equal(before[point], corrupt[point]) for point in corrupt)
     addresses = [activation.untyped_storage().data_ptr() for activation in corrupt.values()]
     assert len(set(addresses)) == len(addresses)
@@ -87,10 +87,10 @@ def test_another_batch_s_activations_are_refused(any_model, pairs, ragged):
     nodes = dfa.NodeSet.heads_and_mlps(any_model)
     corrupt = {}
     with torch.no_grad():
-        adapter.run(any_model, ragged.corrupt[:1], ragged.lengths[:1], hooks.record_hooks(nodes, corrupt))
+        passes.run(any_model, ragged.corrupt[:1], ragged.lengths[:1], hooks.record_hooks(nodes, corrupt))
         gates = hooks.gate_hooks(nodes, torch.zeros(15), corrupt=corrupt)
         with pytest.raises(HookError, match="record on the same batch, with the same padding"):
-            adapter.run(any_model, pairs.clean, pairs.lengths, gates)
+            passes.run(any_model, pairs.clean, pairs.lengths, gates)
 
 
 # --- hook points of one's own ------------------------------------------------------------------------------------
@@ -170,7 +170,7 @@ def test_processed_weights_warn_once_and_change_what_the_warning_says(backend, f
         for run, tokens in (("clean", ragged.clean), ("corrupt", ragged.corrupt)):
             into = {}
             with torch.no_grad():
-                logits[name, run] = adapter.run(model, tokens, ragged.lengths, hooks.record_hooks(nodes, into))
+                logits[name, run] = passes.run(model, tokens, ragged.lengths, hooks.record_hooks(nodes, into))
             z[name, run] = into["blocks.1.attn.hook_z"][:, 0]
     assert not torch.allclose(logits["plain", "clean"], logits["changed", "clean"], atol=1e-2)
     moved = (z["plain", "clean"] - z["changed", "clean"]).abs().max()

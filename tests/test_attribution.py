@@ -5,7 +5,7 @@ import torch
 from helpers import float64_model, random_model, random_pairs, unchecked
 
 import dfa_lens as dfa
-from dfa_lens import adapter, hooks
+from dfa_lens import adapter, hooks, passes
 from dfa_lens.errors import DfaError, PromptError
 
 METHODS = ("nap", "nap-ig-inputs", "nap-ig-activations", "exact")
@@ -19,7 +19,7 @@ def metric_of(logits, pairs):
 def record(model, tokens, pairs, nodes):
     into = {}
     with torch.no_grad():
-        adapter.run(model, tokens, pairs.lengths, hooks.record_hooks(nodes, into))
+        passes.run(model, tokens, pairs.lengths, hooks.record_hooks(nodes, into))
     return into
 
 
@@ -36,7 +36,7 @@ def blended(model, pairs, nodes, j, amount, clean, corrupt):
         return out
 
     with torch.no_grad():
-        return metric_of(adapter.run(model, pairs.clean, pairs.lengths, [(node.point, function)]), pairs)
+        return metric_of(passes.run(model, pairs.clean, pairs.lengths, [(node.point, function)]), pairs)
 
 
 @pytest.fixture(scope="module")
@@ -87,8 +87,8 @@ def test_ig_inputs_of_the_embedding_converge_to_the_metrics_change(double, pairs
     nodes = dfa.NodeSet.heads_and_mlps(double, with_input=True)
     scores = dfa.attribute(double, pairs, nodes=nodes, steps=300)
     with torch.no_grad():
-        clean = metric_of(adapter.run(double, pairs.clean, pairs.lengths), pairs)
-        corrupt = metric_of(adapter.run(double, pairs.corrupt, pairs.lengths), pairs)
+        clean = metric_of(passes.run(double, pairs.clean, pairs.lengths), pairs)
+        corrupt = metric_of(passes.run(double, pairs.corrupt, pairs.lengths), pairs)
     assert scores.meta["completeness"]["expected"] == pytest.approx(float(clean - corrupt), rel=1e-6)
     assert scores.meta["completeness"]["explained"] == pytest.approx(scores["input"], rel=1e-5)
     assert scores["input"] == pytest.approx(float(clean - corrupt), rel=0.05)

@@ -5,6 +5,7 @@ import torch
 from helpers import random_model, random_pairs
 
 import dfa_lens as dfa
+from dfa_lens import adapter, passes
 from dfa_lens.errors import DfaError
 
 STEPS, SIZES = 4, [0, 3, 9, 20]
@@ -25,7 +26,9 @@ def setting(request):
         num_hidden_layers=4,
         num_attention_heads=4,
     )
-    return model, random_pairs(12, 32, vocabulary=1000)
+    pairs = random_pairs(12, 32, vocabulary=1000)
+    pairs.corrupt[:, 0] = pairs.clean[:, 0] % 999 + 1  # nothing in common at the beginning: whole passes
+    return model, pairs
 
 
 def run_all(model, pairs, method, steps, batch_size):
@@ -57,6 +60,7 @@ def test_passes(setting, method):
     """Examples that went forward are counted at the embedding, those that went backward at its gradient."""
     model, pairs = setting
     steps = METHODS[method]
+    assert passes.can_restart(model)  # tried once per model, on a few tokens
     needs = dfa.estimate(model, pairs, batch_size=8, method=method, steps=steps, fit_steps=STEPS, sizes=len(SIZES))
     for operation, work in run_all(model, pairs, method, steps, 8).items():
         forward = []
@@ -75,7 +79,8 @@ def test_memory_within_a_fifth(setting, method, batch_size):
     needs = dfa.estimate(model, pairs, batch_size=batch_size, method=method, steps=2, fit_steps=STEPS, sizes=len(SIZES))
     for operation, work in run_all(model, pairs, method, 2, batch_size).items():
         work()  # what is allocated once and for all
-        measured = peak_bytes(work)
+        with adapter.prepared(model):  # the profiler does not see that the weights' former memory is given back
+            measured = peak_bytes(work)
         assert needs[operation].peak_bytes == pytest.approx(measured, rel=0.2), operation
     assert needs.parameter_bytes == sum(p.numel() * 4 for p in model.parameters())
 
@@ -102,5 +107,6 @@ def test_other_nodes(setting):
     neurons = dfa.NodeSet.from_points(model, {"blocks.{layer}.mlp.hook_post": 2})
     need = dfa.estimate(model, pairs, neurons, method="exact", batch_size=8)["attribute"]
     assert need.forward == len(pairs) * (2 + 4 * 256)
-    assert need.cache_bytes == 8 * 32 * 4 * 256 * 4
+    streams = 8 * 32 * 3 * 96 * 4  # the residual stream before blocks 1, 2 and 3
+    assert need.cache_bytes == 8 * 32 * 4 * 256 * 4 + streams
     assert torch.is_grad_enabled()

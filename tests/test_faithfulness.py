@@ -4,7 +4,7 @@ import torch
 from helpers import random_model, random_pairs, unchecked
 
 import dfa_lens as dfa
-from dfa_lens import adapter, hooks, statistics
+from dfa_lens import hooks, passes, statistics
 from dfa_lens.errors import DfaError, FaithfulnessError, ScoreError
 from dfa_lens.faithfulness import FaithfulnessCurve, area, default_sizes
 
@@ -26,9 +26,9 @@ def test_end_points(model, ragged, scores):
     # f_0: the clean embedding, every node corrupt
     corrupt = {}
     with torch.no_grad():
-        adapter.run(model, ragged.corrupt, ragged.lengths, hooks.record_hooks(NODES, corrupt))
+        passes.run(model, ragged.corrupt, ragged.lengths, hooks.record_hooks(NODES, corrupt))
         gates = hooks.gate_hooks(NODES, torch.zeros(15), corrupt=corrupt)
-        logits = adapter.run(model, ragged.clean, ragged.lengths, gates)
+        logits = passes.run(model, ragged.clean, ragged.lengths, gates)
     rows = torch.arange(len(ragged))
     empty = float((logits[rows, ragged.answer] - logits[rows, ragged.wrong]).mean())
     clean, corrupted = curve.clean_values.mean(), curve.corrupt_values.mean()

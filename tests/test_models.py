@@ -8,7 +8,7 @@ import torch
 from helpers import BACKENDS, random_model, random_pairs, state_of
 
 import dfa_lens as dfa
-from dfa_lens import adapter
+from dfa_lens import adapter, passes
 from dfa_lens.errors import ModelError, PromptError
 from dfa_lens.models import transformer_lens_major
 from dfa_lens.zoo.tokenizer import build
@@ -76,12 +76,12 @@ def test_logits_are_those_of_hugging_face(name, tmp_path):
     folder = checkpoint(tmp_path, *CONFIGS[name])
     hf = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="sdpa").eval()
     pairs = random_pairs(4, 60, ragged=True)  # beyond the original context of the scaled ones
-    mask = adapter.attention_mask(pairs.lengths, 60, torch.device("cpu"))
+    mask = passes.attention_mask(pairs.lengths, 60, torch.device("cpu"))
     with torch.no_grad():
         expected = hf(input_ids=pairs.clean, attention_mask=mask).logits[torch.arange(4), pairs.lengths - 1]
         for backend in BACKENDS:
             model = dfa.load_model(folder, backend=backend)
-            found = adapter.run(model, pairs.clean, pairs.lengths)
+            found = passes.run(model, pairs.clean, pairs.lengths)
             torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
 
 

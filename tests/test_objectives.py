@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import dfa_lens as dfa
-from dfa_lens import adapter, hooks, objectives
+from dfa_lens import hooks, objectives, passes
 from dfa_lens.errors import AlignmentError
 from dfa_lens.objectives import Matryoshka, Sparse, TargetSize, gates_of_size
 
@@ -82,9 +82,9 @@ def test_other_losses_are_their_equations(model, loss):
             one = pairs[task][i]
             corrupt = {}
             with torch.no_grad():
-                adapter.run(model, one.corrupt, one.corrupt_lengths, hooks.record_hooks(nodes, corrupt))
-                clean = adapter.run(model, one.clean, one.lengths)[0]
-                masked = adapter.run(model, one.clean, one.lengths, hooks.gate_hooks(nodes, g, corrupt=corrupt))[0]
+                passes.run(model, one.corrupt, one.corrupt_lengths, hooks.record_hooks(nodes, corrupt))
+                clean = passes.run(model, one.clean, one.lengths)[0]
+                masked = passes.run(model, one.clean, one.lengths, hooks.gate_hooks(nodes, g, corrupt=corrupt))[0]
             a, w = int(one.answer), int(one.wrong)
             rows.append(
                 (
