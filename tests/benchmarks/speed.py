@@ -146,8 +146,13 @@ class Bench:
         return self.peak(work)
 
     def operations(
-        self, *, one_batch: tuple[int, int] | None = None, shared: int = 0, **options: Any
-    ) -> dict[str, Any]:
+        self,
+        *,
+        one_batch: tuple[int, int] | None = None,
+        shared: int = 0,
+        batch_size: int | None = None,
+        **options: Any,
+    ) -> dict[str, tuple[dfa.PromptPairs, Callable[[], Any], Callable[[], Any] | None, int]]:
         """Name → pairs, work, the work to be taken off it (a warm-up), and how many units are left."""
 
         def pairs(n: int, width: int) -> dfa.PromptPairs:
