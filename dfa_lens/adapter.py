@@ -157,7 +157,7 @@ def add_hook_point(
     module:
         The module's path in the model, "blocks.3.mlp" say.
     name:
-        What the hook point is called there; it must start with "hook_".
+        What the hook point is called there; it must start with ``hook_``.
     at:
         Whether it sees what the module returns or what it is given. Of several tensors it sees the first.
 

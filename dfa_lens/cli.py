@@ -1,4 +1,4 @@
-"""The command line: ``dfa-lens demo | attribute | fit | transfer | evaluate | report | study``."""
+"""The command line: ``dfa-lens demo | attribute | fit | transfer | evaluate | report | study | doctor``."""
 
 from __future__ import annotations
 
@@ -232,6 +232,17 @@ def report(
     )
     write_atomically(out, figure.to_html(include_plotlyjs=True).encode())
     typer.echo(f"{out} written.")
+
+
+@app.command(epilog="Example: dfa-lens doctor --model llama3-tiny-source")
+def doctor(
+    model: Annotated[str | None, typer.Option(help="Also load this model and try what it can do.")] = None,
+) -> None:
+    """Say what is installed, what there is to compute with, and what will work."""
+    from dfa_lens import diagnosis
+
+    for line in diagnosis.lines(_model(model) if model is not None else None):
+        typer.echo(line)
 
 
 def main() -> None:

@@ -465,12 +465,14 @@ def _run_all(
             for i in reversed(gated) if together == 1 else ():
                 # From the clean run downwards, each circuit differs from the one before in a few nodes, and below the
                 # first of them nothing changes.
-                layer = int(layers[keep[i] != before].min())
-                start = passes.Start(layer, streams[layer]) if layer in streams else None
-                layer = layer if start is not None else int(layers.min())
-                taps = passes.stream_hooks(streams, [each for each in restarts if each > layer])
-                gates = hooks.gate_hooks(above(layer), keep[i, layers >= layer].float(), corrupt=corrupt)
-                logits = passes.run(model, batch.clean, batch.lengths, [*gates, *taps], prefix=prefix, start=start)
+                changed = layers[keep[i] != before]
+                if len(changed):  # two sizes may be one circuit
+                    layer = int(changed.min())
+                    start = passes.Start(layer, streams[layer]) if layer in streams else None
+                    layer = layer if start is not None else int(layers.min())
+                    taps = passes.stream_hooks(streams, [each for each in restarts if each > layer])
+                    gates = hooks.gate_hooks(above(layer), keep[i, layers >= layer].float(), corrupt=corrupt)
+                    logits = passes.run(model, batch.clean, batch.lengths, [*gates, *taps], prefix=prefix, start=start)
                 runs.note(i, rows, batch, metric, logits, clean_logits)
                 before = keep[i]
                 bar.update(len(batch))

@@ -22,8 +22,8 @@ Loss = Literal["kl", "logit-difference", "probability"]
 """How far the masked run is from the clean one; each averaged over examples.
 
 - ``kl``: KL(P_clean ‖ P_masked) (the paper).
-- ``logit-difference``: ((m_masked − m_clean) / mean |m_clean|)² with m = logit(answer) − logit(wrong); answer position
-  only. Asks for less than kl: other tokens may move.
+- ``logit-difference``: ``((m_masked − m_clean) / mean |m_clean|)²`` with m = logit(answer) − logit(wrong); answer
+  position only. Asks for less than kl: other tokens may move.
 - ``probability``: (P_clean(answer) − P_masked(answer))²; answer position only.
 """
 

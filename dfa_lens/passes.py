@@ -144,7 +144,7 @@ def shared_length(model: HookedModel, batch: PromptPairs, nodes: NodeSet | None 
         return 0
     sites = nodes.sites if nodes is not None else ()
     by_token = all(not site.by_position and site.point.rsplit(".", 1)[-1] in _BY_TOKEN for site in sites)
-    return length if by_token and _works(model, "prefix") else 0
+    return length if by_token and can_share(model) else 0
 
 
 def shared_prefix(
@@ -153,6 +153,11 @@ def shared_prefix(
     """The common beginning of a batch's clean and corrupt prompts, run once; None where :func:`shared_length` is 0."""
     length = shared_length(model, batch, nodes, switch=switch)
     return prefix_of(model, batch.clean[:, :length]) if length else None
+
+
+def can_share(model: HookedModel) -> bool:
+    """Whether a common beginning may be run once (:class:`Prefix`): a trial must give the same logits."""
+    return _works(model, "prefix")
 
 
 def can_restart(model: HookedModel) -> bool:

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import dfa_lens as dfa
 
@@ -91,10 +92,40 @@ def test_command_line_errors_are_one_line(tmp_path):
 
 
 def test_every_command_shows_an_example(tmp_path):
-    for command in ("demo", "attribute", "fit", "transfer", "evaluate", "report", "study"):
+    for command in ("demo", "attribute", "fit", "transfer", "evaluate", "report", "study", "doctor"):
         code, out, _ = run_cli(command, "--help", cwd=tmp_path)
         assert code == 0
         assert f"Example: dfa-lens {command} " in " ".join(out.split())
+
+
+def test_doctor(tmp_path, zoo_source):
+    code, out, err = run_cli("doctor", "--model", "llama3-tiny-source", cwd=tmp_path)
+    assert code == 0, err
+    for text in (
+        dfa.__version__,
+        torch.__version__,
+        "threads for torch",
+        "llama3-tiny-target",
+        "shared beginnings  run once",
+    ):
+        assert text in out
+    assert "NOT INSTALLED" not in out
+
+
+def test_doctor_on_a_model_without_a_tokenizer(zoo_source, monkeypatch):
+    from dfa_lens import diagnosis, passes
+
+    monkeypatch.setattr(zoo_source, "tokenizer", None)
+    monkeypatch.setattr(passes, "can_share", lambda model: False)
+    report = "\n".join(diagnosis.lines(zoo_source))
+    assert "NONE: tasks need one" in report
+    assert "shared beginnings  can't be used" in report
+
+
+def test_shell_completion(tmp_path):
+    code, out, _ = run_cli("--show-completion", "bash", cwd=tmp_path)
+    assert code == 0
+    assert "_DFA_LENS_COMPLETE" in out or "complete" in out
 
 
 def test_the_demo_and_its_report(tmp_path):

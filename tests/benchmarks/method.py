@@ -71,8 +71,9 @@ def main() -> None:
         table = run(given.sensitivity, seeds, size, folder, 1, given.device, given.tasks)
     else:
         table = study.read(given.out / "method.csv")
+    title = "Sensitivity" if given.sensitivity else "Method benchmark"
     head = (
-        f"`python tests/benchmarks/method.py{' --sensitivity' if given.sensitivity else ''}"
+        f"# {title}: all tables\n\n`python tests/benchmarks/method.py{' --sensitivity' if given.sensitivity else ''}"
         f"{' --tasks ' + ' '.join(given.tasks) if given.tasks else ''}{' --quick' if given.quick else ''}`, seeds "
         f"{', '.join(map(str, seeds))}; dfa_lens {dfa.__version__}.\n"
     )

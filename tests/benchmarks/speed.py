@@ -221,9 +221,9 @@ def operations(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def prefixes(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """FE against the shared part of the prompts: 32 pairs of 48 tokens, 8 a pass (one pair for the slow methods)."""
+    """FE against the shared part of the prompts: 16 pairs of 48 tokens, 8 a pass (one pair for the slow methods)."""
     bench, rows = Bench(build(options.device, **SMALL), options.repeats), []
-    for shared in (0, 16, 32, 40):
+    for shared in options.shared:
         print(f"\n{shared} of 48 tokens shared\n")
         for operation in bench.operations():
             if options.only and not any(part in operation for part in options.only):
@@ -232,7 +232,7 @@ def prefixes(options: argparse.Namespace) -> list[dict[str, Any]]:
             found = {}
             for share in (False, True):
                 entry = bench.operations(
-                    one_batch=(2 if few else 32, 48), shared=shared, batch_size=2 if few else 8, share_prefix=share
+                    one_batch=(1 if few else 16, 48), shared=shared, batch_size=1 if few else 8, share_prefix=share
                 )[operation]
                 found[share] = bench.measure(operation, entry, bytes_too=False)
             ratio = found[True]["fe"] / found[False]["fe"]
@@ -361,6 +361,7 @@ def main() -> None:
         what.add_argument(f"--{name}", action="store_true")
     parser.add_argument("--model", nargs="*", default=["small", "wide"], choices=list(SHAPES))
     parser.add_argument("--only", nargs="*", help="parts of operations' names")
+    parser.add_argument("--shared", nargs="*", type=int, default=[0, 16, 32, 40], help="of 48 tokens, for --prefix")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", type=lambda name: getattr(torch, name), default=torch.float32)

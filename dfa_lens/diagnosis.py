@@ -1,0 +1,82 @@
+"""What is installed here, and what will work: ``dfa-lens doctor``."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import shutil
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from dfa_lens import __version__, adapter, batching, passes, zoo
+from dfa_lens.models import transformer_lens_major
+
+PACKAGES = ("torch", "transformer-lens", "transformers", "datasets", "plotly", "pandas", "safetensors")
+OPTIONAL = {
+    "kaleido": "figures as PNG or PDF (dfa-lens[export])",
+    "anywidget": "clicks in notebooks (dfa-lens[notebook])",
+    "submitit": "studies on a cluster (dfa-lens[cluster])",
+    "accelerate": "models on several devices (device_map=)",
+}
+
+
+def lines(model: Any | None = None) -> Iterator[str]:
+    """The report, line by line; with a model also what it can do (two trials on a few tokens)."""
+    yield f"dfa_lens {__version__}, Python {platform.python_version()}, {platform.system()} {platform.machine()}"
+    for name in PACKAGES:
+        yield f"  {name:18s} {_version(name) or 'NOT INSTALLED'}"
+    major = transformer_lens_major()
+    yield (
+        "  backend            HookedTransformer (and TransformerBridge)"
+        if major < 4
+        else '  backend            TransformerBridge; for HookedTransformer: pip install "transformer-lens<4"'
+    )
+    yield "devices"
+    cpu = batching.free_bytes(torch.device("cpu")) / 2**30
+    threads = torch.get_num_threads()
+    yield f"  cpu                {os.cpu_count()} cores, {threads} threads for torch, {cpu:.1f} GiB free"
+    for index in range(torch.cuda.device_count()):
+        device = torch.device("cuda", index)
+        free = batching.free_bytes(device) / 2**30
+        yield f"  cuda:{index}             {torch.cuda.get_device_name(index)}, {free:.1f} GiB free"
+    if not torch.cuda.is_available():
+        yield "  cuda               none"
+    yield "works"
+    yield f"  shipped models     {', '.join(zoo.names())}"
+    for name, use in OPTIONAL.items():
+        yield f"  {name:18s} {'yes' if importlib.util.find_spec(name) else 'no'}: {use}"
+    browser = next((path for path in map(shutil.which, ("chromium", "google-chrome", "chrome")) if path), None)
+    yield f"  browser            {'yes' if browser else 'no'}: kaleido draws with a Chromium"
+    offline = os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0")
+    yield f"  hub                {'offline (HF_HUB_OFFLINE)' if offline else 'used when a model or data set is asked for'}"
+    if model is not None:
+        yield from _of(model)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _of(model: Any) -> Iterator[str]:
+    cfg = model.cfg
+    parameters = list(model.parameters())
+    size = sum(p.numel() * p.element_size() for p in parameters) / 2**20
+    yield f"model {getattr(cfg, 'model_name', '')}"
+    yield f"  class              {type(model).__name__}, {parameters[0].dtype}, on {adapter.device_of(model)}"
+    yield f"  size               {cfg.n_layers} layers x {cfg.n_heads} heads, {size:.0f} MiB"
+    yield f"  weights            {', '.join(adapter.processing(model)) or 'unprocessed'}"
+    yield f"  shared beginnings  {_yes(passes.can_share(model))}"
+    yield f"  starting at blocks {_yes(passes.can_restart(model))}"
+    tokenizer = getattr(model, "tokenizer", None)
+    yield f"  tokenizer          {type(tokenizer).__name__ if tokenizer is not None else 'NONE: tasks need one'}"
+
+
+def _yes(works: bool) -> str:
+    return "run once" if works else "can't be used: whole passes"

@@ -1,0 +1,46 @@
+"""How the documentation is built: ``make docs``."""
+
+import shutil
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent))
+
+from dfa_lens import __version__
+
+project = "dfa_lens"
+author = "The dfa_lens developers"
+copyright = author  # Sphinx's name for it
+release = version = __version__
+
+extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
+exclude_patterns = ["_build", "results/*.csv"]
+html_theme = "furo"
+html_title = "dfa_lens"
+html_theme_options = {"navigation_with_keys": True}
+
+myst_enable_extensions = ["colon_fence", "deflist"]
+myst_heading_anchors = 3
+nb_execution_mode = "off"  # the notebooks keep the outputs of their last run; the tests run them
+suppress_warnings = ["misc.highlighting_failure", "ref.python"]  # the latter: two classes with a field of one name
+
+autodoc_member_order = "bysource"
+autodoc_typehints = "signature"
+autodoc_typehints_format = "short"
+autodoc_preserve_defaults = True
+napoleon_google_docstring = False
+napoleon_use_rtype = False
+napoleon_use_ivar = True
+
+
+def notebooks() -> None:
+    """The notebooks live in demos/; here is a copy of them whose links lead to these pages."""
+    folder = HERE / "demos"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    for path in sorted((HERE.parent / "demos").glob("*.ipynb")):
+        (folder / path.name).write_text(path.read_text().replace("](../docs/", "](../"))
+
+
+notebooks()
