@@ -95,6 +95,14 @@ class Alignment:
         One record per training step (step, loss, kl, sparsity); empty when it was not trained.
     meta:
         How it was trained: JSON-like.
+
+    Examples
+    --------
+    >>> import dfa_lens as dfa
+    >>> alignment = dfa.controls.depth_mean(dfa.NodeSet.for_sizes(6, 8), dfa.NodeSet.for_sizes(10, 10))
+    >>> scores = dfa.controls.random_scores(alignment.source)
+    >>> alignment.transfer(scores).values.shape, bool((alignment.mask(scores) < 1).all())
+    (torch.Size([110]), True)
     """
 
     stages: tuple[Stage, ...]

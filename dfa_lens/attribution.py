@@ -287,6 +287,7 @@ class _Job:
 
         # The last step is the clean run, so it goes first: the differences are read off it.
         clean_logits: Tensor | None = None
+        read: list[tuple[str, HookFunction]]
         read = [(site.point, partial(difference, site)) for site in self.nodes.sites]
         clean_embed, gradient, clean_logits, values = backward(read, None, 1)
         clean_value = float(values.sum(dtype=torch.float64))

@@ -38,6 +38,14 @@ class Behaviour:
         [pair] is it right, in these three ways.
     prediction, corrupt_prediction:
         [pair] the tokens predicted.
+
+    Examples
+    --------
+    >>> import dfa_lens as dfa
+    >>> model = dfa.zoo.load("llama3-tiny-source")
+    >>> pairs = dfa.tasks.load("ioi", model.tokenizer, n=8)
+    >>> pairs.check(model).right_in_both.all().item()
+    True
     """
 
     pairs: PromptPairs

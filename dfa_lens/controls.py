@@ -24,14 +24,34 @@ from dfa_lens.training import fit
 
 
 def random_w(source: NodeSet, target: NodeSet, *, seed: int = 0) -> Alignment:
-    """An alignment whose W is drawn from a standard normal distribution."""
+    """An alignment whose W is drawn from a standard normal distribution.
+
+    Examples
+    --------
+    >>> import dfa_lens as dfa
+    >>> source = dfa.NodeSet.for_sizes(6, 8)
+    >>> target = dfa.NodeSet.for_sizes(10, 10)
+    >>> dfa.controls.random_w(source, target).W.shape
+    torch.Size([54, 110])
+    """
     generator = torch.Generator().manual_seed(seed)
     W = torch.randn(len(source), len(target), generator=generator)
     return Alignment.of(W, source, target, meta={"control": "random-w", "seed": seed})
 
 
 def permuted_w(alignment: Alignment, *, seed: int = 0) -> Alignment:
-    """The alignment with the columns of W (the target nodes) in random order."""
+    """The alignment with the columns of W (the target nodes) in random order.
+
+    Examples
+    --------
+    >>> import dfa_lens as dfa
+    >>> source = dfa.NodeSet.for_sizes(6, 8)
+    >>> target = dfa.NodeSet.for_sizes(10, 10)
+    >>> alignment = dfa.controls.random_w(source, target)
+    >>> permuted = dfa.controls.permuted_w(alignment)
+    >>> bool((permuted.W.sum(1) - alignment.W.sum(1)).abs().max() < 1e-4)
+    True
+    """
     order = torch.randperm(len(alignment.target), generator=torch.Generator().manual_seed(seed))
     last = alignment.stages[-1]
     bias = None if last.bias is None else last.bias[order]
@@ -42,18 +62,41 @@ def permuted_w(alignment: Alignment, *, seed: int = 0) -> Alignment:
 
 
 def scrambled(scores: NodeScores, *, seed: int = 0) -> NodeScores:
-    """The same values on the wrong nodes: put in for s at transfer."""
+    """The same values on the wrong nodes: put in for s at transfer.
+
+    Examples
+    --------
+    >>> import dfa_lens as dfa
+    >>> nodes = dfa.NodeSet.for_sizes(6, 8)
+    >>> scores = dfa.controls.random_scores(nodes)
+    >>> bool((dfa.controls.scrambled(scores).values.sort()[0] == scores.values.sort()[0]).all())
+    True
+    """
     order = torch.randperm(len(scores), generator=torch.Generator().manual_seed(seed))
     return NodeScores(scores.values[order], scores.nodes, {**scores.meta, "control": "scrambled-s", "seed": seed})
 
 
 def uniform(nodes: NodeSet) -> NodeScores:
-    """The same score, 1, for every node: put in for s in training and transfer."""
+    """The same score, 1, for every node: put in for s in training and transfer.
+
+    Examples
+    --------
+    >>> import dfa_lens as dfa
+    >>> dfa.controls.uniform(dfa.NodeSet.for_sizes(1, 2)).values.tolist()
+    [1.0, 1.0, 1.0]
+    """
     return NodeScores(torch.ones(len(nodes)), nodes, {"control": "uniform-s"})
 
 
 def random_scores(nodes: NodeSet, *, seed: int = 0) -> NodeScores:
-    """Standard normal scores: put in for s in training and transfer, with another seed for every task."""
+    """Standard normal scores: put in for s in training and transfer, with another seed for every task.
+
+    Examples
+    --------
+    >>> import dfa_lens as dfa
+    >>> dfa.controls.random_scores(dfa.NodeSet.for_sizes(1, 2), seed=3).values.shape
+    torch.Size([3])
+    """
     values = torch.randn(len(nodes), generator=torch.Generator().manual_seed(seed))
     return NodeScores(values, nodes, {"control": "random-s", "seed": seed})
 
@@ -63,6 +106,13 @@ def depth_mean(source: NodeSet, target: NodeSet) -> Alignment:
 
     Every source layer goes to its two nearest target layers by relative depth, linearly weighted, and there evenly to
     all nodes of its own kind (heads to heads, MLPs to MLPs).
+
+    Examples
+    --------
+    >>> import dfa_lens as dfa
+    >>> fixed = dfa.controls.depth_mean(dfa.NodeSet.for_sizes(2, 1), dfa.NodeSet.for_sizes(3, 1))
+    >>> fixed.W[1].round(decimals=2).tolist()
+    [0.0, 1.0, 0.0, 0.0, 0.0, 0.0]
     """
     W = torch.zeros(len(source), len(target))
     last_source, last_target = max(source.n_layers - 1, 1), max(target.n_layers - 1, 1)
@@ -86,7 +136,14 @@ _CONSTANT = NodeSet([Node("constant", "constant", "custom", -1)])
 
 
 def constant() -> NodeScores:
-    """The score 1 on a single node: with it as s in training and transfer, W is a free mask of the target."""
+    """The score 1 on a single node: with it as s in training and transfer, W is a free mask of the target.
+
+    Examples
+    --------
+    >>> import dfa_lens as dfa
+    >>> len(dfa.controls.constant())
+    1
+    """
     return NodeScores(torch.ones(1), _CONSTANT, {"control": "target-only"})
 
 
@@ -99,6 +156,14 @@ def target_only(target: HookedModel, pairs: Mapping[str, PromptPairs], **options
         The training pairs by task; all tasks share one mask.
     options:
         As for :func:`dfa_lens.fit`.
+
+    Examples
+    --------
+    >>> import dfa_lens as dfa
+    >>> model = dfa.zoo.load("llama3-tiny-source")
+    >>> pairs = {"ioi": dfa.tasks.load("ioi", model.tokenizer, n=4)}
+    >>> dfa.controls.target_only(model, pairs, steps=2).values.shape
+    torch.Size([54])
     """
     one = constant()
     return fit(target, dict.fromkeys(pairs, one), pairs, **options).transfer(one)
@@ -118,6 +183,16 @@ def regression(
     ridge:
         Weight of the squared entries of W. At 0 the solution of least norm is taken (there are fewer tasks than
         nodes, so many fit exactly).
+
+    Examples
+    --------
+    >>> import dfa_lens as dfa
+    >>> source, target = dfa.NodeSet.for_sizes(1, 2), dfa.NodeSet.for_sizes(2, 2)
+    >>> given = {t: dfa.controls.random_scores(source, seed=i) for i, t in enumerate("ab")}
+    >>> gold = {t: dfa.controls.random_scores(target, seed=9 + i) for i, t in enumerate("ab")}
+    >>> fitted = dfa.controls.regression(given, gold)
+    >>> round(dfa.statistics.correlation(fitted.transfer(given["a"]), gold["a"]).pearson, 3)
+    1.0
     """
     if set(scores) != set(gold) or not scores:
         raise AlignmentError(f"scores and gold need the same tasks, not {sorted(scores)} and {sorted(gold)}.")

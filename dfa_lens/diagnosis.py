@@ -52,7 +52,7 @@ def lines(model: Any | None = None) -> Iterator[str]:
     browser = next((path for path in map(shutil.which, ("chromium", "google-chrome", "chrome")) if path), None)
     yield f"  browser            {'yes' if browser else 'no'}: kaleido draws with a Chromium"
     offline = os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0")
-    yield f"  hub                {'offline (HF_HUB_OFFLINE)' if offline else 'used when a model or data set is asked for'}"
+    yield f"  hub                {'offline (HF_HUB_OFFLINE)' if offline else 'when a model or data set is asked for'}"
     if model is not None:
         yield from _of(model)
 

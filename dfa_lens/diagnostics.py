@@ -21,6 +21,16 @@ def depth_correlation(source: NodeScores, target: NodeScores) -> Correlation:
     """Agreement of target scores with the source's, carried over by relative depth alone.
 
     Compare gold, the scores that an alignment gives, and those that it gave before training.
+
+    Examples
+    --------
+    >>> import dfa_lens as dfa
+    >>> import torch
+    >>> nodes = dfa.NodeSet.for_sizes(4, 2)
+    >>> source = dfa.NodeScores(torch.tensor([float(node.layer) for node in nodes]), nodes)
+    >>> target = dfa.controls.depth_mean(nodes, dfa.NodeSet.for_sizes(8, 2)).transfer(source)
+    >>> dfa.diagnostics.depth_correlation(source, target).pearson > 0.9
+    True
     """
     return correlation(controls.depth_mean(source.nodes, target.nodes).transfer(source), target)
 
@@ -34,6 +44,14 @@ def effective_rank(alignment: Alignment) -> float:
     ------
     AlignmentError
         If W is zero.
+
+    Examples
+    --------
+    >>> import dfa_lens as dfa
+    >>> source = dfa.NodeSet.for_sizes(6, 8)
+    >>> target = dfa.NodeSet.for_sizes(10, 10)
+    >>> round(dfa.diagnostics.effective_rank(dfa.controls.depth_mean(source, target)), 1)
+    11.9
     """
     values = torch.linalg.svdvals(alignment.W.double())
     if not bool((values > 0).any()):
@@ -52,6 +70,13 @@ def shared_part(transferred: Mapping[str, NodeScores]) -> float:
     ------
     ScoreError
         If there are fewer than two tasks, or their nodes differ.
+
+    Examples
+    --------
+    >>> import dfa_lens as dfa
+    >>> same = dfa.controls.random_scores(dfa.NodeSet.for_sizes(6, 8))
+    >>> round(dfa.diagnostics.shared_part({"ioi": same, "mcqa": same}), 3)
+    1.0
     """
     if len(transferred) < 2:
         raise ScoreError("What is shared between tasks needs the scores of at least two.")
@@ -75,6 +100,15 @@ def stability(alignment: Alignment, scores: NodeScores, *, noise: float = 0.1, d
         Standard deviation of the normal numbers that are added, in units of the scores' own.
     draws, seed:
         How many perturbations, and of which random numbers.
+
+    Examples
+    --------
+    >>> import dfa_lens as dfa
+    >>> source = dfa.NodeSet.for_sizes(6, 8)
+    >>> target = dfa.NodeSet.for_sizes(10, 10)
+    >>> alignment = dfa.controls.random_w(source, target)
+    >>> dfa.diagnostics.stability(alignment, dfa.controls.random_scores(source), noise=0.01) > 0.9
+    True
     """
     if not noise > 0 or draws < 1:
         raise ScoreError(f"noise must be positive and draws at least 1, not {noise} and {draws}.")
@@ -100,6 +134,14 @@ def contributors(alignment: Alignment, scores: NodeScores, *, nodes: int = 10, e
     -------
     pandas.DataFrame
         A row for every pair: target, target_score, source, source_score, weight (W), product.
+
+    Examples
+    --------
+    >>> import dfa_lens as dfa
+    >>> source, target = dfa.NodeSet.for_sizes(2, 2), dfa.NodeSet.for_sizes(3, 2)
+    >>> alignment = dfa.controls.random_w(source, target)
+    >>> dfa.diagnostics.contributors(alignment, dfa.controls.random_scores(source), nodes=2, each=2).shape[0]
+    4
     """
     import pandas as pd
 

@@ -61,6 +61,15 @@ class FaithfulnessCurve:
         As asked for.
     n_nodes:
         How many nodes were ranked.
+
+    Examples
+    --------
+    >>> import dfa_lens as dfa
+    >>> model = dfa.zoo.load("llama3-tiny-source")
+    >>> pairs = dfa.tasks.load("ioi", model.tokenizer, n=8)
+    >>> curve = dfa.faithfulness_curve(model, pairs, dfa.attribute(model, pairs, method="nap"), sizes=[0, 27, 54])
+    >>> curve.cmd < curve.cmd_floor
+    True
     """
 
     fractions: Float[np.ndarray, " size"]

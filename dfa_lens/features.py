@@ -23,12 +23,26 @@ ATTENTION = ("previous-token", "duplicate-token", "induction", "first-token", "c
 
 
 def same_kind(source: NodeSet, target: NodeSet) -> Float[Tensor, "source target"]:
-    """1 where both are heads, or both MLP blocks, or both of another same kind; else 0."""
+    """1 where both are heads, or both MLP blocks, or both of another same kind; else 0.
+
+    Examples
+    --------
+    >>> import dfa_lens as dfa
+    >>> dfa.features.same_kind(dfa.NodeSet.for_sizes(1, 1), dfa.NodeSet.for_sizes(1, 1)).tolist()
+    [[1.0, 0.0], [0.0, 1.0]]
+    """
     return torch.tensor([[float(a.kind == b.kind) for b in target] for a in source])
 
 
 def depth_gap(source: NodeSet, target: NodeSet) -> Float[Tensor, "source target"]:
-    """Relative depth of the target node less that of the source node; 0 is the first layer, 1 the last."""
+    """Relative depth of the target node less that of the source node; 0 is the first layer, 1 the last.
+
+    Examples
+    --------
+    >>> import dfa_lens as dfa
+    >>> dfa.features.depth_gap(dfa.NodeSet.for_sizes(2, 1), dfa.NodeSet.for_sizes(3, 1))[0].tolist()
+    [0.0, 0.0, 0.5, 0.5, 1.0, 1.0]
+    """
 
     def depths(nodes: NodeSet) -> Tensor:
         return torch.tensor([max(node.layer, 0) / max(nodes.n_layers - 1, 1) for node in nodes])
@@ -37,7 +51,15 @@ def depth_gap(source: NodeSet, target: NodeSet) -> Float[Tensor, "source target"
 
 
 def kind_and_depth(source: NodeSet, target: NodeSet, *, width: float = 0.15) -> Float[Tensor, "source target"]:
-    """exp(−(gap/width)²) between nodes of the same kind, 0 between others; the gap is that of relative depth."""
+    """exp(−(gap/width)²) between nodes of the same kind, 0 between others; the gap is that of relative depth.
+
+    Examples
+    --------
+    >>> import dfa_lens as dfa
+    >>> source, target = dfa.NodeSet.for_sizes(2, 1), dfa.NodeSet.for_sizes(3, 1)
+    >>> dfa.features.kind_and_depth(source, target)[0].round(decimals=2).tolist()
+    [1.0, 0.0, 0.0, 0.0, 0.0, 0.0]
+    """
     if not width > 0:
         raise AlignmentError(f"width must be positive, not {width}.")
     return same_kind(source, target) * torch.exp(-((depth_gap(source, target) / width) ** 2))
@@ -172,7 +194,16 @@ def _repeated(model: HookedModel, prompts: int, length: int, seed: int) -> Tenso
 def attention_similarity(
     source: NodeFeatures, target: NodeFeatures, *, width: float = 0.3
 ) -> Float[Tensor, "source target"]:
-    """exp(−|difference of features|²/width²) between nodes of the same kind, wherever they stand; 0 between others."""
+    """exp(−|difference of features|²/width²) between nodes of the same kind, wherever they stand; 0 between others.
+
+    Examples
+    --------
+    >>> import dfa_lens as dfa
+    >>> source, target = dfa.zoo.load("llama3-tiny-source"), dfa.zoo.load("llama3-tiny-target")
+    >>> first, second = (dfa.features.attention_features(model) for model in (source, target))
+    >>> dfa.features.attention_similarity(first, second).shape
+    torch.Size([54, 110])
+    """
     if not width > 0:
         raise AlignmentError(f"width must be positive, not {width}.")
     if source.names != target.names:
@@ -205,6 +236,14 @@ def behaviour_similarity(
     ------
     AlignmentError
         If the two have different numbers of examples.
+
+    Examples
+    --------
+    >>> import dfa_lens as dfa
+    >>> source, target = dfa.zoo.load("llama3-tiny-source"), dfa.zoo.load("llama3-tiny-target")
+    >>> first, second = (dfa.tasks.load("ioi", model.tokenizer, n=4) for model in (source, target))
+    >>> dfa.features.behaviour_similarity(source, first, target, second).shape
+    torch.Size([54, 110])
     """
     if len(source_pairs) != len(target_pairs):
         raise AlignmentError(

@@ -51,7 +51,16 @@ Activations = dict[str, Tensor]
 def record_hooks(
     nodes: NodeSet, into: Activations, *, device: torch.device | str | None = None
 ) -> list[tuple[str, HookFunction]]:
-    """Hooks that copy the activations at every site of ``nodes`` into ``into``, on ``device`` or where they are."""
+    """Hooks that copy the activations at every site of ``nodes`` into ``into``, on ``device`` or where they are.
+
+    Examples
+    --------
+    >>> import dfa_lens as dfa
+    >>> activations = {}
+    >>> hooks = dfa.hooks.record_hooks(dfa.NodeSet.for_sizes(2, 4), activations)
+    >>> [point for point, _ in hooks][:2]
+    ['blocks.0.attn.hook_z', 'blocks.0.hook_mlp_out']
+    """
 
     def keep(site: Site) -> HookFunction:
         def function(activation: Tensor) -> None:
@@ -88,7 +97,16 @@ def record(model: HookedModel, nodes: NodeSet) -> Iterator[Activations]:
 
 
 def check_site(site: Site, activation: Tensor) -> None:
-    """The activation must have the shape that the node set was made for."""
+    """The activation must have the shape that the node set was made for.
+
+    Examples
+    --------
+    >>> import dfa_lens as dfa
+    >>> import torch
+    >>> site = dfa.NodeSet.for_sizes(1, 4).sites[0]
+    >>> dfa.hooks.check_site(site, torch.zeros(2, 5, 4, 8)) is None  # four heads: fine
+    True
+    """
     if site.axis is None:
         return
     found = activation.shape[site.axis] if activation.ndim > site.axis else 0
@@ -111,6 +129,14 @@ def spread(site: Site, mask: Float[Tensor, "*batch node"], activation: Tensor) -
         One number per node of the whole set; with a batch axis, another mask for every example.
     activation:
         [batch, pos, ...]; says device, dtype and number of axes.
+
+    Examples
+    --------
+    >>> import dfa_lens as dfa
+    >>> import torch
+    >>> nodes = dfa.NodeSet.for_sizes(1, 4)
+    >>> dfa.hooks.spread(nodes.sites[0], torch.ones(len(nodes)), torch.zeros(2, 5, 4, 8)).shape
+    torch.Size([1, 1, 4, 1])
     """
     index = site.span if site.span is not None else torch.tensor(site.positions, device=mask.device)
     own = mask[..., index]
@@ -133,7 +159,16 @@ def gate_hooks(
     corrupt: Mapping[str, Tensor] | None = None,
     intervention: Intervention = "circuit",
 ) -> list[tuple[str, HookFunction]]:
-    """The hooks of :func:`gate`: one fused multiply-add per hook point."""
+    """The hooks of :func:`gate`: one fused multiply-add per hook point.
+
+    Examples
+    --------
+    >>> import dfa_lens as dfa
+    >>> import torch
+    >>> nodes = dfa.NodeSet.for_sizes(2, 4)
+    >>> len(dfa.hooks.gate_hooks(nodes, torch.ones(len(nodes)), corrupt={}))
+    4
+    """
     if intervention not in get_args(Intervention):
         raise unknown("intervention", intervention, get_args(Intervention), HookError)
     if mask.shape[-1] != len(nodes):
@@ -199,6 +234,20 @@ def gate(
         If the mask has another length than the node set.
     HookError
         If activations are missing or a hook point does not fire.
+
+    Examples
+    --------
+    >>> import dfa_lens as dfa
+    >>> import torch
+    >>> model = dfa.zoo.load("llama3-tiny-source")
+    >>> pairs = dfa.tasks.load("ioi", model.tokenizer, n=8)
+    >>> nodes = dfa.NodeSet.heads_and_mlps(model)
+    >>> with dfa.hooks.record(model, nodes) as corrupt:
+    ...     _ = model(pairs.corrupt)
+    >>> with dfa.hooks.gate(model, nodes, torch.full((len(nodes),), 0.5), corrupt=corrupt):
+    ...     logits = model(pairs.clean)
+    >>> logits.shape[:2] == pairs.clean.shape
+    True
     """
     adapter.check_points(model, nodes.points)
     with adapter.attached(model, gate_hooks(nodes, mask, clean=clean, corrupt=corrupt, intervention=intervention)):
@@ -221,6 +270,19 @@ def ablate(
         The circuit: names of nodes, or True where a node is kept, [node] or [batch, node].
     corrupt:
         Activations recorded on the corrupt prompts.
+
+    Examples
+    --------
+    >>> import dfa_lens as dfa
+    >>> model = dfa.zoo.load("llama3-tiny-source")
+    >>> pairs = dfa.tasks.load("ioi", model.tokenizer, n=8)
+    >>> nodes = dfa.NodeSet.heads_and_mlps(model)
+    >>> with dfa.hooks.record(model, nodes) as corrupt:
+    ...     _ = model(pairs.corrupt)
+    >>> with dfa.hooks.ablate(model, nodes, keep=["a5.h6", "m0"], corrupt=corrupt):
+    ...     logits = model(pairs.clean)
+    >>> logits.shape[:2] == pairs.clean.shape
+    True
     """
     if isinstance(keep, Tensor):
         mask = keep.float()

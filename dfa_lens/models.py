@@ -75,6 +75,14 @@ def load_model(
     ModelError
         If the folder is missing or incomplete, the architecture is neither Llama nor Qwen-2, the backend is not in
         the installed TransformerLens, or the placement is not one that the backend has.
+
+    Examples
+    --------
+    >>> from pathlib import Path
+    >>> import dfa_lens as dfa
+    >>> folder = Path(dfa.__file__).parent / "zoo" / "models" / "llama3-tiny-source"
+    >>> dfa.load_model(folder).cfg.n_heads
+    8
     """
     if backend not in get_args(Backend):
         raise unknown("backend", backend, get_args(Backend), ModelError)

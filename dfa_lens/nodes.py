@@ -36,6 +36,12 @@ class Node:
     axis, index, size:
         The node is slice ``index`` of ``size`` along ``axis`` of the activation (axis 0 is the batch); all three
         are None when the node is the whole activation.
+
+    Examples
+    --------
+    >>> import dfa_lens as dfa
+    >>> dfa.NodeSet.for_sizes(2, 2)[2]
+    Node(name='m0', point='blocks.0.hook_mlp_out', kind='mlp', layer=0, axis=None, index=None, size=None)
     """
 
     name: str

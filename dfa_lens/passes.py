@@ -117,7 +117,12 @@ def prefix_of(
     batch, length = tokens.shape
     tokens = tokens.to(adapter.device_of(model))
     mask = torch.ones_like(tokens)
-    with torch.no_grad(), adapter.attached(model, hooks), _short_unembedding(model, torch.zeros(batch, 1).long()):
+    with ExitStack() as stack:
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(adapter.attached(model, hooks))
+        stack.enter_context(_short_unembedding(model, torch.zeros(batch, 1).long()))
+        if not hooks:  # after the last keys and values nothing is read any more
+            stack.enter_context(_replaced(model.blocks[-1].mlp, _skip))  # type: ignore[attr-defined]
         if adapter.is_bridge(model):
             from transformers import DynamicCache
 

@@ -68,7 +68,16 @@ class Need:
 
 @dataclass(frozen=True, repr=False)
 class Estimate:
-    """What :func:`estimate` found: the weights, and a :class:`Need` per operation."""
+    """What :func:`estimate` found: the weights, and a :class:`Need` per operation.
+
+    Examples
+    --------
+    >>> import dfa_lens as dfa
+    >>> model = dfa.zoo.load("llama3-tiny-source")
+    >>> pairs = dfa.tasks.load("ioi", model.tokenizer, n=8)
+    >>> dfa.estimate(model, pairs).needs[0].operation
+    'attribute'
+    """
 
     parameters: int
     parameter_bytes: int

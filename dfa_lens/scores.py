@@ -40,6 +40,15 @@ class NodeScores:
     ------
     ScoreError
         If the number of values is wrong or one is not finite.
+
+    Examples
+    --------
+    >>> import dfa_lens as dfa
+    >>> import torch
+    >>> nodes = dfa.NodeSet.for_sizes(1, 2)
+    >>> scores = dfa.NodeScores(torch.tensor([0.1, 2.0, -1.0]), nodes)
+    >>> scores.top(2)
+    {'a0.h1': 2.0, 'a0.h0': 0.10000000149011612}
     """
 
     def __init__(self, values: Float[Tensor, " node"], nodes: NodeSet, meta: Mapping[str, Any] | None = None) -> None:

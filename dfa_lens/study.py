@@ -476,6 +476,15 @@ def run(
     DfaError
         If a pair, task or setting is unknown, or the folder holds rows of another size or of other settings by the same
         names.
+
+    Examples
+    --------
+    >>> import dfa_lens as dfa
+    >>> from dfa_lens.study import SETTINGS, Size, run
+    >>> size = Size(train=4, test=4, steps=2, curve_points=3)
+    >>> table = run(["llama3"], {"zero-shot": SETTINGS["zero-shot"]}, seeds=(0,), test_tasks=["ioi"], size=size)
+    >>> table["setting"].tolist()
+    ['gold', 'zero-shot']
     """
     import pandas as pd
 
@@ -580,6 +589,16 @@ def read(path: str | Path) -> Any:
     ------
     FileError
         If it is not such a table.
+
+    Examples
+    --------
+    >>> import dfa_lens as dfa
+    >>> import tempfile
+    >>> from dfa_lens.study import SETTINGS, Size, read, run
+    >>> folder, size = tempfile.mkdtemp(), Size(train=4, test=4, steps=2, curve_points=3)
+    >>> _ = run(["llama3"], {"random-w": SETTINGS["random-w"]}, seeds=(0,), test_tasks=["ioi"], size=size).to_csv(f"{folder}/table.csv", index=False)
+    >>> len(read(f"{folder}/table.csv"))
+    2
     """
     import pandas as pd
 

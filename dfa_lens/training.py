@@ -60,7 +60,15 @@ class TrainingWarning(UserWarning):
 
 @dataclass(frozen=True)
 class Job:
-    """One training among several on the same target, for :func:`fit_many`; every field as in :func:`fit`."""
+    """One training among several on the same target, for :func:`fit_many`; every field as in :func:`fit`.
+
+    Examples
+    --------
+    >>> import dfa_lens as dfa
+    >>> nodes = dfa.NodeSet.for_sizes(2, 2)
+    >>> dfa.Job({"ioi": dfa.controls.random_scores(nodes)}, temperature=(1.0, 0.2)).temperatures
+    (1.0, 0.2)
+    """
 
     scores: Mapping[str, NodeScores]
     alignment: str | Parameterisation = "full"
@@ -178,6 +186,15 @@ def fit(
     TrainingWarning
         If the mask is saturated from the start, all scores of a task are equal, or there are fewer tasks than the
         parameterisation can tell apart.
+
+    Examples
+    --------
+    >>> import dfa_lens as dfa
+    >>> source, target = dfa.zoo.load("llama3-tiny-source"), dfa.zoo.load("llama3-tiny-target")
+    >>> scores = {"ioi": dfa.attribute(source, dfa.tasks.load("ioi", source.tokenizer, n=4), method="nap")}
+    >>> alignment = dfa.fit(target, scores, {"ioi": dfa.tasks.load("ioi", target.tokenizer, n=4)}, steps=2)
+    >>> alignment.W.shape, len(alignment.history)
+    (torch.Size([54, 110]), 2)
     """
     job = Job(
         scores=scores,
@@ -243,6 +260,16 @@ def fit_many(
         16, since a small model leaves most of a GPU idle.
     intervention, positions, nodes, loss, gate_heads, cache, share_prefix, progress:
         As in :func:`fit`.
+
+    Examples
+    --------
+    >>> import dfa_lens as dfa
+    >>> target = dfa.zoo.load("llama3-tiny-target")
+    >>> pairs = {"ioi": dfa.tasks.load("ioi", target.tokenizer, n=4)}
+    >>> scores = {"ioi": dfa.controls.random_scores(dfa.NodeSet.for_sizes(6, 8))}
+    >>> jobs = {f"seed {seed}": dfa.Job(scores, steps=2, seed=seed) for seed in (0, 1)}
+    >>> list(dfa.fit_many(target, jobs, pairs))
+    ['seed 0', 'seed 1']
     """
     _check_names(intervention, positions, loss, cache)
     if not jobs:

@@ -43,6 +43,15 @@ def curves(
     ------
     FaithfulnessError
         If there are no curves, or they are of different protocols.
+
+    Examples
+    --------
+    >>> import dfa_lens as dfa
+    >>> model = dfa.zoo.load("llama3-tiny-source")
+    >>> pairs = dfa.tasks.load("ioi", model.tokenizer, n=8)
+    >>> curve = dfa.faithfulness_curve(model, pairs, dfa.attribute(model, pairs, method="nap"), sizes=[0, 9, 54])
+    >>> dfa.plots.curves({"nap": curve}).to_frame().shape[0]
+    3
     """
     if not curves:
         raise FaithfulnessError("There are no curves to draw.")

@@ -158,6 +158,13 @@ def alignment_explorer(
     ------
     AlignmentError
         If W is zero everywhere.
+
+    Examples
+    --------
+    >>> import dfa_lens as dfa
+    >>> alignment = dfa.controls.depth_mean(dfa.NodeSet.for_sizes(6, 8), dfa.NodeSet.for_sizes(10, 10))
+    >>> type(dfa.plots.alignment_explorer(alignment)).__name__
+    'Picture'
     """
     W = alignment.W.detach().cpu().numpy().astype(float)
     if not np.abs(W).max() > 0:

@@ -108,6 +108,16 @@ def report(results: Results, path: str | Path) -> Path:
     ------
     DfaError
         If there are no results.
+
+    Examples
+    --------
+    >>> import dfa_lens as dfa
+    >>> import tempfile
+    >>> from dfa_lens import demo
+    >>> size = demo.Size(train=4, test=4, steps=2, curve_points=3)
+    >>> results = demo.run(families=["llama3"], only=["ioi"], size=size)
+    >>> dfa.plots.report(results, tempfile.mkdtemp()).name
+    'index.html'
     """
     if not results.tasks:
         raise DfaError("There are no results to report.")

@@ -54,6 +54,14 @@ def recovery_bars(
     ------
     DfaError
         If the table is empty, lacks a column, or nothing is left to draw.
+
+    Examples
+    --------
+    >>> import dfa_lens as dfa
+    >>> import pandas as pd
+    >>> table = pd.DataFrame({"task": ["ioi", "mcqa"], "setting": ["zero-shot"] * 2, "recovery": [0.9, 1.0]})
+    >>> type(dfa.plots.recovery_bars(table)).__name__
+    'Picture'
     """
     require(table, (value, by, group))
     shown = table[~table[group].isin(list(leave_out))]
@@ -132,6 +140,15 @@ def training_history(
     ------
     DfaError
         If an alignment has no history (it was not trained), or ``smooth`` is below 1.
+
+    Examples
+    --------
+    >>> import dfa_lens as dfa
+    >>> model = dfa.zoo.load("llama3-tiny-source")
+    >>> pairs = {"ioi": dfa.tasks.load("ioi", model.tokenizer, n=4)}
+    >>> scores = {"ioi": dfa.controls.random_scores(dfa.NodeSet.for_sizes(2, 2))}
+    >>> type(dfa.plots.training_history(dfa.fit(model, scores, pairs, steps=2))).__name__
+    'Picture'
     """
     if smooth < 1:
         raise DfaError(f"smooth must be at least 1, not {smooth}.")
@@ -200,6 +217,14 @@ def size_sensitivity(
     ------
     DfaError
         If the table is empty, lacks a column, or has one size only.
+
+    Examples
+    --------
+    >>> import dfa_lens as dfa
+    >>> import pandas as pd
+    >>> table = pd.DataFrame({"examples": [16, 32], "setting": ["zero-shot"] * 2, "cpr": [0.6, 0.7]})
+    >>> type(dfa.plots.size_sensitivity(table)).__name__
+    'Picture'
     """
     require(table, (x, value, group))
     if table[x].nunique() < 2:
@@ -273,6 +298,14 @@ def score_scatter(
     ------
     ScoreError
         If the node sets differ, or one of the scores is constant.
+
+    Examples
+    --------
+    >>> import dfa_lens as dfa
+    >>> nodes = dfa.NodeSet.for_sizes(6, 8)
+    >>> first, second = (dfa.controls.random_scores(nodes, seed=seed) for seed in (0, 1))
+    >>> len(dfa.plots.score_scatter(first, second).to_frame())
+    54
     """
     agreement = correlation(first, second)
     figure = Picture()

@@ -58,14 +58,28 @@ def names() -> tuple[str, ...]:
 
 
 def describe(name: str) -> str:
-    """One line on what a task asks for."""
+    """One line on what a task asks for.
+
+    Examples
+    --------
+    >>> import dfa_lens as dfa
+    >>> dfa.tasks.describe("ioi")[:40]
+    'Indirect object identification: two name'
+    """
     if name not in offline.TASKS:
         raise unknown("task", name, offline.TASKS, TaskError)
     return offline.TASKS[name].summary
 
 
 def card(name: str) -> str:
-    """A page on an offline task: what it tests, an example, counterfactuals, options, what it lacks beside MIB's."""
+    """A page on an offline task: what it tests, an example, counterfactuals, options, what it lacks beside MIB's.
+
+    Examples
+    --------
+    >>> import dfa_lens as dfa
+    >>> dfa.tasks.card("ioi").splitlines()[0]
+    '# Indirect object identification (`ioi`)'
+    """
     describe(name)
     return files("dfa_lens.tasks").joinpath("cards", f"{name}.md").read_text(encoding="utf-8")
 
@@ -293,6 +307,13 @@ def coverage(
     -------
     pandas.DataFrame
         A row per task and tokenizer: ``kept``, ``dropped``, and a column per reason.
+
+    Examples
+    --------
+    >>> import dfa_lens as dfa
+    >>> tokenizer = dfa.zoo.load("llama3-tiny-source").tokenizer
+    >>> dfa.tasks.coverage({"tiny": tokenizer}, tasks=["ioi"], n=8, collection="offline").shape[0]
+    1
     """
     import pandas as pd
 

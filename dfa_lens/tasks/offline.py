@@ -392,6 +392,12 @@ def stream(
     """An endless, deterministic stream of examples of ``task`` in ``split``; prompts may repeat.
 
     The same (task, split, seed, counterfactual, options) give the same stream on every machine.
+
+    Examples
+    --------
+    >>> import dfa_lens as dfa
+    >>> next(dfa.tasks.stream("mcqa")).answer
+    ' C'
     """
     if task not in TASKS:
         raise unknown("task", task, TASKS, TaskError)
@@ -445,6 +451,12 @@ def examples(
     ------
     TaskError
         If a name is unknown, ``n`` is not positive, or there are fewer than ``n`` and not ``allow_fewer``.
+
+    Examples
+    --------
+    >>> import dfa_lens as dfa
+    >>> dfa.tasks.examples("addition", n=1)[0].clean
+    'The sum of 51 and 27 is 78. The sum of 11 and 69 is'
     """
     if n < 1:
         raise TaskError(f"n must be at least 1, not {n}.")

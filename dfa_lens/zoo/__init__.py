@@ -22,7 +22,14 @@ def names() -> tuple[str, ...]:
 
 
 def pairs() -> dict[str, tuple[str, str]]:
-    """Family → (name of its source, name of its target)."""
+    """Family → (name of its source, name of its target).
+
+    Examples
+    --------
+    >>> import dfa_lens as dfa
+    >>> dfa.zoo.pairs()
+    {'llama3': ('llama3-tiny-source', 'llama3-tiny-target'), 'qwen2.5': ('qwen2.5-tiny-source', 'qwen2.5-tiny-target')}
+    """
     families = dict.fromkeys(known.family for known in SPECS.values())
     return {family: (f"{family}-tiny-source", f"{family}-tiny-target") for family in families}
 
@@ -41,6 +48,12 @@ def load(name: str, *, backend: Backend = "auto", device: str = "cpu") -> Any:
     ------
     ModelError
         If there is no such model.
+
+    Examples
+    --------
+    >>> import dfa_lens as dfa
+    >>> dfa.zoo.load("llama3-tiny-source").cfg.n_layers
+    6
     """
     folder = spec(name).folder
     if not (folder / "config.json").is_file():

@@ -88,7 +88,14 @@ SPECS: dict[str, ZooModel] = {
 
 
 def spec(name: str) -> ZooModel:
-    """The shipped model called ``name``; an unknown name is an error that lists the known ones."""
+    """The shipped model called ``name``; an unknown name is an error that lists the known ones.
+
+    Examples
+    --------
+    >>> import dfa_lens as dfa
+    >>> dfa.zoo.spec("llama3-tiny-source").n_layers
+    6
+    """
     if name not in SPECS:
         raise unknown("shipped model", name, SPECS, ModelError)
     return SPECS[name]

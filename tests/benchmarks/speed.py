@@ -221,7 +221,7 @@ def operations(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def prefixes(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """FE against the shared part of the prompts: 16 pairs of 48 tokens, 8 a pass (one pair for the slow methods)."""
+    """FE against the shared part of the prompts: 16 pairs of 48 tokens in one batch, one pair for the slow methods."""
     bench, rows = Bench(build(options.device, **SMALL), options.repeats), []
     for shared in options.shared:
         print(f"\n{shared} of 48 tokens shared\n")
@@ -232,7 +232,7 @@ def prefixes(options: argparse.Namespace) -> list[dict[str, Any]]:
             found = {}
             for share in (False, True):
                 entry = bench.operations(
-                    one_batch=(1 if few else 16, 48), shared=shared, batch_size=1 if few else 8, share_prefix=share
+                    one_batch=(1 if few else 16, 48), shared=shared, batch_size=16, share_prefix=share
                 )[operation]
                 found[share] = bench.measure(operation, entry, bytes_too=False)
             ratio = found[True]["fe"] / found[False]["fe"]
