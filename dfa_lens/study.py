@@ -596,7 +596,9 @@ def read(path: str | Path) -> Any:
     >>> import tempfile
     >>> from dfa_lens.study import SETTINGS, Size, read, run
     >>> folder, size = tempfile.mkdtemp(), Size(train=4, test=4, steps=2, curve_points=3)
-    >>> _ = run(["llama3"], {"random-w": SETTINGS["random-w"]}, seeds=(0,), test_tasks=["ioi"], size=size).to_csv(f"{folder}/table.csv", index=False)
+    >>> settings = {"random-w": SETTINGS["random-w"]}
+    >>> table = run(["llama3"], settings, seeds=(0,), test_tasks=["ioi"], size=size)
+    >>> table.to_csv(f"{folder}/table.csv", index=False)
     >>> len(read(f"{folder}/table.csv"))
     2
     """
