@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from dfa_lens import adapter, passes
 from dfa_lens.adapter import HookedModel
@@ -136,14 +137,18 @@ class Behaviour:
         ).replace("%", " %")
 
 
-def check(model: HookedModel, pairs: PromptPairs, *, batch_size: int = 16) -> Behaviour:
+def check(model: HookedModel, pairs: PromptPairs, *, batch_size: int = 16, progress: bool = False) -> Behaviour:
     """What ``model`` does on ``pairs``; see :class:`Behaviour`."""
     pairs.require(d_vocab=int(model.cfg.d_vocab), n_ctx=model.cfg.n_ctx)
     n = len(pairs)
     difference, corrupt_difference = torch.zeros(n), torch.zeros(n)
     best, corrupt_best = torch.zeros(n, dtype=torch.bool), torch.zeros(n, dtype=torch.bool)
     prediction, corrupt_prediction = torch.zeros(n, dtype=torch.long), torch.zeros(n, dtype=torch.long)
-    with torch.no_grad(), adapter.prepared(model):
+    with (
+        torch.no_grad(),
+        adapter.prepared(model),
+        tqdm(total=n, desc="check", unit="pair", disable=not progress) as bar,
+    ):
         for rows, batch in pairs.batches(batch_size):
             prefix = passes.shared_prefix(model, batch)
             clean = passes.run(model, batch.clean, batch.lengths, prefix=prefix).float().cpu()
@@ -159,4 +164,5 @@ def check(model: HookedModel, pairs: PromptPairs, *, batch_size: int = 16) -> Be
                 offered = logits.gather(1, among.clamp_min(0)).masked_fill(among < 0, -torch.inf)
                 into[1][rows] = among.gather(1, offered.argmax(1, keepdim=True))[:, 0] == right
                 into[2][rows] = logits.argmax(1)
+            bar.update(len(batch))
     return Behaviour(pairs, difference, corrupt_difference, best, corrupt_best, prediction, corrupt_prediction)

@@ -400,7 +400,7 @@ class PromptPairs:
         """The pairs in random order. The global random state is neither read nor changed."""
         return self[torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))]
 
-    def check(self, model: Any, *, batch_size: int = 16) -> Behaviour:
+    def check(self, model: Any, *, batch_size: int = 16, progress: bool = False) -> Behaviour:
         """What a model does on these pairs: is it worth looking for a circuit? See :class:`Behaviour`.
 
         Examples
@@ -412,14 +412,14 @@ class PromptPairs:
         """
         from dfa_lens.behaviour import check
 
-        return check(model, self, batch_size=batch_size)
+        return check(model, self, batch_size=batch_size, progress=progress)
 
-    def where(self, model: Any, *, correct: bool = True, batch_size: int = 16) -> PromptPairs:
+    def where(self, model: Any, *, correct: bool = True, batch_size: int = 16, progress: bool = False) -> PromptPairs:
         """The pairs that the model solves in both directions (or, with ``correct=False``, the others).
 
         Solved: the answer is the best of the choices on the clean prompt, and the wrong answer on the corrupt one.
         """
-        solved = self.check(model, batch_size=batch_size).right_in_both
+        solved = self.check(model, batch_size=batch_size, progress=progress).right_in_both
         rows = (solved if correct else ~solved).nonzero()[:, 0]
         if len(rows) == 0:
             raise PromptError(f"The model solves {'none' if correct else 'all'} of the {len(self)} pairs.")
