@@ -486,7 +486,7 @@ class _Batch:
         tokens, lengths = (pairs.corrupt, pairs.corrupt_lengths) if corrupt else (pairs.clean, pairs.lengths)
         start = None
         if layer in self.streams:
-            start = passes.Start(layer, self.streams[layer].repeat(times, 1, 1))
+            start = passes.Start(layer, passes.again(self.streams[layer], times))
         return passes.run(
             self.model,
             tokens.repeat(times, 1),
@@ -535,13 +535,9 @@ class _Batch:
         """The metric summed over the batch, of the clean run under every one of several masks; ``nodes``: those of
         one layer."""
         times = len(masks)
-        others = {point: _again(corrupt[point], times) for point in nodes.points}
+        others = {point: passes.again(corrupt[point], times) for point in nodes.points}
         gates = hooks.gate_hooks(nodes, masks.repeat_interleave(len(self), 0), corrupt=others)
         with torch.no_grad():
             logits = self.run(gates, times=times, layer=nodes[0].layer)
             values = self.values(logits, clean_logits, times)
         return values.unflatten(0, (times, -1)).sum(1, dtype=torch.float64).cpu()
-
-
-def _again(activation: Tensor, times: int) -> Tensor:
-    return activation if times == 1 else activation.repeat(times, *[1] * (activation.ndim - 1))

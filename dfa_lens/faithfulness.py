@@ -9,9 +9,9 @@ CPR is the area under f over the kept fraction, CMD the area under ``|1 - f|`` (
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cached_property
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -437,14 +437,7 @@ def _run_all(
 ) -> _Runs:
     n, n_sizes = len(pairs), len(keep)
     runs = _Runs(*(torch.zeros(shape, dtype=torch.float64) for shape in ((n,), (n,), (n_sizes, n), (n_sizes, n))))
-    layers = torch.tensor([node.layer for node in nodes])
-    restarts = [layer for layer in layers.unique().tolist() if layer > 0] if passes.can_restart(model) else []
-
-    @cache
-    def above(layer: int) -> NodeSet:
-        """The nodes that a pass beginning at this block meets."""
-        return nodes.where(lambda node: node.layer >= layer)
-
+    circuits = _Circuits(model, nodes, keep, together)
     with (
         torch.no_grad(),
         adapter.prepared(model),
@@ -453,8 +446,8 @@ def _run_all(
         for rows, batch in pairs.batches(batch_size):
             prefix = passes.shared_prefix(model, batch, nodes, switch=share_prefix)
             streams: dict[int, Tensor] = {}
-            keep_streams = passes.stream_hooks(streams, restarts) if together == 1 else []
-            clean_logits = passes.run(model, batch.clean, batch.lengths, keep_streams, prefix=prefix)
+            taps = passes.stream_hooks(streams, circuits.restarts)
+            clean_logits = passes.run(model, batch.clean, batch.lengths, taps, prefix=prefix)
             corrupt: Activations = {}
             taps = hooks.record_hooks(nodes, corrupt)
             corrupt_logits = passes.run(model, batch.corrupt, batch.corrupt_lengths, taps, prefix=prefix)
@@ -470,32 +463,71 @@ def _run_all(
                 else:
                     gated.append(i)
             bar.update(len(batch) * (n_sizes - len(gated)))
-            before = torch.ones_like(keep[0])
-            for i in reversed(gated) if together == 1 else ():
-                # From the clean run downwards, each circuit differs from the one before in a few nodes, and below the
-                # first of them nothing changes.
-                changed = layers[keep[i] != before]
-                if len(changed):  # two sizes may be one circuit
-                    layer = int(changed.min())
-                    start = passes.Start(layer, streams[layer]) if layer in streams else None
-                    layer = layer if start is not None else int(layers.min())
-                    taps = passes.stream_hooks(streams, [each for each in restarts if each > layer])
-                    gates = hooks.gate_hooks(above(layer), keep[i, layers >= layer].float(), corrupt=corrupt)
-                    logits = passes.run(model, batch.clean, batch.lengths, [*gates, *taps], prefix=prefix, start=start)
+            for i, logits in circuits.run(gated, batch, corrupt, prefix, streams):
                 runs.note(i, rows, batch, metric, logits, clean_logits)
-                before = keep[i]
                 bar.update(len(batch))
-            for first in range(0, len(gated), together) if together > 1 else ():
-                group = gated[first : first + together]
-                many, others = _repeated(batch, corrupt, len(group))
-                gates = hooks.gate_hooks(nodes, keep[group].float().repeat_interleave(len(batch), 0), corrupt=others)
-                again = None if prefix is None else prefix.repeat(len(group))
-                logits = passes.run(model, many.clean, many.lengths, gates, prefix=again)
-                for i, own in zip(group, logits.split(len(batch)), strict=True):
-                    runs.note(i, rows, batch, metric, own, clean_logits)
-                bar.update(len(batch) * len(group))
             corrupt.clear()  # before the next batch is recorded: the gates of the last size still hold it
     return runs
+
+
+class _Circuits:
+    """Circuits of several sizes, and how they are run on a batch."""
+
+    def __init__(self, model: HookedModel, nodes: NodeSet, keep: Bool[Tensor, "size node"], together: int) -> None:
+        self.model, self.nodes, self.keep, self.together = model, nodes, keep, together
+        self.layers = torch.tensor([node.layer for node in nodes])
+        blocks = [layer for layer in self.layers.unique().tolist() if layer > 0]
+        #: blocks that a pass may begin at
+        self.restarts = blocks if together == 1 and passes.can_restart(model) else []
+        # the nodes that a pass beginning at a block meets
+        self.above = {layer: NodeSet(node for node in nodes if node.layer >= layer) for layer in self.restarts}
+
+    def run(
+        self,
+        sizes: list[int],
+        batch: PromptPairs,
+        corrupt: Activations,
+        prefix: passes.Prefix | None,
+        streams: dict[int, Tensor],
+    ) -> Iterator[tuple[int, Float[Tensor, "example vocab"]]]:
+        """The logits of each of ``sizes``, with its number; ``streams``: the clean run's at the beginning of blocks."""
+        if self.together == 1:
+            yield from self._downwards(sizes, batch, corrupt, prefix, streams)
+            return
+        for first in range(0, len(sizes), self.together):
+            group = sizes[first : first + self.together]
+            many, others = _repeated(batch, corrupt, len(group))
+            masks = self.keep[group].float().repeat_interleave(len(batch), 0)
+            gates = hooks.gate_hooks(self.nodes, masks, corrupt=others)
+            again = None if prefix is None else prefix.repeat(len(group))
+            logits = passes.run(self.model, many.clean, many.lengths, gates, prefix=again)
+            yield from zip(group, logits.split(len(batch)), strict=True)
+
+    def _downwards(
+        self,
+        sizes: list[int],
+        batch: PromptPairs,
+        corrupt: Activations,
+        prefix: passes.Prefix | None,
+        streams: dict[int, Tensor],
+    ) -> Iterator[tuple[int, Float[Tensor, "example vocab"]]]:
+        """From the clean run downwards: each circuit differs from the one before in a few nodes, and below the first
+        of them nothing changes."""
+        before = torch.ones_like(self.keep[0])
+        for i in reversed(sizes):
+            changed = self.layers[self.keep[i] != before]
+            if len(changed):  # two sizes may be one circuit
+                layer = int(changed.min())
+                start, nodes, mask = None, self.nodes, self.keep[i]
+                if layer in self.above:
+                    start, nodes = passes.Start(layer, streams[layer]), self.above[layer]
+                    mask = mask[self.layers >= layer]
+                # the streams first, as they are before a gate at the same hook point
+                taps = passes.stream_hooks(streams, [each for each in self.restarts if each > layer])
+                gates = hooks.gate_hooks(nodes, mask.float(), corrupt=corrupt)
+                logits = passes.run(self.model, batch.clean, batch.lengths, [*taps, *gates], prefix=prefix, start=start)
+            yield i, logits
+            before = self.keep[i]
 
 
 def _repeated(batch: PromptPairs, corrupt: Activations, times: int) -> tuple[PromptPairs, Activations]:
@@ -503,4 +535,4 @@ def _repeated(batch: PromptPairs, corrupt: Activations, times: int) -> tuple[Pro
     if times == 1:
         return batch, corrupt
     rows = torch.arange(len(batch)).repeat(times)
-    return batch[rows], {point: kept[rows.to(kept.device)] for point, kept in corrupt.items()}
+    return batch[rows], {point: passes.again(kept, times) for point, kept in corrupt.items()}

@@ -56,6 +56,11 @@ _BY_TOKEN = {
 }
 
 
+def again(activation: Tensor, times: int) -> Tensor:
+    """A batch so many times over, one after the other."""
+    return activation if times == 1 else activation.repeat(times, *[1] * (activation.ndim - 1))
+
+
 class Start(NamedTuple):
     """Where a pass begins when the blocks below are not run: the residual stream [batch, pos, d_model] there."""
 
@@ -77,11 +82,8 @@ class Prefix:
 
     def repeat(self, times: int) -> Prefix:
         """The same prompts so many times over, one after the other."""
-        return self._each(lambda kept: kept.repeat(times, *[1] * (kept.ndim - 1)) if times > 1 else kept)
-
-    def _each(self, change: Any, length: int | None = None) -> Prefix:
-        length = self.length if length is None else length
-        return Prefix(length, tuple(map(change, self.keys)), tuple(map(change, self.values)), self.axis)
+        keys, values = (tuple(again(kept, times) for kept in side) for side in (self.keys, self.values))
+        return Prefix(self.length, keys, values, self.axis)
 
     def arguments(self, model: HookedModel, mask: Int[Tensor, "batch rest"]) -> dict[str, Any]:
         """What makes ``model`` run the rest of the prompts after this."""

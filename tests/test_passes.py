@@ -140,6 +140,18 @@ def test_results_do_not_depend_on_the_short_cuts(each, unchanged, monkeypatch):
         torch.testing.assert_close(a, b, rtol=2e-3, atol=2e-4)
 
 
+@pytest.mark.parametrize("points", [{"blocks.{layer}.hook_resid_pre": None}, {"blocks.{layer}.attn.hook_v": 2}])
+def test_curves_of_other_nodes(each, points, monkeypatch):
+    """Nodes at the very hook point that a pass begins at are gated once."""
+    pairs = alike()
+    nodes = dfa.NodeSet.from_points(each, points)
+    ranking = dfa.NodeScores(torch.randn(len(nodes), generator=torch.Generator().manual_seed(3)), nodes)
+    short = dfa.faithfulness_curve(each, pairs, ranking, sizes=range(len(nodes) + 1))
+    monkeypatch.setattr(passes, "can_restart", lambda model: False)
+    whole = dfa.faithfulness_curve(each, pairs, ranking, sizes=range(len(nodes) + 1), share_prefix=False)
+    torch.testing.assert_close(torch.tensor(short.per_example), torch.tensor(whole.per_example), rtol=1e-3, atol=1e-4)
+
+
 def test_groups_of_a_training_batch(any_model, monkeypatch):
     """Examples of different lengths and beginnings are run in groups; the training is the same."""
     tasks = {"short": alike(8, 8, 5), "long": alike(8, 20, 14), "other": alike(8, 20, 0)}
