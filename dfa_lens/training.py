@@ -749,7 +749,7 @@ class _Data:
         return _Computed(runs, logits.float().log_softmax(-1), prefix, before, first)
 
 
-#: What a pass costs on a CPU beside its tokens, in tokens; measured with `python tests/benchmarks/speed.py --overhead`.
+#: What a pass costs on a CPU beside its tokens, in tokens (27 to 128: `python tests/benchmarks/speed.py --overhead`).
 PASS_IN_TOKENS = 64
 
 

@@ -173,7 +173,7 @@ def test_the_project_speaks_of_itself_alone():
     pattern = re.compile(r"/(work|root|home)/[a-z.]")
     for path in ROOT.rglob("*"):
         if (
-            path.suffix in (".py", ".md", ".toml", ".txt", ".yaml")
+            path.suffix in (".py", ".md", ".toml", ".txt", ".yaml", ".ipynb", ".cff")
             and ".venv" not in path.parts
             and path != Path(__file__)
         ):

@@ -4,6 +4,7 @@
     python tests/benchmarks/speed.py --prefix                  what a shared prefix saves
     python tests/benchmarks/speed.py --scaling                 cost against layers, heads, tokens, examples, vocabulary
     python tests/benchmarks/speed.py --variants                bfloat16 autocast and torch.compile
+    python tests/benchmarks/speed.py --overhead                what a pass costs beside its tokens
 
 One FE (forward-equivalent) is the time of a plain forward pass, ``model(tokens)`` without gradients and with all
 logits, on the same batch in the same process. Times are CPU time on one thread (seconds on the clock on a GPU), the
@@ -358,10 +359,37 @@ def variants(options: argparse.Namespace) -> list[dict[str, Any]]:
     return rows
 
 
+def overhead(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """What a gated pass with gradients costs beside its tokens, in tokens: 2 against 16 prompts of 16 tokens."""
+    rows = []
+    shipped = ("llama3-tiny-target", "qwen2.5-tiny-target")
+    for name, model in (("small", build(**SMALL)), *((each, dfa.zoo.load(each)) for each in shipped)):
+        bench, nodes = Bench(model, options.repeats), dfa.NodeSet.heads_and_mlps(model)
+        seconds = {}
+        for n in (2, 16):
+            pairs, corrupt = make_pairs(n, 16, bench.vocabulary), dict[str, torch.Tensor]()
+            with torch.no_grad():
+                passes.run(model, pairs.corrupt, pairs.lengths, hooks.record_hooks(nodes, corrupt))
+
+            def work(n: int = n, pairs: Any = pairs, corrupt: Any = corrupt) -> None:
+                mask = torch.full((n, len(nodes)), 0.5, requires_grad=True)
+                gates = hooks.gate_hooks(nodes, mask, corrupt=corrupt)
+                logits = passes.run(model, pairs.clean, pairs.lengths, gates)
+                torch.autograd.grad(logits.logsumexp(-1).sum(), [mask])
+
+            with adapter.prepared(model):
+                work()
+                seconds[n] = statistics.median(bench.seconds(work) for _ in range(options.repeats))
+        a_token = (seconds[16] - seconds[2]) / (14 * 16)
+        rows.append({"model": name, "tokens": seconds[2] / a_token - 32})
+        print(f"| {name} | {rows[-1]['tokens']:.0f} tokens |", flush=True)
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     what = parser.add_mutually_exclusive_group()
-    for name in ("prefix", "scaling", "variants"):
+    for name in ("prefix", "scaling", "variants", "overhead"):
         what.add_argument(f"--{name}", action="store_true")
     parser.add_argument("--model", nargs="*", default=["small", "wide"], choices=list(SHAPES))
     parser.add_argument("--only", nargs="*", help="nap, nap-ig-inputs, nap-ig-activations, exact, curve, fit")
@@ -375,8 +403,8 @@ def main() -> None:
     if options.device == "cpu":
         torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    work = prefixes if options.prefix else scaling if options.scaling else variants if options.variants else operations
-    rows = work(options)
+    other = {"prefix": prefixes, "scaling": scaling, "variants": variants, "overhead": overhead}
+    rows = next((work for name, work in other.items() if getattr(options, name)), operations)(options)
     if options.json:
         options.json.write_text(json.dumps(rows, indent=1) + "\n")
     if options.figure:
