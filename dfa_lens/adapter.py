@@ -117,6 +117,12 @@ def points(model: HookedModel, names: Iterable[str]) -> dict[str, Any]:
     return {name: known[name] for name in names}
 
 
+def is_hooked(model: HookedModel) -> bool:
+    """Whether somebody has hooks on the model now."""
+    points(model, [])
+    return any(point.fwd_hooks or point.bwd_hooks for point in _snapshots[model].values())
+
+
 def check_points(model: HookedModel, names: Sequence[str]) -> None:
     """As :func:`points`, and no two names may be one hook point: it would be edited twice.
 

@@ -163,13 +163,19 @@ def shared_prefix(
 
 
 def can_share(model: HookedModel) -> bool:
-    """Whether a common beginning may be run once (:class:`Prefix`): a trial must give the same logits."""
-    return _works(model, "prefix")
+    """Whether a common beginning may be run once (:class:`Prefix`): a trial must give the same logits.
+
+    Not while somebody else has hooks on the model: they are to see whole prompts.
+    """
+    return not adapter.is_hooked(model) and _works(model, "prefix")
 
 
 def can_restart(model: HookedModel) -> bool:
-    """Whether a pass may begin at a later block (:class:`Start`): a trial must give the same logits."""
-    return _works(model, "start")
+    """Whether a pass may begin at a later block (:class:`Start`): a trial must give the same logits.
+
+    Not while somebody else has hooks on the model: they are to see all blocks.
+    """
+    return not adapter.is_hooked(model) and _works(model, "start")
 
 
 _tried: WeakKeyDictionary[Any, dict[str, bool]] = WeakKeyDictionary()

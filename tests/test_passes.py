@@ -189,6 +189,28 @@ def test_nodes_that_are_not_indexed_by_token_run_whole_prompts(any_model):
     assert passes.shared_length(any_model, alike(shared=3), heads) == 0  # does not pay
 
 
+def test_hooks_of_somebody_else_see_whole_prompts_and_all_blocks(each):
+    """A hook of the user's that edits one position means the same as before."""
+    pairs = alike()
+    nodes = dfa.NodeSet.heads_and_mlps(each)
+
+    def third(now, hook):
+        return torch.cat([now[:, :2], 0 * now[:, 2:3], now[:, 3:]], 1)
+
+    each.hook_dict["blocks.0.hook_mlp_out"].add_hook(third)
+    try:
+        assert not passes.can_restart(each)
+        assert passes.shared_length(each, pairs, nodes) == 0
+        scores = dfa.attribute(each, pairs, nodes=nodes.where(layer=2), method="exact")
+        with torch.no_grad():
+            clean = passes.run(each, pairs.clean, pairs.lengths)
+        values = clean.gather(1, pairs.answer[:, None]) - clean.gather(1, pairs.wrong[:, None])
+    finally:
+        each.reset_hooks()
+    assert scores.meta["metric_clean"] == pytest.approx(float(values.mean()), abs=1e-4)
+    assert passes.can_restart(each)
+
+
 def test_a_model_that_fails_the_trial_runs_whole_prompts(monkeypatch):
     model = random_model()
     monkeypatch.setattr(passes, "prefix_of", lambda *args: (_ for _ in ()).throw(NotImplementedError("no cache")))
