@@ -1,5 +1,6 @@
 """What a user meets first: the import, the README, the quick start, the command line."""
 
+import os
 import re
 import subprocess
 import sys
@@ -122,10 +123,12 @@ def test_doctor_on_a_model_without_a_tokenizer(zoo_source, monkeypatch):
     assert "shared beginnings  can't be used" in report
 
 
-def test_shell_completion(tmp_path):
-    code, out, _ = run_cli("--show-completion", "bash", cwd=tmp_path)
-    assert code == 0
-    assert "_DFA_LENS_COMPLETE" in out or "complete" in out
+def test_shell_completion():
+    """What a shell asks when the user has typed `dfa-lens att` and presses tab."""
+    command = Path(sys.executable).with_name("dfa-lens")
+    asked = {"_DFA_LENS_COMPLETE": "complete_bash", "COMP_WORDS": "dfa-lens att", "COMP_CWORD": "1"}
+    done = subprocess.run([command], env=os.environ | asked, capture_output=True, text=True, check=False)
+    assert done.stdout.split() == ["attribute"]
 
 
 def test_the_demo_and_its_report(tmp_path):
