@@ -150,8 +150,7 @@ def attribute(
 
     def once(n: int, size: int) -> NodeScores:
         job = _Job(model, nodes, metrics.resolve(chosen), method, n, mlp_gradient, accumulate, size, share_prefix)
-        if isinstance(chosen, str) and chosen in metrics.TWO_COLUMNS:
-            job.two_columns = True
+        job.two_columns = isinstance(chosen, str) and chosen in metrics.TWO_COLUMNS
         totals = torch.zeros(len(nodes), dtype=torch.float64)
         sums: dict[str, float] = {}
         total = len(pairs) * job.units
@@ -265,14 +264,13 @@ class _Job:
         corrupt, corrupt_logits = batch.record("corrupt", also=INPUT_POINT)
         corrupt_embed = corrupt[INPUT_POINT]
         deltas: Activations = {}
-        clean_embed = corrupt_embed  # replaced by the first pass
 
         def difference(site: Site, now: Tensor) -> None:
             # in place of the recorded activation, which nothing else needs: one cache, not two
             deltas[site.point] = now.detach() - corrupt.pop(site.point)
 
         def backward(taps: list[tuple[str, HookFunction]], start: Tensor | None, times: int) -> tuple[Tensor, ...]:
-            """One pass from the embedding ``start`` (None: its own), and back: embedding, gradient, logits."""
+            """One pass from the embedding ``start`` (None: its own), and back: embedding, gradient, logits, metric."""
             leaves: list[Tensor] = []
 
             def embed(now: Tensor) -> Tensor:

@@ -463,11 +463,23 @@ def _run_all(
                 else:
                     gated.append(i)
             bar.update(len(batch) * (n_sizes - len(gated)))
-            for i, logits in circuits.run(gated, batch, corrupt, prefix, streams):
+            for i, logits in circuits.run(gated, _Recorded(batch, corrupt, prefix, streams)):
                 runs.note(i, rows, batch, metric, logits, clean_logits)
                 bar.update(len(batch))
             corrupt.clear()  # before the next batch is recorded: the gates of the last size still hold it
     return runs
+
+
+@dataclass
+class _Recorded:
+    """A batch, and what is known of it before its circuits are run."""
+
+    batch: PromptPairs
+    corrupt: Activations
+    prefix: passes.Prefix | None
+    streams: dict[
+        int, Tensor
+    ]  #: the residual stream of the last pass at the beginning of blocks; first of the clean run
 
 
 class _Circuits:
@@ -482,35 +494,21 @@ class _Circuits:
         # the nodes that a pass beginning at a block meets
         self.above = {layer: NodeSet(node for node in nodes if node.layer >= layer) for layer in self.restarts}
 
-    def run(
-        self,
-        sizes: list[int],
-        batch: PromptPairs,
-        corrupt: Activations,
-        prefix: passes.Prefix | None,
-        streams: dict[int, Tensor],
-    ) -> Iterator[tuple[int, Float[Tensor, "example vocab"]]]:
-        """The logits of each of ``sizes``, with its number; ``streams``: the clean run's at the beginning of blocks."""
+    def run(self, sizes: list[int], on: _Recorded) -> Iterator[tuple[int, Float[Tensor, "example vocab"]]]:
+        """The logits of each of ``sizes``, with its number."""
         if self.together == 1:
-            yield from self._downwards(sizes, batch, corrupt, prefix, streams)
+            yield from self._downwards(sizes, on)
             return
         for first in range(0, len(sizes), self.together):
             group = sizes[first : first + self.together]
-            many, others = _repeated(batch, corrupt, len(group))
-            masks = self.keep[group].float().repeat_interleave(len(batch), 0)
+            many, others = _repeated(on.batch, on.corrupt, len(group))
+            masks = self.keep[group].float().repeat_interleave(len(on.batch), 0)
             gates = hooks.gate_hooks(self.nodes, masks, corrupt=others)
-            again = None if prefix is None else prefix.repeat(len(group))
+            again = None if on.prefix is None else on.prefix.repeat(len(group))
             logits = passes.run(self.model, many.clean, many.lengths, gates, prefix=again)
-            yield from zip(group, logits.split(len(batch)), strict=True)
+            yield from zip(group, logits.split(len(on.batch)), strict=True)
 
-    def _downwards(
-        self,
-        sizes: list[int],
-        batch: PromptPairs,
-        corrupt: Activations,
-        prefix: passes.Prefix | None,
-        streams: dict[int, Tensor],
-    ) -> Iterator[tuple[int, Float[Tensor, "example vocab"]]]:
+    def _downwards(self, sizes: list[int], on: _Recorded) -> Iterator[tuple[int, Float[Tensor, "example vocab"]]]:
         """From the clean run downwards: each circuit differs from the one before in a few nodes, and below the first
         of them nothing changes."""
         before = torch.ones_like(self.keep[0])
@@ -520,12 +518,14 @@ class _Circuits:
                 layer = int(changed.min())
                 start, nodes, mask = None, self.nodes, self.keep[i]
                 if layer in self.above:
-                    start, nodes = passes.Start(layer, streams[layer]), self.above[layer]
+                    start, nodes = passes.Start(layer, on.streams[layer]), self.above[layer]
                     mask = mask[self.layers >= layer]
                 # the streams first, as they are before a gate at the same hook point
-                taps = passes.stream_hooks(streams, [each for each in self.restarts if each > layer])
-                gates = hooks.gate_hooks(nodes, mask.float(), corrupt=corrupt)
-                logits = passes.run(self.model, batch.clean, batch.lengths, [*taps, *gates], prefix=prefix, start=start)
+                taps = passes.stream_hooks(on.streams, [each for each in self.restarts if each > layer])
+                gates = hooks.gate_hooks(nodes, mask.float(), corrupt=on.corrupt)
+                logits = passes.run(
+                    self.model, on.batch.clean, on.batch.lengths, [*taps, *gates], prefix=on.prefix, start=start
+                )
             yield i, logits
             before = self.keep[i]
 

@@ -61,21 +61,6 @@ METRICS: dict[str, Metric] = {
 #: Those that read the logits of the answer and of the wrong answer, and no others.
 TWO_COLUMNS = ("logit-difference",)
 
-#: Those that read the logits of the answer and of the wrong answer, and no others.
-TWO_COLUMNS = ("logit-difference",)
-
-#: Those that read the logits of the answer and of the wrong answer, and no others.
-TWO_COLUMNS = ("logit-difference",)
-
-#: Those that read the logits of the answer and of the wrong answer, and no others.
-TWO_COLUMNS = ("logit-difference",)
-
-#: Those that read the logits of the answer and of the wrong answer, and no others.
-TWO_COLUMNS = ("logit-difference",)
-
-#: Those that read the logits of the answer and of the wrong answer, and no others.
-TWO_COLUMNS = ("logit-difference",)
-
 
 def resolve(metric: str | Callable[..., Any]) -> Metric:
     """The metric called ``metric``, or the user's own function; either with its result checked.
