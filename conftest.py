@@ -14,13 +14,12 @@ install_import_hook(
     [
         f"dfa_lens.{name}"
         for name in (
-            "adapter",
             "alignment",
             "attribution",
             "behaviour",
             "controls",
             "faithfulness",
-            "hooks",
+            "models",
             "metrics",
             "nodes",
             "prompts",

@@ -17,7 +17,6 @@ if TYPE_CHECKING:
         controls,
         diagnostics,
         features,
-        hooks,
         metrics,
         objectives,
         parameterisation,
@@ -32,7 +31,10 @@ if TYPE_CHECKING:
     from dfa_lens.behaviour import Behaviour
     from dfa_lens.errors import DfaError
     from dfa_lens.faithfulness import FaithfulnessCurve, faithfulness_curve
-    from dfa_lens.models import load_model
+    from dfa_lens.models import hooks
+    from dfa_lens.models.hooks import prepared
+    from dfa_lens.models.loading import load_model
+    from dfa_lens.models.runner import ShortCutWarning
     from dfa_lens.nodes import Node, NodeSet
     from dfa_lens.planning import Estimate, estimate
     from dfa_lens.prompts import PromptPairs
@@ -54,6 +56,7 @@ _HOME: dict[str, str | None] = {
     "NodeScores": "scores",
     "NodeSet": "nodes",
     "PromptPairs": "prompts",
+    "ShortCutWarning": "models.runner",
     "TrainingWarning": "training",
     "attribute": "attribution",
     "controls": None,
@@ -63,12 +66,13 @@ _HOME: dict[str, str | None] = {
     "features": None,
     "fit": "training",
     "fit_many": "training",
-    "hooks": None,
-    "load_model": "models",
+    "hooks": "models",
+    "load_model": "models.loading",
     "metrics": None,
     "objectives": None,
     "parameterisation": None,
     "plots": None,
+    "prepared": "models.hooks",
     "statistics": None,
     "study": None,
     "tasks": None,
@@ -87,6 +91,7 @@ __all__ = [
     "NodeScores",
     "NodeSet",
     "PromptPairs",
+    "ShortCutWarning",
     "TrainingWarning",
     "__version__",
     "attribute",
@@ -103,6 +108,7 @@ __all__ = [
     "objectives",
     "parameterisation",
     "plots",
+    "prepared",
     "statistics",
     "study",
     "tasks",

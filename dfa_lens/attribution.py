@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import groupby
@@ -29,10 +29,13 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from dfa_lens import adapter, batching, hooks, metrics, passes
-from dfa_lens.adapter import HookedModel, HookFunction
+from dfa_lens import metrics
 from dfa_lens.errors import DfaError, unknown
-from dfa_lens.hooks import Activations
+from dfa_lens.models import backend, hooks, memory
+from dfa_lens.models.backend import HookedModel, HookFunction
+from dfa_lens.models.hooks import Activations
+from dfa_lens.models.paired_run import PairedRun
+from dfa_lens.models.runner import Runner
 from dfa_lens.nodes import INPUT_POINT, NodeSet, Site
 from dfa_lens.prompts import PromptPairs
 from dfa_lens.scores import NodeScores
@@ -52,6 +55,7 @@ class IntegrationWarning(UserWarning):
     """The integration steps are too few for the scores to mean what they promise."""
 
 
+@backend.runs("model")
 def attribute(
     model: HookedModel,
     pairs: PromptPairs,
@@ -102,7 +106,7 @@ def attribute(
         For ``steps="auto"``.
     share_prefix:
         Run the tokens that a batch's clean and corrupt prompts share at their beginning only once, where that can be
-        done (see :func:`~dfa_lens.passes.shared_length`). Changes time, the scores by rounding only.
+        done (see :meth:`~dfa_lens.models.runner.Runner.shared_length`). Changes time, the scores by rounding only.
 
     Returns
     -------
@@ -143,20 +147,25 @@ def attribute(
             if method == "nap-ig-activations"
             else "mlp_gradient says which gradient to take; 'exact' takes none."
         )
+    runner = Runner(model)
     nodes = nodes if nodes is not None else NodeSet.heads_and_mlps(model)
     chosen = pairs.metric if metric is None else metric
-    pairs.require(d_vocab=int(model.cfg.d_vocab), n_ctx=model.cfg.n_ctx)
-    adapter.check_points(model, nodes.points)
+    runner.require(pairs)
+    runner.check_points(nodes.points)
 
     def once(n: int, size: int) -> NodeScores:
-        job = _Job(model, nodes, metrics.resolve(chosen), method, n, mlp_gradient, accumulate, size, share_prefix)
+        job = _Job(runner, nodes, metrics.resolve(chosen), method, n, mlp_gradient, accumulate, size, share_prefix)
         job.two_columns = isinstance(chosen, str) and chosen in metrics.TWO_COLUMNS
         totals = torch.zeros(len(nodes), dtype=torch.float64)
         sums: dict[str, float] = {}
         total = len(pairs) * job.units
-        with adapter.prepared(model), tqdm(total=total, desc=method, unit="run", disable=not progress) as bar:
+        n_passes = 3 * (len(pairs) // size + 1) * max(1, job.units // max(1, size))
+        with (
+            runner.session(passes=n_passes),
+            tqdm(total=total, desc=method, unit="run", disable=not progress) as bar,
+        ):
             job.done = bar.update
-            for _, batch in pairs.batches(size):
+            for _, batch in runner.batches(pairs, size):
                 result = job.run(batch)
                 totals += result.scores
                 for key, value in result.sums.items():
@@ -167,7 +176,7 @@ def attribute(
             "method": method,
             "metric": metrics.name_of(chosen),
             "examples": len(pairs),
-            "model": str(getattr(model.cfg, "model_name", "")),
+            "model": runner.name,
         }
         if method.startswith("nap-ig"):
             meta["steps"] = n
@@ -187,7 +196,7 @@ def attribute(
             return _until_settled(lambda n: once(n, size), tolerance)
         return once(1 if steps == "auto" else steps, size)
 
-    scores = batching.run(scored, batch_size, model, pairs, nodes, "attribute", method=method)
+    scores = memory.run(scored, batch_size, model, pairs, nodes, "attribute", method=method)
     residual = scores.meta.get("completeness", {}).get("residual", 0.0)
     if residual > INCOMPLETE and steps != "auto":
         warnings.warn(
@@ -230,7 +239,7 @@ class _Result:
 class _Job:
     """One attribution: what every batch needs."""
 
-    model: HookedModel
+    runner: Runner
     nodes: NodeSet
     metric: metrics.Metric
     method: str
@@ -319,16 +328,11 @@ class _Job:
         ]
 
     def _gradient_points(self, site: Site) -> list[tuple[str, float]]:
-        """Where a site's gradient is read, and with which sign it counts.
-
-        The gradient at an MLP's input needs no flag: it is that of the stream before it, less what skips the MLP.
-        """
+        """Where a site's gradient is read, and with which sign it counts."""
         if self.mlp_gradient == "output" or self.nodes[site.positions[0]].kind != "mlp":
             return [(site.point, 1.0)]
         block = site.point.removesuffix(".hook_mlp_out")
-        if adapter.is_bridge(self.model):
-            return [(f"{block}.ln2.hook_in", 1.0)]
-        return [(f"{block}.hook_resid_mid", 1.0), (f"{block}.hook_resid_post", -1.0)]
+        return self.runner.backend.mlp_input_gradient(block)
 
     def _add(self, totals: Tensor, site: Site, delta: Tensor, gradient: Tensor) -> None:
         """Add Σ Δ·gradient over examples, positions and width to each node of a site.
@@ -352,7 +356,7 @@ class _Job:
     def _paths(self, batch: _Batch) -> _Result:
         totals = torch.zeros(len(self.nodes), dtype=torch.float64)
         corrupt, corrupt_logits = batch.record("corrupt")
-        deltas, clean_logits = batch.record("clean", streams=True)
+        deltas, clean_logits = batch.record("clean", streams=batch.restarts)
         for point in deltas:  # in place of the clean activations, which nothing else needs
             deltas[point] -= corrupt[point]
         clean_value = batch.total(clean_logits, clean_logits)
@@ -364,7 +368,7 @@ class _Job:
                 self._path(batch, site, fractions, corrupt[site.point], deltas[site.point], clean_logits, totals)
             if len(site.positions) == (site.size or 1):  # the whole group is scored: its scores must add up
                 group = NodeSet(self.nodes[position] for position in site.positions)
-                off = torch.zeros(1, len(group))
+                off = torch.zeros(1, len(group), dtype=torch.float32)
                 effect = clean_value - float(batch.ablated(group, off, corrupt, clean_logits).sum())
                 explained = float((totals - before)[list(site.positions)].sum()) / self.steps
                 sums["expected"] += effect
@@ -433,12 +437,12 @@ class _Job:
 
     def _exact(self, batch: _Batch) -> _Result:
         corrupt, corrupt_logits = batch.record("corrupt")
-        _, clean_logits = batch.record("clean", nodes=False, streams=True)
+        _, clean_logits = batch.record("clean", nodes=False, streams=batch.restarts)
         clean = batch.total(clean_logits, clean_logits)
         effects = torch.zeros(len(self.nodes), dtype=torch.float64)
         for _, same_layer in groupby(range(len(self.nodes)), key=lambda position: self.nodes[position].layer):
             for some in batch.chunks(list(same_layer)):
-                off = 1 - torch.eye(len(some))
+                off = 1 - torch.eye(len(some), dtype=torch.float32)
                 effects[some] = clean - batch.ablated(self.nodes[some], off, corrupt, clean_logits)
                 self.done(len(batch) * len(some))
         return _Result(effects, {"clean": clean, "corrupt": batch.total(corrupt_logits, clean_logits)})
@@ -449,71 +453,29 @@ def _summed(gradient: Tensor, batch: int) -> Tensor:
     return gradient if len(gradient) == batch else gradient.unflatten(0, (-1, batch)).sum(0)
 
 
-class _Batch:
-    """Some of the pairs, and how the model is run on them."""
+class _Batch(PairedRun):
+    """Some of the pairs, how the model is run on them, and the metric of what comes out."""
 
     def __init__(self, job: _Job, pairs: PromptPairs) -> None:
-        self.model, self.nodes, self.metric = job.model, job.nodes, job.metric
-        self.pairs = self.labels = pairs
+        two = torch.stack([pairs.answer, pairs.wrong], 1) if job.two_columns else None
+        super().__init__(job.runner, pairs, job.nodes, share_prefix=job.share_prefix, columns=two)
+        self.metric, self.labels = job.metric, pairs
         self.room = max(1, job.batch_size // len(pairs))  # how often the batch fits into one pass
-        self.columns: Tensor | None = None
         if job.two_columns:
-            self.columns = torch.stack([pairs.answer, pairs.wrong], 1)
             first = torch.zeros_like(pairs.answer)
             self.labels = replace(pairs, answer=first, wrong=first + 1, choices=None, corrupt_choices=None)
-        self.prefix = passes.shared_prefix(self.model, pairs, self.nodes, switch=job.share_prefix)
-        self.streams: dict[int, Tensor] = {}  # the clean run's residual stream at the beginning of blocks
 
-    def __len__(self) -> int:
-        return len(self.pairs)
+    @property
+    def restarts(self) -> list[int]:
+        """The blocks that passes may begin at: those with nodes, but for the first."""
+        assert self.nodes is not None
+        if not self.runner.allows("start", self.pairs.clean.shape[1]):
+            return []
+        return self.runner.restarts(self.nodes)
 
     def chunks(self, items: list[Any]) -> list[list[Any]]:
         """As many at a time as fit into one pass."""
         return [items[first : first + self.room] for first in range(0, len(items), self.room)]
-
-    def run(
-        self,
-        taps: Sequence[tuple[str, HookFunction]],
-        *,
-        corrupt: bool = False,
-        times: int = 1,
-        layer: int | None = None,
-    ) -> Tensor:
-        """The logits (all, or those of the two answers) of one pass; ``times``: of the batch so often over."""
-        pairs = self.pairs
-        tokens, lengths = (pairs.corrupt, pairs.corrupt_lengths) if corrupt else (pairs.clean, pairs.lengths)
-        start = None
-        if layer in self.streams:
-            start = passes.Start(layer, passes.again(self.streams[layer], times))
-        return passes.run(
-            self.model,
-            tokens.repeat(times, 1),
-            lengths.repeat(times),
-            taps,
-            columns=None if self.columns is None else self.columns.repeat(times, 1),
-            prefix=None if self.prefix is None else self.prefix.repeat(times),
-            start=start,
-        )
-
-    def record(
-        self,
-        which: Literal["clean", "corrupt"],
-        *,
-        nodes: bool = True,
-        also: str | None = None,
-        streams: bool = False,
-    ) -> tuple[Activations, Tensor]:
-        """The nodes' activations, and the logits; with ``streams`` what later passes can begin with."""
-        into: Activations = {}
-        taps = hooks.record_hooks(self.nodes, into) if nodes else []
-        if also is not None and also not in self.nodes.points:
-            taps.append((also, lambda now: into.__setitem__(also, now.detach().clone())))
-        if streams and passes.can_restart(self.model):
-            layers = sorted({node.layer for node in self.nodes if node.layer > 0})
-            taps += passes.stream_hooks(self.streams, layers)
-        with torch.no_grad():
-            logits = self.run(taps, corrupt=which == "corrupt")
-        return into, logits
 
     def values(self, logits: Tensor, clean_logits: Tensor, times: int = 1) -> Float[Tensor, " row"]:
         """The metric of every row."""
@@ -533,9 +495,8 @@ class _Batch:
         """The metric summed over the batch, of the clean run under every one of several masks; ``nodes``: those of
         one layer."""
         times = len(masks)
-        others = {point: passes.again(corrupt[point], times) for point in nodes.points}
-        gates = hooks.gate_hooks(nodes, masks.repeat_interleave(len(self), 0), corrupt=others)
         with torch.no_grad():
-            logits = self.run(gates, times=times, layer=nodes[0].layer)
+            rows = masks.repeat_interleave(len(self), 0)
+            logits = self.gated(nodes, rows, corrupt=corrupt, layer=nodes[0].layer)
             values = self.values(logits, clean_logits, times)
         return values.unflatten(0, (times, -1)).sum(1, dtype=torch.float64).cpu()

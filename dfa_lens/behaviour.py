@@ -11,8 +11,10 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from dfa_lens import adapter, passes
-from dfa_lens.adapter import HookedModel
+from dfa_lens.models import backend
+from dfa_lens.models.backend import HookedModel
+from dfa_lens.models.paired_run import PairedRun
+from dfa_lens.models.runner import Runner
 from dfa_lens.prompts import PromptPairs
 
 
@@ -137,22 +139,23 @@ class Behaviour:
         ).replace("%", " %")
 
 
+@backend.runs("model")
 def check(model: HookedModel, pairs: PromptPairs, *, batch_size: int = 16, progress: bool = False) -> Behaviour:
     """What ``model`` does on ``pairs``; see :class:`Behaviour`."""
-    pairs.require(d_vocab=int(model.cfg.d_vocab), n_ctx=model.cfg.n_ctx)
+    runner = Runner(model)
+    runner.require(pairs)
     n = len(pairs)
-    difference, corrupt_difference = torch.zeros(n), torch.zeros(n)
+    difference, corrupt_difference = torch.zeros(2, n, dtype=torch.float32)
     best, corrupt_best = torch.zeros(n, dtype=torch.bool), torch.zeros(n, dtype=torch.bool)
     prediction, corrupt_prediction = torch.zeros(n, dtype=torch.long), torch.zeros(n, dtype=torch.long)
     with (
         torch.no_grad(),
-        adapter.prepared(model),
+        runner.session(passes=2 * len(pairs) // batch_size),
         tqdm(total=n, desc="check", unit="pair", disable=not progress) as bar,
     ):
-        for rows, batch in pairs.batches(batch_size):
-            prefix = passes.shared_prefix(model, batch)
-            clean = passes.run(model, batch.clean, batch.lengths, prefix=prefix).float().cpu()
-            corrupt = passes.run(model, batch.corrupt, batch.corrupt_lengths, prefix=prefix).float().cpu()
+        for rows, batch in runner.batches(pairs, batch_size):
+            run = PairedRun(runner, batch)
+            clean, corrupt = run.run().float().cpu(), run.run(corrupt=True).float().cpu()
             two = torch.stack([batch.answer, batch.wrong], 1)
             for logits, choices, right, into in (
                 (clean, batch.choices, batch.answer, (difference, best, prediction)),

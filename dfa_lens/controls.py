@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 
-from dfa_lens.adapter import HookedModel
 from dfa_lens.alignment import Alignment, Scaling, scale
 from dfa_lens.errors import AlignmentError
+from dfa_lens.models.backend import HookedModel
 from dfa_lens.nodes import Node, NodeSet
 from dfa_lens.prompts import PromptPairs
 from dfa_lens.scores import NodeScores
@@ -35,7 +35,7 @@ def random_w(source: NodeSet, target: NodeSet, *, seed: int = 0) -> Alignment:
     torch.Size([54, 110])
     """
     generator = torch.Generator().manual_seed(seed)
-    W = torch.randn(len(source), len(target), generator=generator)
+    W = torch.randn(len(source), len(target), generator=generator, dtype=torch.float32)
     return Alignment.of(W, source, target, meta={"control": "random-w", "seed": seed})
 
 
@@ -85,7 +85,7 @@ def uniform(nodes: NodeSet) -> NodeScores:
     >>> dfa.controls.uniform(dfa.NodeSet.for_sizes(1, 2)).values.tolist()
     [1.0, 1.0, 1.0]
     """
-    return NodeScores(torch.ones(len(nodes)), nodes, {"control": "uniform-s"})
+    return NodeScores(torch.ones(len(nodes), dtype=torch.float32), nodes, {"control": "uniform-s"})
 
 
 def random_scores(nodes: NodeSet, *, seed: int = 0) -> NodeScores:
@@ -97,7 +97,7 @@ def random_scores(nodes: NodeSet, *, seed: int = 0) -> NodeScores:
     >>> dfa.controls.random_scores(dfa.NodeSet.for_sizes(1, 2), seed=3).values.shape
     torch.Size([3])
     """
-    values = torch.randn(len(nodes), generator=torch.Generator().manual_seed(seed))
+    values = torch.randn(len(nodes), generator=torch.Generator().manual_seed(seed), dtype=torch.float32)
     return NodeScores(values, nodes, {"control": "random-s", "seed": seed})
 
 
@@ -114,7 +114,7 @@ def depth_mean(source: NodeSet, target: NodeSet) -> Alignment:
     >>> fixed.W[1].round(decimals=2).tolist()
     [0.0, 1.0, 0.0, 0.0, 0.0, 0.0]
     """
-    W = torch.zeros(len(source), len(target))
+    W = torch.zeros(len(source), len(target), dtype=torch.float32)
     last_source, last_target = max(source.n_layers - 1, 1), max(target.n_layers - 1, 1)
     members: dict[tuple[int, str], list[int]] = {}
     for j, node in enumerate(target):
@@ -144,7 +144,7 @@ def constant() -> NodeScores:
     >>> len(dfa.controls.constant())
     1
     """
-    return NodeScores(torch.ones(1), _CONSTANT, {"control": "target-only"})
+    return NodeScores(torch.ones(1, dtype=torch.float32), _CONSTANT, {"control": "target-only"})
 
 
 def target_only(target: HookedModel, pairs: Mapping[str, PromptPairs], **options: Any) -> NodeScores:

@@ -12,8 +12,10 @@ from typing import Any
 
 import torch
 
-from dfa_lens import __version__, adapter, batching, passes, zoo
-from dfa_lens.models import transformer_lens_major
+from dfa_lens import __version__, zoo
+from dfa_lens.models import memory
+from dfa_lens.models.loading import transformer_lens_major
+from dfa_lens.models.runner import Runner
 
 PACKAGES = ("torch", "transformer-lens", "transformers", "datasets", "plotly", "pandas", "safetensors")
 OPTIONAL = {
@@ -36,12 +38,12 @@ def lines(model: Any | None = None) -> Iterator[str]:
         else '  backend            TransformerBridge; for HookedTransformer: pip install "transformer-lens<4"'
     )
     yield "devices"
-    cpu = batching.free_bytes(torch.device("cpu")) / 2**30
+    cpu = memory.free_bytes(torch.device("cpu")) / 2**30
     threads = torch.get_num_threads()
     yield f"  cpu                {os.cpu_count()} cores, {threads} threads for torch, {cpu:.1f} GiB free"
     for index in range(torch.cuda.device_count()):
         device = torch.device("cuda", index)
-        free = batching.free_bytes(device) / 2**30
+        free = memory.free_bytes(device) / 2**30
         yield f"  cuda:{index}             {torch.cuda.get_device_name(index)}, {free:.1f} GiB free"
     if not torch.cuda.is_available():
         yield "  cuda               none"
@@ -65,15 +67,15 @@ def _version(package: str) -> str | None:
 
 
 def _of(model: Any) -> Iterator[str]:
-    cfg = model.cfg
+    runner, cfg = Runner(model), model.cfg
     parameters = list(model.parameters())
     size = sum(p.numel() * p.element_size() for p in parameters) / 2**20
     yield f"model {getattr(cfg, 'model_name', '')}"
-    yield f"  class              {type(model).__name__}, {parameters[0].dtype}, on {adapter.device_of(model)}"
+    yield f"  class              {type(model).__name__}, {parameters[0].dtype}, on {runner.device}"
     yield f"  size               {cfg.n_layers} layers x {cfg.n_heads} heads, {size:.0f} MiB"
-    yield f"  weights            {', '.join(adapter.processing(model)) or 'unprocessed'}"
-    yield f"  shared beginnings  {_yes(passes.can_share(model))}"
-    yield f"  starting at blocks {_yes(passes.can_restart(model))}"
+    yield f"  weights            {', '.join(runner.backend.processing()) or 'unprocessed'}"
+    yield f"  shared beginnings  {_yes(runner.allows('prefix', 32))}"
+    yield f"  starting at blocks {_yes(runner.allows('start', 32))}"
     tokenizer = getattr(model, "tokenizer", None)
     yield f"  tokenizer          {type(tokenizer).__name__ if tokenizer is not None else 'NONE: tasks need one'}"
 

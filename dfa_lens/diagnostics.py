@@ -117,7 +117,7 @@ def stability(alignment: Alignment, scores: NodeScores, *, noise: float = 0.1, d
     spread = noise * float(scores.values.std(correction=0))
     found = []
     for _ in range(draws):
-        moved = scores.values + spread * torch.randn(len(scores), generator=generator)
+        moved = scores.values + spread * torch.randn(len(scores), generator=generator, dtype=torch.float32)
         found.append(correlation(base, alignment.transfer(NodeScores(moved, scores.nodes))).spearman)
     return sum(found) / len(found)
 

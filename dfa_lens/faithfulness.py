@@ -20,10 +20,13 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from dfa_lens import adapter, batching, hooks, metrics, passes
-from dfa_lens.adapter import HookedModel
+from dfa_lens import metrics
 from dfa_lens.errors import FaithfulnessError, ScoreError, unknown
-from dfa_lens.hooks import Activations
+from dfa_lens.models import backend, memory
+from dfa_lens.models.backend import HookedModel
+from dfa_lens.models.hooks import Activations
+from dfa_lens.models.paired_run import PairedRun
+from dfa_lens.models.runner import Runner
 from dfa_lens.nodes import NodeSet
 from dfa_lens.prompts import PromptPairs
 from dfa_lens.scores import NodeScores, Ranking
@@ -237,6 +240,7 @@ def default_sizes(n_nodes: int) -> list[int]:
     return sorted(size for size in sizes if size <= n_nodes)
 
 
+@backend.runs("model")
 def faithfulness_curve(
     model: HookedModel,
     pairs: PromptPairs,
@@ -301,7 +305,8 @@ def faithfulness_curve(
         raise unknown("protocol", protocol, get_args(Protocol), FaithfulnessError)
     if sizes is not None and fractions is not None:
         raise FaithfulnessError("Give sizes or fractions, not both.")
-    pairs.require(d_vocab=int(model.cfg.d_vocab), n_ctx=model.cfg.n_ctx)
+    runner = Runner(model)
+    runner.require(pairs)
     ranked = _with_input(scores, model) if protocol == "mib" else _without_input(scores)
     _check_model(scores, model)
     n = len(ranked)
@@ -317,15 +322,15 @@ def faithfulness_curve(
     else:
         with_input, nodes = torch.ones(len(ks), dtype=torch.bool), ranked.nodes
 
-    adapter.check_points(model, nodes.points)
+    runner.check_points(nodes.points)
     chosen = metrics.resolve(pairs.metric if metric is None else metric)
     if together < 1:
         raise FaithfulnessError(f"together must be at least 1, not {together}.")
 
     def work(size: int) -> _Runs:
-        return _run_all(model, pairs, nodes, keep, with_input, chosen, size, together, progress, share_prefix)
+        return _run_all(runner, pairs, nodes, keep, with_input, chosen, size, together, progress, share_prefix)
 
-    runs = batching.run(work, batch_size, model, pairs, nodes, "faithfulness_curve", sizes=len(ks))
+    runs = memory.run(work, batch_size, model, pairs, nodes, "faithfulness_curve", sizes=len(ks))
     clean, corrupt = float(runs.clean.mean()), float(runs.corrupt.mean())
     if not abs(clean - corrupt) > 1e-9 * max(abs(clean), abs(corrupt), 1e-30):
         raise FaithfulnessError(
@@ -380,7 +385,7 @@ def _with_input(scores: NodeScores, model: HookedModel) -> NodeScores:
             f"The mib protocol ranks the {len(nodes)} nodes of this model (input, heads, MLP blocks); the scores have "
             f"{len(scores)} other nodes. Use protocol='nodes'."
         )
-    return NodeScores(torch.cat([torch.zeros(1), scores.values]), nodes, scores.meta)
+    return NodeScores(torch.cat([torch.zeros(1, dtype=torch.float32), scores.values]), nodes, scores.meta)
 
 
 def _grid(
@@ -424,7 +429,7 @@ class _Runs:
 
 
 def _run_all(
-    model: HookedModel,
+    runner: Runner,
     pairs: PromptPairs,
     nodes: NodeSet,
     keep: Bool[Tensor, "size node"],
@@ -437,20 +442,16 @@ def _run_all(
 ) -> _Runs:
     n, n_sizes = len(pairs), len(keep)
     runs = _Runs(*(torch.zeros(shape, dtype=torch.float64) for shape in ((n,), (n,), (n_sizes, n), (n_sizes, n))))
-    circuits = _Circuits(model, nodes, keep, together)
+    circuits = _Circuits(nodes, keep, together)
     with (
         torch.no_grad(),
-        adapter.prepared(model),
+        runner.session(passes=n_sizes),
         tqdm(total=n * n_sizes, desc="curve", unit="run", disable=not progress) as bar,
     ):
-        for rows, batch in pairs.batches(batch_size):
-            prefix = passes.shared_prefix(model, batch, nodes, switch=share_prefix)
-            streams: dict[int, Tensor] = {}
-            taps = passes.stream_hooks(streams, circuits.restarts)
-            clean_logits = passes.run(model, batch.clean, batch.lengths, taps, prefix=prefix)
-            corrupt: Activations = {}
-            taps = hooks.record_hooks(nodes, corrupt)
-            corrupt_logits = passes.run(model, batch.corrupt, batch.corrupt_lengths, taps, prefix=prefix)
+        for rows, batch in runner.batches(pairs, batch_size):
+            run = PairedRun(runner, batch, nodes, share_prefix=share_prefix)
+            _, clean_logits = run.record("clean", nodes=False, streams=circuits.restarts(run))
+            corrupt, corrupt_logits = run.record("corrupt")
             runs.clean[rows] = metric(clean_logits, batch, clean_logits).double().cpu()
             runs.corrupt[rows] = metric(corrupt_logits, batch, clean_logits).double().cpu()
 
@@ -463,76 +464,67 @@ def _run_all(
                 else:
                     gated.append(i)
             bar.update(len(batch) * (n_sizes - len(gated)))
-            for i, logits in circuits.run(gated, _Recorded(batch, corrupt, prefix, streams)):
+            for i, logits in circuits.run(gated, run, corrupt):
                 runs.note(i, rows, batch, metric, logits, clean_logits)
                 bar.update(len(batch))
             corrupt.clear()  # before the next batch is recorded: the gates of the last size still hold it
     return runs
 
 
-@dataclass
-class _Recorded:
-    """A batch, and what is known of it before its circuits are run."""
-
-    batch: PromptPairs
-    corrupt: Activations
-    prefix: passes.Prefix | None
-    streams: dict[
-        int, Tensor
-    ]  #: the residual stream of the last pass at the beginning of blocks; first of the clean run
-
-
 class _Circuits:
     """Circuits of several sizes, and how they are run on a batch."""
 
-    def __init__(self, model: HookedModel, nodes: NodeSet, keep: Bool[Tensor, "size node"], together: int) -> None:
-        self.model, self.nodes, self.keep, self.together = model, nodes, keep, together
+    def __init__(self, nodes: NodeSet, keep: Bool[Tensor, "size node"], together: int) -> None:
+        self.nodes, self.keep, self.together = nodes, keep, together
         self.layers = torch.tensor([node.layer for node in nodes])
-        blocks = [layer for layer in self.layers.unique().tolist() if layer > 0]
-        #: blocks that a pass may begin at
-        self.restarts = blocks if together == 1 and passes.can_restart(model) else []
-        # the nodes that a pass beginning at a block meets
-        self.above = {layer: NodeSet(node for node in nodes if node.layer >= layer) for layer in self.restarts}
+        self._from: dict[int | None, tuple[Bool[Tensor, " node"], NodeSet]] = {}
 
-    def run(self, sizes: list[int], on: _Recorded) -> Iterator[tuple[int, Float[Tensor, "example vocab"]]]:
+    def _met(self, layer: int | None) -> tuple[Bool[Tensor, " node"], NodeSet]:
+        """The nodes that a pass beginning at a block meets (None: all), as a mask and as a set."""
+        if layer not in self._from:
+            met = self.layers >= layer if layer is not None else torch.ones(len(self.nodes), dtype=torch.bool)
+            self._from[layer] = met, NodeSet(node for node, own in zip(self.nodes, met.tolist(), strict=True) if own)
+        return self._from[layer]
+
+    def restarts(self, run: PairedRun) -> list[int]:
+        """The blocks that passes on a batch may begin at."""
+        if self.together > 1 or not run.runner.allows("start", run.pairs.clean.shape[1]):
+            return []
+        return run.runner.restarts(self.nodes)
+
+    def run(
+        self, sizes: list[int], on: PairedRun, corrupt: Activations
+    ) -> Iterator[tuple[int, Float[Tensor, "example vocab"]]]:
         """The logits of each of ``sizes``, with its number."""
         if self.together == 1:
-            yield from self._downwards(sizes, on)
+            yield from self._downwards(sizes, on, corrupt)
             return
         for first in range(0, len(sizes), self.together):
             group = sizes[first : first + self.together]
-            many, others = _repeated(on.batch, on.corrupt, len(group))
-            masks = self.keep[group].float().repeat_interleave(len(on.batch), 0)
-            gates = hooks.gate_hooks(self.nodes, masks, corrupt=others)
-            again = None if on.prefix is None else on.prefix.repeat(len(group))
-            logits = passes.run(self.model, many.clean, many.lengths, gates, prefix=again)
-            yield from zip(group, logits.split(len(on.batch)), strict=True)
+            masks = self.keep[group].float().repeat_interleave(len(on), 0)
+            logits = on.gated(self.nodes, masks, corrupt=corrupt)
+            yield from zip(group, logits.split(len(on)), strict=True)
 
-    def _downwards(self, sizes: list[int], on: _Recorded) -> Iterator[tuple[int, Float[Tensor, "example vocab"]]]:
+    def _downwards(
+        self, sizes: list[int], on: PairedRun, corrupt: Activations
+    ) -> Iterator[tuple[int, Float[Tensor, "example vocab"]]]:
         """From the clean run downwards: each circuit differs from the one before in a few nodes, and below the first
         of them nothing changes."""
+        restarts = self.restarts(on)
         before = torch.ones_like(self.keep[0])
         for i in reversed(sizes):
             changed = self.layers[self.keep[i] != before]
             if len(changed):  # two sizes may be one circuit
-                layer = int(changed.min())
-                start, nodes, mask = None, self.nodes, self.keep[i]
-                if layer in self.above:
-                    start, nodes = passes.Start(layer, on.streams[layer]), self.above[layer]
-                    mask = mask[self.layers >= layer]
-                # the streams first, as they are before a gate at the same hook point
-                taps = passes.stream_hooks(on.streams, [each for each in self.restarts if each > layer])
-                gates = hooks.gate_hooks(nodes, mask.float(), corrupt=on.corrupt)
-                logits = passes.run(
-                    self.model, on.batch.clean, on.batch.lengths, [*taps, *gates], prefix=on.prefix, start=start
+                first = int(changed.min())
+                # nodes behind the last block are reached from its beginning
+                layer = max((each for each in restarts if each <= first), default=None)
+                met, nodes = self._met(layer)
+                logits = on.gated(
+                    nodes,
+                    self.keep[i][met].float(),
+                    corrupt=corrupt,
+                    layer=layer,
+                    streams=[each for each in restarts if each > (layer or 0)],
                 )
             yield i, logits
             before = self.keep[i]
-
-
-def _repeated(batch: PromptPairs, corrupt: Activations, times: int) -> tuple[PromptPairs, Activations]:
-    """The batch and its corrupt activations so many times over, one after the other."""
-    if times == 1:
-        return batch, corrupt
-    rows = torch.arange(len(batch)).repeat(times)
-    return batch[rows], {point: passes.again(kept, times) for point, kept in corrupt.items()}

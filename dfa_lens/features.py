@@ -6,15 +6,18 @@ that is transferred later.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from dfa_lens import adapter, hooks, passes
-from dfa_lens.adapter import HookedModel
 from dfa_lens.errors import AlignmentError, NodeError
+from dfa_lens.models import backend
+from dfa_lens.models.backend import HookedModel, HookFunction
+from dfa_lens.models.paired_run import PairedRun
+from dfa_lens.models.runner import Runner
 from dfa_lens.nodes import NodeSet
 from dfa_lens.prompts import PromptPairs
 
@@ -31,7 +34,7 @@ def same_kind(source: NodeSet, target: NodeSet) -> Float[Tensor, "source target"
     >>> dfa.features.same_kind(dfa.NodeSet.for_sizes(1, 1), dfa.NodeSet.for_sizes(1, 1)).tolist()
     [[1.0, 0.0], [0.0, 1.0]]
     """
-    return torch.tensor([[float(a.kind == b.kind) for b in target] for a in source])
+    return torch.tensor([[float(a.kind == b.kind) for b in target] for a in source], dtype=torch.float32)
 
 
 def depth_gap(source: NodeSet, target: NodeSet) -> Float[Tensor, "source target"]:
@@ -45,7 +48,8 @@ def depth_gap(source: NodeSet, target: NodeSet) -> Float[Tensor, "source target"
     """
 
     def depths(nodes: NodeSet) -> Tensor:
-        return torch.tensor([max(node.layer, 0) / max(nodes.n_layers - 1, 1) for node in nodes])
+        last = max(nodes.n_layers - 1, 1)
+        return torch.tensor([max(node.layer, 0) / last for node in nodes], dtype=torch.float32)
 
     return depths(target)[None, :] - depths(source)[:, None]
 
@@ -74,6 +78,7 @@ class NodeFeatures:
     names: tuple[str, ...] = ATTENTION
 
 
+@backend.runs("model")
 def attention_features(
     model: HookedModel,
     nodes: NodeSet | None = None,
@@ -112,44 +117,53 @@ def attention_features(
     >>> dfa.features.attention_features(model).values.shape
     torch.Size([54, 5])
     """
+    runner = Runner(model)
     nodes = nodes if nodes is not None else NodeSet.heads_and_mlps(model)
     if pairs is None:
         if min(prompts, length) < 1:
             raise AlignmentError(f"prompts and length must be at least 1, not {prompts} and {length}.")
         tokens = _repeated(model, prompts, length, seed)
         lengths = torch.full((prompts,), tokens.shape[1])
-        if tokens.shape[1] > model.cfg.n_ctx:
+        if runner.n_ctx is not None and tokens.shape[1] > runner.n_ctx:
             raise AlignmentError(
-                f"{tokens.shape[1]} tokens are more than the model's context of {model.cfg.n_ctx}: lower length."
+                f"{tokens.shape[1]} tokens are more than the model's context of {runner.n_ctx}: lower length."
             )
         wanted = _keys_of_repeated(tokens, length)
     else:
-        pairs.require(d_vocab=int(model.cfg.d_vocab), n_ctx=model.cfg.n_ctx)
+        runner.require(pairs)
         tokens, lengths = pairs.clean, pairs.lengths
         wanted = _keys(tokens, lengths)
     heads = [(i, node) for i, node in enumerate(nodes) if node.kind == "head"]
     points = {node.layer: f"blocks.{node.layer}.attn.hook_pattern" for _, node in heads}
-    adapter.points(model, list(points.values()))
+    runner.points(points.values())
     totals: dict[int, Tensor] = {}
     queries = wanted.any(-1).sum((0, 2)).clamp_min(1)  # [feature]: queries that have such keys
 
-    def look(layer: int, own: Tensor) -> adapter.HookFunction:
+    def look(layer: int, own: Tensor) -> HookFunction:
         def function(pattern: Tensor) -> None:  # [batch, head, query, key]
             mass = torch.einsum("bhqk,bfqk->hf", pattern.float(), own.to(pattern.device, torch.float32)).cpu()
             totals[layer] = totals.get(layer, torch.zeros_like(mass)) + mass
 
         return function
 
-    with torch.no_grad(), adapter.frozen(model):
-        for rows in torch.arange(len(tokens)).split(batch_size):
+    with torch.no_grad(), runner.session():
+        for rows in _batches(runner, lengths, batch_size):
             taps = [(point, look(layer, wanted[rows])) for layer, point in points.items()]
-            passes.run(model, tokens[rows], lengths[rows], taps, positions="all")
-    out = torch.zeros(len(nodes), len(ATTENTION))
+            runner.run(tokens[rows], lengths[rows], taps, positions="all")
+    out = torch.zeros(len(nodes), len(ATTENTION), dtype=torch.float32)
     for i, node in heads:
         if node.index is None or node.index >= len(totals[node.layer]):
             raise NodeError(f"Node {node.name!r} is not one of the model's {len(totals[node.layer])} heads.")
         out[i] = totals[node.layer][node.index] / queries
     return NodeFeatures(out, nodes)
+
+
+def _batches(runner: Runner, lengths: Int[Tensor, " prompt"], batch_size: int) -> Iterator[Int[Tensor, " batch"]]:
+    """Which prompts are run together: only such of one length where padding would be attended to."""
+    apart = len(lengths.unique()) > 1 and not runner.allows_padding(int(lengths.max()))
+    for length in lengths.unique().tolist() if apart else [None]:
+        own = torch.arange(len(lengths)) if length is None else (lengths == length).nonzero()[:, 0]
+        yield from own.split(batch_size)
 
 
 def _keys(tokens: Int[Tensor, "prompt pos"], lengths: Int[Tensor, " prompt"]) -> Bool[Tensor, "prompt feature pos pos"]:
@@ -212,6 +226,7 @@ def attention_similarity(
     return same_kind(source.nodes, target.nodes) * torch.exp(-((distance / width) ** 2))
 
 
+@backend.runs("source", "target")
 def behaviour_similarity(
     source: HookedModel,
     source_pairs: PromptPairs,
@@ -256,7 +271,7 @@ def behaviour_similarity(
     ours = _at_answer(source, source_pairs, nodes[0], batch_size)
     theirs = _at_answer(target, target_pairs, nodes[1], batch_size)
     grams = [[(x.T @ x).norm() for x in each] for each in (ours, theirs)]
-    out = torch.zeros(len(ours), len(theirs))
+    out = torch.zeros(len(ours), len(theirs), dtype=torch.float32)
     alike = same_kind(*nodes).bool()
     for i, j in alike.nonzero().tolist():
         scale = grams[0][i] * grams[1][j]
@@ -267,13 +282,14 @@ def behaviour_similarity(
 
 def _at_answer(model: HookedModel, pairs: PromptPairs, nodes: NodeSet, batch_size: int) -> list[Tensor]:
     """What every node computes at the answer position, [example, width], centred over examples."""
-    pairs.require(d_vocab=int(model.cfg.d_vocab), n_ctx=model.cfg.n_ctx)
-    adapter.check_points(model, nodes.points)
+    runner = Runner(model)
+    runner.require(pairs)
+    runner.check_points(nodes.points)
     parts: list[list[Tensor]] = [[] for _ in nodes]
-    with torch.no_grad(), adapter.frozen(model):
-        for _, batch in pairs.batches(batch_size):
-            seen: dict[str, Tensor] = {}
-            passes.run(model, batch.clean, batch.lengths, hooks.record_hooks(nodes, seen), positions="all")
+    with torch.no_grad(), runner.session():
+        for _, batch in runner.batches(pairs, batch_size):
+            run = PairedRun(runner, batch, nodes, share_prefix=False, positions="all")
+            seen, _ = run.record("clean")
             for site in nodes.sites:
                 activation = seen[site.point]
                 if site.by_position or activation.ndim < 3 or activation.shape[1] != batch.clean.shape[1]:

@@ -32,7 +32,7 @@ class Node:
     kind:
         "head", "mlp", "input", "custom", or "position" for a slice along an axis of positions.
     layer:
-        The block that it belongs to, counted from 0; -1 before the first block.
+        The block that it belongs to, counted from 0; -1 before the first block, the number of blocks after the last.
     axis, index, size:
         The node is slice ``index`` of ``size`` along ``axis`` of the activation (axis 0 is the batch); all three
         are None when the node is the whole activation.
@@ -166,7 +166,7 @@ class NodeSet(Sequence[Node]):
         Returns
         -------
         NodeSet
-            By layer, then in the order given. Names are like "blocks.3.attn.hook_v[1]".
+            In the order in which the points fire. Names are like "blocks.3.attn.hook_v[1]".
 
         Raises
         ------
@@ -184,20 +184,18 @@ class NodeSet(Sequence[Node]):
         >>> len(dfa.NodeSet.from_points(model, {"blocks.{layer}.hook_resid_pre": 1}, n_positions=10))
         60
         """
-        from dfa_lens import adapter, passes
+        from dfa_lens.models.runner import Runner
 
-        names: list[tuple[int, str, int | None]] = []
+        runner = Runner(model)
+        axes: dict[str, int | None] = {}
         for pattern, axis in points.items():
-            if "{layer}" in pattern:
-                layers = range(int(model.cfg.n_layers))
-                names += [(layer, pattern.format(layer=layer), axis) for layer in layers]
-            else:
-                names.append((_layer_of(pattern), pattern, axis))
-        names.sort(key=lambda item: item[0])  # stable: the given order within a layer
-        adapter.check_points(model, [name for _, name, _ in names])
-        layouts = passes.layout(model, [name for _, name, _ in names])
+            layers = range(runner.n_layers) if "{layer}" in pattern else (0,)
+            axes |= {pattern.format(layer=layer): axis for layer in layers}
+        runner.check_points(list(axes))
+        layouts = runner.layout(list(axes))
         nodes: list[Node] = []
-        for layer, name, axis in names:
+        for name, layer in runner.depths(list(axes)).items():
+            axis = axes[name]
             if axis is None:
                 nodes.append(Node(name, name, "custom", layer))
                 continue
@@ -355,8 +353,3 @@ class NodeSet(Sequence[Node]):
     def __repr__(self) -> str:
         shown = ", ".join(self.names[:3]) + (f", …, {self.names[-1]}" if len(self) > 3 else "")
         return f"NodeSet({len(self)} nodes: {shown})"
-
-
-def _layer_of(point: str) -> int:
-    parts = point.split(".")
-    return int(parts[1]) if len(parts) > 1 and parts[0] == "blocks" and parts[1].isdigit() else -1

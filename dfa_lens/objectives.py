@@ -164,7 +164,7 @@ class Matryoshka(Objective):
         n = scores.shape[1]
         if n < 2:
             raise AlignmentError("Matryoshka needs at least two nodes.")
-        drawn = torch.rand(len(scores), generator=generator).to(scores.device)
+        drawn = torch.rand(len(scores), generator=generator, dtype=torch.float32).to(scores.device)
         sizes = 1 + drawn * (n - 2) if self.sizes == "uniform" else torch.exp(drawn * math.log(n - 1))
         gates = gates_of_size(scores / (scores.std(1, keepdim=True) + 1e-6), sizes, self.sharpness)
         if self.straight_through:

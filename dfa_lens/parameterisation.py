@@ -55,7 +55,9 @@ class Problem:
 
     def noise(self, *shape: int) -> Tensor:
         """Normal numbers of the initial scale, on the scores' device."""
-        return (self.initial_scale * torch.randn(*shape, generator=self.generator)).to(self.s.device)
+        return (self.initial_scale * torch.randn(*shape, generator=self.generator, dtype=torch.float32)).to(
+            self.s.device
+        )
 
 
 class Parameters(nn.Module):
@@ -117,7 +119,7 @@ class _Kernel(Parameters):
     def __init__(self, kernels: Tensor, strength: float, rest: Tensor | None) -> None:
         super().__init__()
         self.kernels = kernels
-        self.theta = nn.Parameter(torch.full((len(kernels),), strength, device=kernels.device))
+        self.theta = nn.Parameter(torch.full((len(kernels),), strength, dtype=torch.float32, device=kernels.device))
         self.rest = None if rest is None else nn.Parameter(rest)
 
     def forward(self) -> tuple[Tensor, None]:
@@ -171,7 +173,7 @@ class _Standardised(Parameters):
         super().__init__()
         self.project, self.mean = project, mean
         self.A = nn.Parameter(A)
-        self.bias = nn.Parameter(torch.zeros(A.shape[1], device=A.device))
+        self.bias = nn.Parameter(torch.zeros(A.shape[1], dtype=torch.float32, device=A.device))
 
     def forward(self) -> tuple[Tensor, Tensor]:
         W = self.project @ self.A

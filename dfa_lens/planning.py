@@ -18,11 +18,12 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from dfa_lens import adapter, hooks, passes
-from dfa_lens.adapter import HookedModel
 from dfa_lens.attribution import Method
 from dfa_lens.errors import DfaError
 from dfa_lens.faithfulness import default_sizes
+from dfa_lens.models import backend, hooks
+from dfa_lens.models.backend import HookedModel
+from dfa_lens.models.runner import WORTH_LAYING_OUT, Runner
 from dfa_lens.nodes import INPUT_POINT, NodeSet
 from dfa_lens.prompts import PromptPairs
 from dfa_lens.training import Cache
@@ -125,6 +126,7 @@ def _size(n: float) -> str:
     return f"{n:.3g} GiB"
 
 
+@backend.runs("model")
 def estimate(
     model: HookedModel,
     pairs: PromptPairs,
@@ -172,7 +174,7 @@ def estimate(
     nodes = nodes if nodes is not None else NodeSet.heads_and_mlps(model)
     if batch_size < 1:
         raise DfaError(f"batch_size must be at least 1, not {batch_size}.")
-    adapter.check_points(model, nodes.points)
+    Runner(model).check_points(nodes.points)
     parameters = {p.data_ptr() if p.device.type != "meta" else id(p): p for p in model.parameters()}.values()
 
     n, width = len(pairs), int(pairs.longest.max())
@@ -222,14 +224,14 @@ class _Probe:
     """Runs a model on prompts of one length and watches its memory."""
 
     def __init__(self, model: HookedModel, nodes: NodeSet, width: int) -> None:
-        self.model, self.nodes, self.width = model, nodes, width
+        self.runner, self.nodes, self.width = Runner(model), nodes, width
 
     def cache_bytes(self, names: Sequence[str] | None = None) -> int:
         """The activations at hook points for one example."""
         names = self.nodes.points if names is None else names
-        bytes_per_value = next(iter(self.model.parameters())).element_size()
+        bytes_per_value = self.runner.backend.dtype.itemsize
         total = 0
-        for shape, axes in passes.layout(self.model, names).values():
+        for shape, axes in self.runner.layout(names).values():
             sizes = (self.width if axis in axes else size for axis, size in enumerate(shape) if axis > 0)
             total += math.prod(sizes) * bytes_per_value
         return total
@@ -245,13 +247,13 @@ class _Probe:
     def working_bytes(self, batch: int) -> int:
         """Most memory in use at one time during a gated pass without gradients."""
         tokens, lengths, corrupt, _ = self._recorded(batch)
-        gates = hooks.gate_hooks(self.nodes, torch.full((len(self.nodes),), 0.5), corrupt=corrupt)
-        with torch.no_grad(), adapter.prepared(self.model), _Live() as live:
-            passes.run(self.model, tokens, lengths, gates)
+        gates = hooks.gate_hooks(self.nodes, torch.full((len(self.nodes),), 0.5, dtype=torch.float32), corrupt=corrupt)
+        with torch.no_grad(), self.runner.session(passes=WORTH_LAYING_OUT), _Live() as live:
+            self.runner.run(tokens, lengths, gates)
         return live.peak
 
     def _kept(self, batch: int, gated: bool) -> int:
-        model, nodes = self.model, self.nodes
+        model, nodes = self.runner.model, self.nodes
         tokens, lengths, corrupt, logits = self._recorded(batch)
         known: set[int] = set()
         kept: dict[int, Tensor] = {}  # the tensors themselves, so that no address is used twice
@@ -264,12 +266,13 @@ class _Probe:
         def start(now: Tensor) -> Tensor:
             return now.detach().clone().requires_grad_(True)
 
-        leaf = torch.full((len(nodes),), 0.5, requires_grad=True)
+        leaf = torch.full((len(nodes),), 0.5, dtype=torch.float32, requires_grad=True)
         taps = hooks.gate_hooks(nodes, leaf, corrupt=corrupt) if gated else [(INPUT_POINT, start)]
-        with torch.enable_grad(), adapter.prepared(model), saved_tensors_hooks(keep, lambda tensor: tensor):
+        session = self.runner.session(passes=WORTH_LAYING_OUT)
+        with torch.enable_grad(), session, saved_tensors_hooks(keep, lambda tensor: tensor):
             permanent = [*model.parameters(), *getattr(model, "buffers", list)(), *corrupt.values(), logits]
             known.update(_address(tensor) for tensor in permanent)
-            out = passes.run(model, tokens, lengths, taps)
+            out = self.runner.run(tokens, lengths, taps)
             if gated:
                 log_p, log_p_clean = out.float().log_softmax(-1), logits.float().log_softmax(-1)
                 torch.nn.functional.kl_div(log_p, log_p_clean, reduction="batchmean", log_target=True)
@@ -278,8 +281,8 @@ class _Probe:
     def _recorded(self, batch: int) -> tuple[Tensor, Tensor, hooks.Activations, Tensor]:
         tokens, lengths = torch.zeros(batch, self.width, dtype=torch.long), torch.full((batch,), self.width)
         corrupt: hooks.Activations = {}
-        with torch.no_grad(), adapter.frozen(self.model):
-            logits = passes.run(self.model, tokens, lengths, hooks.record_hooks(self.nodes, corrupt))
+        with torch.no_grad(), self.runner.session():
+            logits = self.runner.run(tokens, lengths, hooks.record_hooks(self.nodes, corrupt))
         return tokens, lengths, corrupt, logits
 
 

@@ -206,7 +206,11 @@ class NodeScores:
             if score is None:
                 raise FileError(f"{path} lacks the score of node {name!r}.")
             values.append(float(score))
-        return cls(torch.tensor(values), nodes, {"model": data["cfg"].get("model_name", ""), "format": "mib"})
+        return cls(
+            torch.tensor(values, dtype=torch.float32),
+            nodes,
+            {"model": data["cfg"].get("model_name", ""), "format": "mib"},
+        )
 
 
 def _layers_and_heads(nodes: NodeSet) -> tuple[int, int]:

@@ -25,11 +25,11 @@ from typing import Any, Literal, get_args
 from tqdm.auto import tqdm
 
 from dfa_lens import controls, diagnostics, features, tasks, zoo
-from dfa_lens.adapter import HookedModel
 from dfa_lens.alignment import Alignment
 from dfa_lens.attribution import IntegrationWarning, attribute
 from dfa_lens.errors import DfaError, FileError, unknown
 from dfa_lens.faithfulness import FaithfulnessCurve, faithfulness_curve
+from dfa_lens.models.backend import HookedModel
 from dfa_lens.nodes import NodeSet
 from dfa_lens.parameterisation import Kernel
 from dfa_lens.planning import attribution_passes

@@ -20,15 +20,17 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from dfa_lens import adapter, hooks, objectives, parameterisation, passes
-from dfa_lens.adapter import HookedModel
+from dfa_lens import objectives, parameterisation
 from dfa_lens.alignment import Alignment, Scaling, scale
 from dfa_lens.errors import AlignmentError, PromptError, TrainingError, unknown
-from dfa_lens.hooks import Activations, Intervention
+from dfa_lens.models import backend
+from dfa_lens.models.backend import HookedModel, KeysValues
+from dfa_lens.models.hooks import Activations, Intervention
+from dfa_lens.models.paired_run import PairedRun
+from dfa_lens.models.runner import Prefix, Runner, attention_mask
 from dfa_lens.nodes import NodeSet
 from dfa_lens.objectives import Loss, Objective
 from dfa_lens.parameterisation import Full, Parameterisation, Problem
-from dfa_lens.passes import Prefix
 from dfa_lens.prompts import PromptPairs
 from dfa_lens.scores import NodeScores
 
@@ -93,6 +95,7 @@ class Job:
         return given if isinstance(given, tuple) else (float(given), float(given))
 
 
+@backend.runs("target")
 def fit(
     target: HookedModel,
     scores: Mapping[str, NodeScores],
@@ -167,7 +170,8 @@ def fit(
         False takes the examples in the order given, again and again.
     share_prefix:
         Run the tokens that clean and corrupt prompts share at their beginning only once, where that can be done (see
-        :func:`~dfa_lens.passes.shared_length`; with ``positions="answer"`` only). Changes time, W by rounding only.
+        :meth:`~dfa_lens.models.runner.Runner.shared_length`; with ``positions="answer"`` only). Changes time, W by
+        rounding only.
 
     Returns
     -------
@@ -230,6 +234,7 @@ def fit(
     )["fit"]
 
 
+@backend.runs("target")
 def fit_many(
     target: HookedModel,
     jobs: Mapping[str, Job],
@@ -277,23 +282,27 @@ def fit_many(
     for job in jobs.values():
         _check_job(job)
         _check_tasks(job.scores, pairs)
+    runner = Runner(target)
     used = tuple(task for task in pairs if any(task in job.scores for job in jobs.values()))
     for task in used:
         try:
-            pairs[task].require(d_vocab=int(target.cfg.d_vocab), n_ctx=target.cfg.n_ctx)
+            runner.require(pairs[task])
         except PromptError as error:
             raise PromptError(f"Task {task!r}: {error}") from None
     nodes = nodes if nodes is not None else NodeSet.heads_and_mlps(target)
-    device = adapter.device_of(target)
-    runs = {name: _Run(job, nodes, device) for name, job in jobs.items()}
+    device = runner.device
     gated = nodes if gate_heads else nodes.where(lambda node: node.kind != "head")
-    adapter.check_points(target, gated.points)
+    runner.check_points(gated.points)
     columns = torch.tensor([nodes.position(name) for name in gated.names], device=device)
-    data = _Data(target, gated, used, pairs, intervention, positions, cache, share_prefix)
     if together is None:
         together = 1 if device.type == "cpu" else 16
     total = sum(job.steps for job in jobs.values())
-    with adapter.prepared(target), tqdm(total=total, desc="fit", unit="step", disable=not progress) as bar:
+    with (
+        runner.session(passes=total),
+        tqdm(total=total, desc="fit", unit="step", disable=not progress) as bar,
+    ):
+        runs = {name: _Run(job, nodes, device) for name, job in jobs.items()}
+        data = _Data(runner, gated, used, pairs, intervention, positions, cache, share_prefix)
         data.fill(max(job.batch_size for job in jobs.values()))
         for group in _groups(list(runs.values()), together):
             for run in group:
@@ -308,7 +317,7 @@ def fit_many(
     shared: dict[str, Any] = {
         "intervention": intervention,
         "positions": positions,
-        "target": str(getattr(target.cfg, "model_name", "")),
+        "target": runner.name,
     }
     if loss != "kl":
         shared["loss"] = loss
@@ -580,14 +589,9 @@ class _Batch:
 
     def divergence(self, data: _Data, gates: Float[Tensor, "example node"], loss: Loss) -> Float[Tensor, " example"]:
         """How far the run under these gates is from the clean one."""
-        taps = hooks.gate_hooks(
-            data.nodes, gates, clean=self.clean, corrupt=self.corrupt, intervention=data.intervention
-        )
         pairs = self.pairs
-        tokens, lengths = pairs.clean, pairs.lengths
-        if data.intervention == "restore":
-            tokens, lengths = pairs.corrupt, pairs.corrupt_lengths
-        logits = passes.run(data.model, tokens, lengths, taps, positions=data.where, prefix=self.prefix)
+        run = PairedRun(data.runner, pairs, data.nodes, share_prefix=False, prefix=self.prefix, positions=data.where)
+        logits = run.gated(data.nodes, gates, clean=self.clean, corrupt=self.corrupt, intervention=data.intervention)
         log_p = logits.float().log_softmax(-1)
         target = self.log_p_clean.to(log_p.device)
         if loss != "kl":
@@ -599,7 +603,8 @@ class _Batch:
         divergence = (target.exp() * (target - log_p)).sum(-1)
         if data.where == "all":
             shortest = torch.minimum(pairs.lengths, pairs.corrupt_lengths)
-            divergence = (divergence * passes.attention_mask(shortest, tokens.shape[1], divergence.device)).sum(1)
+            real = attention_mask(shortest.to(divergence.device), divergence.shape[1])
+            divergence = (divergence * real).sum(1)
         return divergence
 
     def clean_difference(self) -> Float[Tensor, " example"]:
@@ -614,7 +619,7 @@ class _Data:
 
     def __init__(
         self,
-        model: HookedModel,
+        runner: Runner,
         nodes: NodeSet,
         tasks: tuple[str, ...],
         pairs: Mapping[str, PromptPairs],
@@ -623,7 +628,7 @@ class _Data:
         cache: Cache,
         share_prefix: bool,
     ) -> None:
-        self.model, self.nodes, self.intervention, self.cache = model, nodes, intervention, cache
+        self.runner, self.nodes, self.intervention, self.cache = runner, nodes, intervention, cache
         self.tasks = tasks
         self.pairs = PromptPairs.concat([pairs[task] for task in tasks])
         if positions == "all-padded":  # padding is taken for real tokens
@@ -646,9 +651,9 @@ class _Data:
         """Run everything once and keep it, unless it is to be recomputed."""
         if self.cache == "recompute":
             return
-        layout = passes.layout(self.model, self.nodes.points, positions=self.where)
+        layout = self.runner.layout(self.nodes.points, positions=self.where)
         axes = {point: each.position_axes for point, each in layout.items()}
-        for rows, part in self.pairs.batches(batch_size):
+        for rows, part in self.runner.batches(self.pairs, batch_size):
             found = self._compute(part, keep_prefix=True)
             self.first[rows] = found.first
             for name, activations in found.runs.items():
@@ -659,13 +664,13 @@ class _Data:
                     if point in found.before:  # the same in the clean and in the corrupt run
                         kept.put(rows, 0, found.before[point])
             if found.prefix is not None:
-                for layer, each in enumerate(zip(found.prefix.keys, found.prefix.values, strict=True)):
+                known = found.prefix.kept
+                self.prefix_axis = known.axis
+                for layer, each in enumerate(zip(known.keys, known.values, strict=True)):
                     if layer == len(self.keys_and_values):
-                        axis = found.prefix.axis
-                        self.keys_and_values.append(tuple(self._store(kept, (axis,)) for kept in each))
+                        self.keys_and_values.append(tuple(self._store(kept, (known.axis,)) for kept in each))
                     for kept, tensor in zip(self.keys_and_values[layer], each, strict=True):
                         kept.put(rows, 0, tensor)
-                self.prefix_axis = found.prefix.axis
             if self.log_p is None:
                 self.log_p = self._store(found.log_p, (1,) if found.log_p.ndim == 3 else (), here=True)
             self.log_p.put(rows, found.first, found.log_p)
@@ -682,13 +687,15 @@ class _Data:
         On a GPU all of them. On a CPU a pass takes what its tokens take, so prompts of another length, or with a
         shorter common beginning, are better off in a pass of their own as soon as it saves :data:`PASS_IN_TOKENS`.
         """
-        if adapter.device_of(self.model).type != "cpu" or self.cache == "recompute" or self.where == "all":
-            return [torch.arange(len(rows))]
+        if self.runner.device.type != "cpu" or self.cache == "recompute" or self.where == "all":
+            return self._of_one_length(rows)
         kinds: dict[tuple[int, int], list[int]] = {}
         spans = zip(self.pairs.longest[rows].tolist(), self.first[rows].tolist(), strict=True)
         for at, span in enumerate(spans):
             kinds.setdefault(span, []).append(at)
         order = sorted(kinds)
+        if len(order) > 1 and not self.runner.allows_padding(max(order)[0]):
+            return self._of_one_length(rows)
         best: list[tuple[int, int]] = [(0, 0)]  # of the first j kinds: the cost, and where the last group begins
         for j in range(1, len(order) + 1):
             options = []
@@ -704,6 +711,13 @@ class _Data:
             j = i
         return found
 
+    def _of_one_length(self, rows: Int[Tensor, " batch"]) -> list[Int[Tensor, " group"]]:
+        """All examples together, or those of each length where padding would be attended to."""
+        lengths = self.pairs.longest[rows]
+        if bool((lengths == lengths[0]).all()) or self.runner.allows_padding(int(lengths.max())):
+            return [torch.arange(len(rows))]
+        return [(lengths == length).nonzero()[:, 0] for length in lengths.unique()]
+
     def batch(self, rows: Int[Tensor, " batch"]) -> _Batch:
         """The examples ``rows``, with everything cut to their longest prompt, and their common beginning left out."""
         part = self.pairs[rows]
@@ -717,36 +731,27 @@ class _Data:
         }
         prefix = None
         if first:
-            device = adapter.device_of(self.model)
+            device = self.runner.device
             both = [[kept.get(rows, 0, first).to(device) for kept in pair] for pair in self.keys_and_values]
             keys, values = zip(*both, strict=True)
-            prefix = Prefix(first, keys, values, self.prefix_axis)
+            prefix = Prefix(first, KeysValues(keys, values, self.prefix_axis))
         assert self.log_p is not None
         return _Batch(part, runs.get("clean"), runs.get("corrupt"), self.log_p.get(rows, first, width), prefix)
 
     def _compute(self, part: PromptPairs, *, keep_prefix: bool = False) -> _Computed:
         """The clean and the corrupt run of some pairs; with ``keep_prefix`` also what the nodes do at their common
         beginning."""
+        share = self.share_prefix
+        run = PairedRun(
+            self.runner, part, self.nodes, share_prefix=share, keep_before=keep_prefix, positions=self.where
+        )
         runs: dict[str, Activations] = {}
-        before: Activations = {}
-        prefix = None
-        with torch.no_grad():
-            first = passes.shared_length(self.model, part, self.nodes, switch=self.share_prefix)
-            if first:
-                taps = hooks.record_hooks(self.nodes, before) if keep_prefix else []
-                prefix = passes.prefix_of(self.model, part.clean[:, :first], taps)
-            if "corrupt" in self.needs:
-                passes.run(
-                    self.model,
-                    part.corrupt,
-                    part.corrupt_lengths,
-                    hooks.record_hooks(self.nodes, runs.setdefault("corrupt", {})),
-                    positions=self.where,
-                    prefix=prefix,
-                )
-            taps = hooks.record_hooks(self.nodes, runs.setdefault("clean", {})) if "clean" in self.needs else []
-            logits = passes.run(self.model, part.clean, part.lengths, taps, positions=self.where, prefix=prefix)
-        return _Computed(runs, logits.float().log_softmax(-1), prefix, before, first)
+        if "corrupt" in self.needs:
+            runs["corrupt"], _ = run.record("corrupt")
+        clean, logits = run.record("clean", nodes="clean" in self.needs)
+        if "clean" in self.needs:
+            runs["clean"] = clean
+        return _Computed(runs, logits.float().log_softmax(-1), run.prefix, run.before, run.first)
 
 
 #: What a pass costs on a CPU beside its tokens, in tokens (27 to 128: `python tests/benchmarks/speed.py --overhead`).

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import dfa_lens as dfa
-from dfa_lens.models import transformer_lens_major
+from dfa_lens.models.loading import transformer_lens_major
 
 BACKENDS = ("hooked", "bridge") if transformer_lens_major() < 4 else ("bridge",)
 
@@ -81,7 +81,10 @@ def state_of(model: Any) -> dict[str, Any]:
     """All that a run could leave behind in a model."""
     return {
         "hooks": {name: len(p.fwd_hooks) + len(p.bwd_hooks) for name, p in model.hook_dict.items()},
-        "torch hooks": sum(len(m._forward_hooks) + len(m._backward_hooks) for m in model.modules()),
+        "torch hooks": sum(
+            len(m._forward_hooks) + len(m._forward_pre_hooks) + len(m._backward_hooks) + len(m._backward_pre_hooks)
+            for m in model.modules()
+        ),
         "requires_grad": [p.requires_grad for p in model.parameters()],
         "grads": [p.grad is None for p in model.parameters()],
         "training": [m.training for m in model.modules()],
@@ -92,6 +95,14 @@ def state_of(model: Any) -> dict[str, Any]:
         "forward": [name for name, m in model.named_modules() if "forward" in vars(m)],
         "grad enabled": torch.is_grad_enabled(),
     }
+
+
+def plain_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No short cuts from here on: whole prompts through all blocks, all logits, weights as they lie."""
+    from dfa_lens.models import runner
+
+    monkeypatch.setattr(runner.Runner, "_verdict", lambda *args: runner.Verdict(False, "switched off"))
+    monkeypatch.setattr(runner, "WORTH_LAYING_OUT", 10**9)
 
 
 def unchecked(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -4,19 +4,19 @@ import warnings
 
 import pytest
 import torch
-from helpers import BACKENDS, random_model, random_pairs, unchecked
+from helpers import BACKENDS, random_model, random_pairs
 
 import dfa_lens as dfa
-from dfa_lens import adapter, hooks, passes
-from dfa_lens.adapter import ProcessedWeightsWarning
-from dfa_lens.errors import HookError
+from dfa_lens.errors import HookError, ModelError
+from dfa_lens.models import backend, hooks
+from dfa_lens.models.runner import ProcessedWeightsWarning, Runner
 
 
 def test_protocol(model):
-    assert isinstance(model, adapter.HookedModel)
-    assert not isinstance(torch.nn.Linear(2, 2), adapter.HookedModel)
-    with pytest.raises(HookError, match="A Linear can't be hooked: pass a TransformerLens HookedTransformer"):
-        unchecked(adapter.points)(torch.nn.Linear(2, 2), [])
+    assert isinstance(model, backend.HookedModel)
+    assert not isinstance(torch.nn.Linear(2, 2), backend.HookedModel)
+    with pytest.raises(ModelError, match="A Linear can't be hooked: pass a TransformerLens HookedTransformer"):
+        Runner(torch.nn.Linear(2, 2))
 
 
 def test_two_names_of_one_point_are_refused():
@@ -35,7 +35,7 @@ def test_two_names_of_one_point_are_refused():
 
 def test_points_that_are_no_nodes(model):
     """Each is refused when the node set is made, with the reason."""
-    if adapter.is_bridge(model):
+    if backend.is_bridge(model):
         cases = {
             "embed.hook_in": "gives torch.int64, not an activation",
             "blocks.0.attn.hook_cos": "axis 0 is not the batch",
@@ -73,11 +73,11 @@ def test_what_is_recorded_is_never_edited(model, pairs):
     )
     corrupt = {}
     with torch.no_grad():
-        passes.run(model, pairs.corrupt, pairs.lengths, hooks.record_hooks(nodes, corrupt))
+        Runner(model).run(pairs.corrupt, pairs.lengths, hooks.record_hooks(nodes, corrupt))
         before = {point: activation.clone() for point, activation in corrupt.items()}
         for _ in range(2):
             gates = hooks.gate_hooks(nodes, torch.full((len(nodes),), 0.3), corrupt=corrupt)
-            passes.run(model, pairs.clean, pairs.lengths, gates)
+            Runner(model).run(pairs.clean, pairs.lengths, gates)
     assert all(torch.equal(before[point], corrupt[point]) for point in corrupt)
     addresses = [activation.untyped_storage().data_ptr() for activation in corrupt.values()]
     assert len(set(addresses)) == len(addresses)
@@ -87,10 +87,10 @@ def test_another_batch_s_activations_are_refused(any_model, pairs, ragged):
     nodes = dfa.NodeSet.heads_and_mlps(any_model)
     corrupt = {}
     with torch.no_grad():
-        passes.run(any_model, ragged.corrupt[:1], ragged.lengths[:1], hooks.record_hooks(nodes, corrupt))
+        Runner(any_model).run(ragged.corrupt[:1], ragged.lengths[:1], hooks.record_hooks(nodes, corrupt))
         gates = hooks.gate_hooks(nodes, torch.zeros(15), corrupt=corrupt)
         with pytest.raises(HookError, match="record on the same batch, with the same padding"):
-            passes.run(any_model, pairs.clean, pairs.lengths, gates)
+            Runner(any_model).run(pairs.clean, pairs.lengths, gates)
 
 
 # --- hook points of one's own ------------------------------------------------------------------------------------
@@ -170,7 +170,7 @@ def test_processed_weights_warn_once_and_change_what_the_warning_says(backend, f
         for run, tokens in (("clean", ragged.clean), ("corrupt", ragged.corrupt)):
             into = {}
             with torch.no_grad():
-                logits[name, run] = passes.run(model, tokens, ragged.lengths, hooks.record_hooks(nodes, into))
+                logits[name, run] = Runner(model).run(tokens, ragged.lengths, hooks.record_hooks(nodes, into))
             z[name, run] = into["blocks.1.attn.hook_z"][:, 0]
     assert not torch.allclose(logits["plain", "clean"], logits["changed", "clean"], atol=1e-2)
     moved = (z["plain", "clean"] - z["changed", "clean"]).abs().max()
@@ -186,9 +186,9 @@ def test_processed_weights_warn_once_and_change_what_the_warning_says(backend, f
 def test_processing_is_named():
     if "hooked" not in BACKENDS:
         pytest.skip("HookedTransformer is gone in TransformerLens 4")
-    assert adapter.processing(random_model("hooked")) == ()
-    assert adapter.processing(processed("hooked", "llama")) == ("norm folded", "unembedding centred")
-    assert adapter.processing(processed("hooked", "qwen"))[-1] == "value biases folded"
+    assert Runner(random_model("hooked")).backend.processing() == ()
+    assert Runner(processed("hooked", "llama")).backend.processing() == ("norm folded", "unembedding centred")
+    assert Runner(processed("hooked", "qwen")).backend.processing()[-1] == "value biases folded"
 
 
 def test_gradients_in_compatibility_mode_are_finite_with_padding(ragged):
@@ -204,4 +204,4 @@ def test_gradients_in_compatibility_mode_are_finite_with_padding(ragged):
 
 
 def test_weights_that_live_elsewhere_say_where_they_are_brought_to(any_model):
-    assert adapter.device_of(any_model) == torch.device("cpu")
+    assert Runner(any_model).device == torch.device("cpu")

@@ -5,8 +5,9 @@ import torch
 from helpers import float64_model, random_model, random_pairs, unchecked
 
 import dfa_lens as dfa
-from dfa_lens import adapter, hooks, passes
 from dfa_lens.errors import DfaError, PromptError
+from dfa_lens.models import hooks
+from dfa_lens.models.runner import Runner
 
 METHODS = ("nap", "nap-ig-inputs", "nap-ig-activations", "exact")
 
@@ -19,7 +20,7 @@ def metric_of(logits, pairs):
 def record(model, tokens, pairs, nodes):
     into = {}
     with torch.no_grad():
-        passes.run(model, tokens, pairs.lengths, hooks.record_hooks(nodes, into))
+        Runner(model).run(tokens, pairs.lengths, hooks.record_hooks(nodes, into))
     return into
 
 
@@ -36,7 +37,7 @@ def blended(model, pairs, nodes, j, amount, clean, corrupt):
         return out
 
     with torch.no_grad():
-        return metric_of(passes.run(model, pairs.clean, pairs.lengths, [(node.point, function)]), pairs)
+        return metric_of(Runner(model).run(pairs.clean, pairs.lengths, [(node.point, function)]), pairs)
 
 
 @pytest.fixture(scope="module")
@@ -87,8 +88,8 @@ def test_ig_inputs_of_the_embedding_converge_to_the_metrics_change(double, pairs
     nodes = dfa.NodeSet.heads_and_mlps(double, with_input=True)
     scores = dfa.attribute(double, pairs, nodes=nodes, steps=300)
     with torch.no_grad():
-        clean = metric_of(passes.run(double, pairs.clean, pairs.lengths), pairs)
-        corrupt = metric_of(passes.run(double, pairs.corrupt, pairs.lengths), pairs)
+        clean = metric_of(Runner(double).run(pairs.clean, pairs.lengths), pairs)
+        corrupt = metric_of(Runner(double).run(pairs.corrupt, pairs.lengths), pairs)
     assert scores.meta["completeness"]["expected"] == pytest.approx(float(clean - corrupt), rel=1e-6)
     assert scores.meta["completeness"]["explained"] == pytest.approx(scores["input"], rel=1e-5)
     assert scores["input"] == pytest.approx(float(clean - corrupt), rel=0.05)
@@ -127,7 +128,7 @@ def planted(backend="auto"):
     alive = {(0, 2), (2, 1)}
     with torch.no_grad():
         for layer in range(3):
-            if hasattr(model, "blocks") and hasattr(model.blocks[layer].attn, "W_O") and not adapter.is_bridge(model):
+            if hasattr(model, "blocks") and hasattr(model.blocks[layer].attn, "W_O") and not backend.is_bridge(model):
                 for head in range(4):
                     if (layer, head) not in alive:
                         model.blocks[layer].attn.W_O[head] = 0
@@ -222,4 +223,4 @@ def test_bad_input(any_model, pairs):
     with pytest.raises(PromptError, match="vocabulary has 101 tokens"):
         dfa.attribute(any_model, foreign)
     with pytest.raises(DfaError, match="can't be hooked"):
-        unchecked(adapter.points)(torch.nn.Linear(1, 1), [])
+        unchecked(Runner)(torch.nn.Linear(1, 1))

@@ -5,8 +5,8 @@ import torch
 from helpers import random_pairs
 
 import dfa_lens as dfa
-from dfa_lens import passes
 from dfa_lens.errors import PromptError
+from dfa_lens.models.runner import Runner
 
 
 def with_choices(pairs):
@@ -25,8 +25,8 @@ def test_every_number_is_what_it_says(model, ragged, unchanged):
     for i in range(len(pairs)):
         one = pairs[i]
         with torch.no_grad():
-            clean = passes.run(model, one.clean, one.lengths)[0]
-            corrupt = passes.run(model, one.corrupt, one.lengths)[0]
+            clean = Runner(model).run(one.clean, one.lengths)[0]
+            corrupt = Runner(model).run(one.corrupt, one.lengths)[0]
         a, w = int(pairs.answer[i]), int(pairs.wrong[i])
         assert found.difference[i] == pytest.approx(float(clean[a] - clean[w]), abs=1e-4)
         assert found.corrupt_difference[i] == pytest.approx(float(corrupt[a] - corrupt[w]), abs=1e-4)

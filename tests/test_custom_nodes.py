@@ -5,8 +5,9 @@ import torch
 from helpers import random_pairs
 
 import dfa_lens as dfa
-from dfa_lens import hooks, passes
 from dfa_lens.errors import NodeError
+from dfa_lens.models import hooks
+from dfa_lens.models.runner import Runner
 
 WIDTH = 10
 
@@ -101,9 +102,9 @@ def test_exact_scores_by_hand(model, name, ragged):
             return now
 
         with torch.no_grad():
-            passes.run(model, ragged.corrupt, ragged.lengths, [(node.point, keep)])
-            clean = passes.run(model, ragged.clean, ragged.lengths)
-            patched = passes.run(model, ragged.clean, ragged.lengths, [(node.point, put)])
+            Runner(model).run(ragged.corrupt, ragged.lengths, [(node.point, keep)])
+            clean = Runner(model).run(ragged.clean, ragged.lengths)
+            patched = Runner(model).run(ragged.clean, ragged.lengths, [(node.point, put)])
         torch.testing.assert_close(score, difference(clean) - difference(patched), atol=1e-4, rtol=1e-4)
 
 
@@ -117,11 +118,11 @@ def test_the_whole_is_its_parts(any_model, ragged):
     places = of(any_model, {"blocks.0.hook_resid_pre": 1}, n_positions=WIDTH)
     with torch.no_grad():
         taps = hooks.record_hooks(wholes + heads + stream, corrupt)
-        at_corrupt = passes.run(any_model, ragged.corrupt, ragged.lengths, taps)
+        at_corrupt = Runner(any_model).run(ragged.corrupt, ragged.lengths, taps)
 
         def gated(nodes, value):
             gates = hooks.gate_hooks(nodes, torch.full((len(nodes),), value), corrupt=corrupt)
-            return passes.run(any_model, ragged.clean, ragged.lengths, gates)
+            return Runner(any_model).run(ragged.clean, ragged.lengths, gates)
 
         for value in (0.0, 0.4):
             # z is linear in the output, and on Llama there is no bias

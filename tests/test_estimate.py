@@ -5,8 +5,8 @@ import torch
 from helpers import random_model, random_pairs
 
 import dfa_lens as dfa
-from dfa_lens import adapter, passes
 from dfa_lens.errors import DfaError
+from dfa_lens.models.runner import Runner
 
 STEPS, SIZES = 4, [0, 3, 9, 20]
 METHODS = {"nap": 1, "nap-ig-inputs": 3, "nap-ig-activations": 2, "exact": 1}
@@ -60,7 +60,7 @@ def test_passes(setting, method):
     """Examples that went forward are counted at the embedding, those that went backward at its gradient."""
     model, pairs = setting
     steps = METHODS[method]
-    assert passes.can_restart(model)  # tried once per model, on a few tokens
+    assert Runner(model).allows("start", 12)  # tried once per model, on a few tokens
     needs = dfa.estimate(model, pairs, batch_size=8, method=method, steps=steps, fit_steps=STEPS, sizes=len(SIZES))
     for operation, work in run_all(model, pairs, method, steps, 8).items():
         forward = []
@@ -79,7 +79,7 @@ def test_memory_within_a_fifth(setting, method, batch_size):
     needs = dfa.estimate(model, pairs, batch_size=batch_size, method=method, steps=2, fit_steps=STEPS, sizes=len(SIZES))
     for operation, work in run_all(model, pairs, method, 2, batch_size).items():
         work()  # what is allocated once and for all
-        with adapter.prepared(model):  # the profiler does not see that the weights' former memory is given back
+        with Runner(model).session(passes=9):  # the profiler does not see that the weights' former memory is given back
             measured = peak_bytes(work)
         assert needs[operation].peak_bytes == pytest.approx(measured, rel=0.2), operation
     assert needs.parameter_bytes == sum(p.numel() * 4 for p in model.parameters())

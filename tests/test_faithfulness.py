@@ -4,9 +4,11 @@ import torch
 from helpers import random_model, random_pairs, unchecked
 
 import dfa_lens as dfa
-from dfa_lens import hooks, passes, statistics
+from dfa_lens import statistics
 from dfa_lens.errors import DfaError, FaithfulnessError, ScoreError
 from dfa_lens.faithfulness import FaithfulnessCurve, area, default_sizes
+from dfa_lens.models import hooks
+from dfa_lens.models.runner import Runner
 
 NODES = dfa.NodeSet.for_sizes(3, 4)
 
@@ -26,9 +28,9 @@ def test_end_points(model, ragged, scores):
     # f_0: the clean embedding, every node corrupt
     corrupt = {}
     with torch.no_grad():
-        passes.run(model, ragged.corrupt, ragged.lengths, hooks.record_hooks(NODES, corrupt))
+        Runner(model).run(ragged.corrupt, ragged.lengths, hooks.record_hooks(NODES, corrupt))
         gates = hooks.gate_hooks(NODES, torch.zeros(15), corrupt=corrupt)
-        logits = passes.run(model, ragged.clean, ragged.lengths, gates)
+        logits = Runner(model).run(ragged.clean, ragged.lengths, gates)
     rows = torch.arange(len(ragged))
     empty = float((logits[rows, ragged.answer] - logits[rows, ragged.wrong]).mean())
     clean, corrupted = curve.clean_values.mean(), curve.corrupt_values.mean()

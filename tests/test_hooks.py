@@ -5,9 +5,10 @@ import torch
 from helpers import float64_model, random_model, random_pairs, unchecked
 
 import dfa_lens as dfa
-from dfa_lens import adapter, hooks, passes
 from dfa_lens.errors import DfaError, HookError, NodeError, ScoreError
-from dfa_lens.models import transformer_lens_major
+from dfa_lens.models import hooks
+from dfa_lens.models.loading import transformer_lens_major
+from dfa_lens.models.runner import Runner, attention_mask
 
 FAMILIES = ("llama", "qwen")
 
@@ -15,8 +16,8 @@ FAMILIES = ("llama", "qwen")
 def clean_and_corrupt(model, pairs, nodes):
     clean, corrupt = {}, {}
     with torch.no_grad():
-        m = passes.run(model, pairs.clean, pairs.lengths, hooks.record_hooks(nodes, clean))
-        c = passes.run(model, pairs.corrupt, pairs.lengths, hooks.record_hooks(nodes, corrupt))
+        m = Runner(model).run(pairs.clean, pairs.lengths, hooks.record_hooks(nodes, clean))
+        c = Runner(model).run(pairs.corrupt, pairs.lengths, hooks.record_hooks(nodes, corrupt))
     return clean, corrupt, m, c
 
 
@@ -32,7 +33,7 @@ def test_activations_are_those_of_hugging_face(family):
         o_proj, mlp = block.self_attn.o_proj, block.mlp
         handles.append(o_proj.register_forward_pre_hook(lambda m, i, layer=layer: seen.__setitem__(f"a{layer}", i[0])))
         handles.append(mlp.register_forward_hook(lambda m, i, o, layer=layer: seen.__setitem__(f"m{layer}", o)))
-    mask = passes.attention_mask(pairs.lengths, pairs.clean.shape[1], torch.device("cpu"))
+    mask = attention_mask(pairs.lengths, pairs.clean.shape[1])
     with torch.no_grad():
         logits = hf(input_ids=pairs.clean, attention_mask=mask).logits
     for handle in handles:
@@ -46,7 +47,7 @@ def test_activations_are_those_of_hugging_face(family):
         nodes = dfa.NodeSet.heads_and_mlps(model)
         found = {}
         with torch.no_grad():
-            at_answer = passes.run(model, pairs.clean, pairs.lengths, hooks.record_hooks(nodes, found))
+            at_answer = Runner(model).run(pairs.clean, pairs.lengths, hooks.record_hooks(nodes, found))
         torch.testing.assert_close(at_answer, logits[torch.arange(len(pairs)), pairs.lengths - 1], atol=1e-4, rtol=1e-4)
         for layer in range(3):
             z = found[f"blocks.{layer}.attn.hook_z"].flatten(2)
@@ -57,16 +58,16 @@ def test_activations_are_those_of_hugging_face(family):
 
 def test_answer_only_unembedding_changes_nothing(model, ragged):
     with torch.no_grad():
-        everywhere = passes.run(model, ragged.clean, ragged.lengths, positions="all")
-        at_answer = passes.run(model, ragged.clean, ragged.lengths)
+        everywhere = Runner(model).run(ragged.clean, ragged.lengths, positions="all")
+        at_answer = Runner(model).run(ragged.clean, ragged.lengths)
     torch.testing.assert_close(at_answer, everywhere[torch.arange(len(ragged)), ragged.lengths - 1])
 
 
 def test_padding_does_not_matter(model, ragged):
     """The same prompts, each alone and without padding, give the same logits."""
     with torch.no_grad():
-        together = passes.run(model, ragged.clean, ragged.lengths)
-        alone = torch.cat([passes.run(model, p.clean, p.lengths) for p in (ragged[i] for i in range(len(ragged)))])
+        together = Runner(model).run(ragged.clean, ragged.lengths)
+        alone = torch.cat([Runner(model).run(p.clean, p.lengths) for p in (ragged[i] for i in range(len(ragged)))])
     torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-4)
 
 
@@ -76,14 +77,14 @@ def test_gate_of_ones_is_the_clean_run_and_of_zeros_corrupts_every_node(model, p
     nodes = dfa.NodeSet.heads_and_mlps(model)
     _, corrupt, m_clean, _ = clean_and_corrupt(model, pairs, nodes)
     with unchanged(model), torch.no_grad():
-        ones = passes.run(model, pairs.clean, pairs.lengths, hooks.gate_hooks(nodes, torch.ones(15), corrupt=corrupt))
-        zeros = passes.run(model, pairs.clean, pairs.lengths, hooks.gate_hooks(nodes, torch.zeros(15), corrupt=corrupt))
+        ones = Runner(model).run(pairs.clean, pairs.lengths, hooks.gate_hooks(nodes, torch.ones(15), corrupt=corrupt))
+        zeros = Runner(model).run(pairs.clean, pairs.lengths, hooks.gate_hooks(nodes, torch.zeros(15), corrupt=corrupt))
 
         # all nodes corrupt, by replacing what they give, written without a mask
         def replace(point):
             return lambda now: corrupt[point].clone()
 
-        replaced = passes.run(model, pairs.clean, pairs.lengths, [(point, replace(point)) for point in corrupt])
+        replaced = Runner(model).run(pairs.clean, pairs.lengths, [(point, replace(point)) for point in corrupt])
     assert torch.equal(ones, m_clean)
     assert torch.equal(zeros, replaced)
 
@@ -92,25 +93,23 @@ def test_restore_of_ones_restores_every_node(any_model, pairs):
     nodes = dfa.NodeSet.heads_and_mlps(any_model)
     clean, corrupt, _, m_corrupt = clean_and_corrupt(any_model, pairs, nodes)
     with torch.no_grad():
-        none = passes.run(
-            any_model,
+        none = Runner(any_model).run(
             pairs.corrupt,
             pairs.lengths,
             hooks.gate_hooks(nodes, torch.zeros(15), clean=clean, intervention="restore"),
         )
         both = {
-            g: passes.run(
-                any_model,
+            g: Runner(any_model).run(
                 pairs.clean,
                 pairs.lengths,
                 hooks.gate_hooks(nodes, torch.full((15,), g), clean=clean, corrupt=corrupt, intervention="interpolate"),
             )
             for g in (0.0, 1.0)
         }
-        zeros = passes.run(
-            any_model, pairs.clean, pairs.lengths, hooks.gate_hooks(nodes, torch.zeros(15), corrupt=corrupt)
+        zeros = Runner(any_model).run(
+            pairs.clean, pairs.lengths, hooks.gate_hooks(nodes, torch.zeros(15), corrupt=corrupt)
         )
-        plain = passes.run(any_model, pairs.clean, pairs.lengths)
+        plain = Runner(any_model).run(pairs.clean, pairs.lengths)
     assert torch.equal(none, m_corrupt)
     assert torch.equal(both[0.0], zeros)
     torch.testing.assert_close(both[1.0], plain)
@@ -124,7 +123,7 @@ def test_soft_gate_is_its_equation_at_one_node(any_model, pairs):
     after = {}
     gates = hooks.gate_hooks(nodes, mask, corrupt=corrupt)
     with torch.no_grad():
-        passes.run(any_model, pairs.clean, pairs.lengths, [*gates, *hooks.record_hooks(nodes, after)])
+        Runner(any_model).run(pairs.clean, pairs.lengths, [*gates, *hooks.record_hooks(nodes, after)])
     point = "blocks.2.attn.hook_z"
     torch.testing.assert_close(after[point][:, :, 1], 0.3 * clean[point][:, :, 1] + 0.7 * corrupt[point][:, :, 1])
     torch.testing.assert_close(after[point][:, :, 0], clean[point][:, :, 0])
@@ -140,7 +139,7 @@ def test_soft_gate_gradient_is_that_of_finite_differences(intervention, pairs):
 
     def value(mask):
         gates = hooks.gate_hooks(nodes, mask, clean=clean, corrupt=corrupt, intervention=intervention)
-        return passes.run(model, tokens, pairs.lengths, gates)[:, 5].sum()
+        return Runner(model).run(tokens, pairs.lengths, gates)[:, 5].sum()
 
     leaf = mask.clone().requires_grad_(True)
     (gradient,) = torch.autograd.grad(value(leaf), [leaf])
@@ -158,11 +157,10 @@ def test_masks_per_example(any_model, pairs):
     _, corrupt, _, _ = clean_and_corrupt(any_model, pairs, nodes)
     masks = torch.rand(len(pairs), 15, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        together = passes.run(any_model, pairs.clean, pairs.lengths, hooks.gate_hooks(nodes, masks, corrupt=corrupt))
+        together = Runner(any_model).run(pairs.clean, pairs.lengths, hooks.gate_hooks(nodes, masks, corrupt=corrupt))
         for i in range(len(pairs)):
             one = {point: a[i : i + 1] for point, a in corrupt.items()}
-            alone = passes.run(
-                any_model,
+            alone = Runner(any_model).run(
                 pairs.clean[i : i + 1],
                 pairs.lengths[i : i + 1],
                 hooks.gate_hooks(nodes, masks[i], corrupt=one),
@@ -178,19 +176,18 @@ def test_subsets_leave_other_slices_alone(any_model, pairs):
     for name, value in (("a1.h3", 0.0), ("a1.h0", 0.5), ("m2", 0.25)):
         mask[every.position(name)] = value
     with torch.no_grad():
-        small = passes.run(
-            any_model,
+        small = Runner(any_model).run(
             pairs.clean,
             pairs.lengths,
             hooks.gate_hooks(some, torch.tensor([0.0, 0.5, 0.25]), corrupt=corrupt),
         )
-        full = passes.run(any_model, pairs.clean, pairs.lengths, hooks.gate_hooks(every, mask, corrupt=corrupt))
+        full = Runner(any_model).run(pairs.clean, pairs.lengths, hooks.gate_hooks(every, mask, corrupt=corrupt))
     torch.testing.assert_close(small, full)
 
 
 def test_contexts(model, pairs, unchanged):
     nodes = dfa.NodeSet.heads_and_mlps(model)
-    mask = passes.attention_mask(pairs.lengths, 10, torch.device("cpu"))
+    mask = attention_mask(pairs.lengths, 10)
     with unchanged(model), torch.no_grad():
         with dfa.hooks.record(model, nodes) as corrupt:
             model(pairs.corrupt, attention_mask=mask)
@@ -213,7 +210,7 @@ def test_the_model_is_left_as_it_was_when_an_exception_arrives(model, pairs, err
     nodes = dfa.NodeSet.heads_and_mlps(model)
     model.train()
     try:
-        with unchanged(model), pytest.raises(error), adapter.frozen(model), dfa.hooks.record(model, nodes):
+        with unchanged(model), pytest.raises(error), Runner(model).session(), dfa.hooks.record(model, nodes):
             raise error
 
         def broken(logits, batch):
@@ -252,7 +249,7 @@ def test_the_users_own_hooks_stay(model, pairs):
 
 def test_flag_gated_points_are_refused(model):
     with pytest.raises(HookError, match="fires only when model.cfg.use_attn_result is set"):
-        adapter.points(model, ["blocks.0.attn.hook_result"])
+        Runner(model).points(["blocks.0.attn.hook_result"])
 
 
 def test_a_hook_that_does_not_fire_is_an_error(any_model, unchanged):
@@ -263,7 +260,7 @@ def test_a_hook_that_does_not_fire_is_an_error(any_model, unchanged):
 
 def test_resid_mid_is_refused_on_a_bridge():
     with pytest.raises(HookError, match="skip path"):
-        adapter.points(random_model("bridge"), ["blocks.0.hook_resid_mid"])
+        Runner(random_model("bridge")).points(["blocks.0.hook_resid_mid"])
 
 
 def test_bad_input(any_model, pairs):

@@ -8,9 +8,10 @@ import torch
 from helpers import BACKENDS, random_model, random_pairs, state_of
 
 import dfa_lens as dfa
-from dfa_lens import adapter, passes
 from dfa_lens.errors import ModelError, PromptError
-from dfa_lens.models import transformer_lens_major
+from dfa_lens.models import backend
+from dfa_lens.models.loading import transformer_lens_major
+from dfa_lens.models.runner import Runner, attention_mask
 from dfa_lens.zoo.tokenizer import build
 
 LLAMA3_SCALING = {
@@ -76,12 +77,12 @@ def test_logits_are_those_of_hugging_face(name, tmp_path):
     folder = checkpoint(tmp_path, *CONFIGS[name])
     hf = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="sdpa").eval()
     pairs = random_pairs(4, 60, ragged=True)  # beyond the original context of the scaled ones
-    mask = passes.attention_mask(pairs.lengths, 60, torch.device("cpu"))
+    mask = attention_mask(pairs.lengths, 60)
     with torch.no_grad():
         expected = hf(input_ids=pairs.clean, attention_mask=mask).logits[torch.arange(4), pairs.lengths - 1]
         for backend in BACKENDS:
             model = dfa.load_model(folder, backend=backend)
-            found = passes.run(model, pairs.clean, pairs.lengths)
+            found = Runner(model).run(pairs.clean, pairs.lengths)
             torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
 
 
@@ -157,7 +158,7 @@ def test_device_map(tmp_path):
     folder = checkpoint(tmp_path, "llama", {})
     plain = dfa.load_model(folder, backend="bridge")
     model = dfa.load_model(folder, device_map={"": "cpu"})
-    assert adapter.is_bridge(model)
+    assert backend.is_bridge(model)
     same_results(model, plain, random_pairs(ragged=True))
 
 
@@ -182,7 +183,7 @@ def test_a_model_of_which_even_the_embedding_is_offloaded(tmp_path):
     names = ("model.embed_tokens", "model.layers.0", "model.layers.1", "lm_head")
     places = dict.fromkeys(names, "disk") | {"model.norm": "cpu", "model.rotary_emb": "cpu"}
     model = dfa.load_model(folder, device_map=places, offload_folder=tmp_path / "offload")
-    assert adapter.device_of(model) == torch.device("cpu")
+    assert Runner(model).device == torch.device("cpu")
     same_results(model, dfa.load_model(folder, backend="bridge"), random_pairs())
 
 

@@ -6,8 +6,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import dfa_lens as dfa
-from dfa_lens import hooks, objectives, passes
+from dfa_lens import objectives
 from dfa_lens.errors import AlignmentError
+from dfa_lens.models import hooks
+from dfa_lens.models.runner import Runner
 from dfa_lens.objectives import Matryoshka, Sparse, TargetSize, gates_of_size
 
 NODES = dfa.NodeSet.for_sizes(2, 2)
@@ -82,9 +84,9 @@ def test_other_losses_are_their_equations(model, loss):
             one = pairs[task][i]
             corrupt = {}
             with torch.no_grad():
-                passes.run(model, one.corrupt, one.corrupt_lengths, hooks.record_hooks(nodes, corrupt))
-                clean = passes.run(model, one.clean, one.lengths)[0]
-                masked = passes.run(model, one.clean, one.lengths, hooks.gate_hooks(nodes, g, corrupt=corrupt))[0]
+                Runner(model).run(one.corrupt, one.corrupt_lengths, hooks.record_hooks(nodes, corrupt))
+                clean = Runner(model).run(one.clean, one.lengths)[0]
+                masked = Runner(model).run(one.clean, one.lengths, hooks.gate_hooks(nodes, g, corrupt=corrupt))[0]
             a, w = int(one.answer), int(one.wrong)
             rows.append(
                 (

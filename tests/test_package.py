@@ -114,10 +114,11 @@ def test_doctor(tmp_path, zoo_source):
 
 
 def test_doctor_on_a_model_without_a_tokenizer(zoo_source, monkeypatch):
-    from dfa_lens import diagnosis, passes
+    from dfa_lens import diagnosis
+    from dfa_lens.models.runner import Runner
 
     monkeypatch.setattr(zoo_source, "tokenizer", None)
-    monkeypatch.setattr(passes, "can_share", lambda model: False)
+    monkeypatch.setattr(Runner, "allows", lambda *args: False)
     report = "\n".join(diagnosis.lines(zoo_source))
     assert "NONE: tasks need one" in report
     assert "shared beginnings  can't be used" in report

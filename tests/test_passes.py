@@ -2,11 +2,13 @@
 
 import pytest
 import torch
-from helpers import BACKENDS, random_model, random_pairs
+from helpers import BACKENDS, plain_passes, random_model, random_pairs
 
 import dfa_lens as dfa
-from dfa_lens import adapter, batching, hooks, passes, training
+from dfa_lens import training
 from dfa_lens.errors import DfaError, HookError
+from dfa_lens.models import hooks, memory
+from dfa_lens.models.runner import Runner, ShortCutWarning, Start, attention_mask, stream_hooks
 
 TOLERANCE = {"rtol": 1e-4, "atol": 2e-5}
 
@@ -28,8 +30,8 @@ def each(request):
 
 def test_these_models_take_every_short_cut(each, unchanged):
     with unchanged(each):
-        assert passes.can_share(each)
-        assert passes.can_restart(each)
+        assert Runner(each).allows("prefix", 12)
+        assert Runner(each).allows("start", 12)
 
 
 def test_shared_tokens():
@@ -55,19 +57,19 @@ def test_a_prefix_changes_nothing(each, ragged, unchanged):
     """Logits, activations and gradients after the common beginning are those of the whole prompt."""
     pairs = alike(ragged=ragged)
     nodes = dfa.NodeSet.heads_and_mlps(each)
-    with unchanged(each), adapter.prepared(each):
-        prefix = passes.prefix_of(each, pairs.clean[:, :7])
+    with unchanged(each), Runner(each).session(passes=9):
+        prefix = Runner(each).prefix_of(pairs.clean[:, :7])
         corrupt, short_corrupt = {}, {}
         with torch.no_grad():
             for into, given in ((corrupt, None), (short_corrupt, prefix)):
-                passes.run(each, pairs.corrupt, pairs.lengths, hooks.record_hooks(nodes, into), prefix=given)
+                Runner(each).run(pairs.corrupt, pairs.lengths, hooks.record_hooks(nodes, into), prefix=given)
         for point in corrupt:
             torch.testing.assert_close(short_corrupt[point], corrupt[point][:, 7:], **TOLERANCE)
         found = []
         for other, given in ((corrupt, None), (short_corrupt, prefix)):
             mask = torch.linspace(0, 1, len(nodes)).requires_grad_(True)
             gates = hooks.gate_hooks(nodes, mask, corrupt=other)
-            logits = passes.run(each, pairs.clean, pairs.lengths, gates, prefix=given)
+            logits = Runner(each).run(pairs.clean, pairs.lengths, gates, prefix=given)
             found.append((logits.detach(), *torch.autograd.grad(logits[:, 5].sum(), [mask])))
         torch.testing.assert_close(found[1], found[0], **TOLERANCE)
 
@@ -77,32 +79,32 @@ def test_starting_at_a_block(each, layer, unchanged):
     pairs = alike()
     gated = dfa.NodeSet.heads_and_mlps(each).where(lambda node: node.layer >= layer)
     zero = torch.zeros(len(gated))
-    with unchanged(each), torch.no_grad(), adapter.frozen(each):
+    with unchanged(each), torch.no_grad(), Runner(each).session():
         streams, corrupt = {}, {}
-        passes.run(each, pairs.clean, pairs.lengths, passes.stream_hooks(streams, [layer]))
-        passes.run(each, pairs.corrupt, pairs.lengths, hooks.record_hooks(gated, corrupt))
+        Runner(each).run(pairs.clean, pairs.lengths, stream_hooks(streams, [layer]))
+        Runner(each).run(pairs.corrupt, pairs.lengths, hooks.record_hooks(gated, corrupt))
         gates = hooks.gate_hooks(gated, zero, corrupt=corrupt)
-        whole = passes.run(each, pairs.clean, pairs.lengths, gates)
-        short = passes.run(each, pairs.clean, pairs.lengths, gates, start=passes.Start(layer, streams[layer]))
+        whole = Runner(each).run(pairs.clean, pairs.lengths, gates)
+        short = Runner(each).run(pairs.clean, pairs.lengths, gates, start=Start(layer, streams[layer]))
         torch.testing.assert_close(short, whole, **TOLERANCE)
         tap = [("blocks.0.hook_mlp_out", lambda now: None)]
         with pytest.raises(HookError, match="did not fire"):
-            passes.run(each, pairs.clean, pairs.lengths, tap, start=passes.Start(2, streams[layer]))
+            Runner(each).run(pairs.clean, pairs.lengths, tap, start=Start(2, streams[layer]))
 
 
 def test_columns(each):
     pairs = alike(ragged=True)
     columns = torch.stack([pairs.answer, pairs.wrong], 1)
     with torch.no_grad():
-        whole = passes.run(each, pairs.clean, pairs.lengths)
-        plain = each(pairs.clean, attention_mask=passes.attention_mask(pairs.lengths, 12, torch.device("cpu")))
+        whole = Runner(each).run(pairs.clean, pairs.lengths)
+        plain = each(pairs.clean, attention_mask=attention_mask(pairs.lengths, 12))
         torch.testing.assert_close(whole, plain[torch.arange(6), pairs.lengths - 1], **TOLERANCE)
-        two = passes.run(each, pairs.clean, pairs.lengths, columns=columns)
+        two = Runner(each).run(pairs.clean, pairs.lengths, columns=columns)
         torch.testing.assert_close(two, whole.gather(1, columns), **TOLERANCE)
         seen = []
         each.hook_dict["unembed.hook_in"].add_hook(lambda x, hook: seen.append(x.shape))  # somebody looks: still run
         try:
-            two = passes.run(each, pairs.clean, pairs.lengths, columns=columns)
+            two = Runner(each).run(pairs.clean, pairs.lengths, columns=columns)
         finally:
             each.reset_hooks()
         assert len(seen) == 1
@@ -135,7 +137,7 @@ def test_results_do_not_depend_on_the_short_cuts(each, unchanged, monkeypatch):
 
     with unchanged(each):
         short = results(True)
-    monkeypatch.setattr(passes, "can_restart", lambda model: False)
+    plain_passes(monkeypatch)
     for a, b in zip(short, results(False), strict=True):
         torch.testing.assert_close(a, b, rtol=2e-3, atol=2e-4)
 
@@ -147,7 +149,7 @@ def test_curves_of_other_nodes(each, points, monkeypatch):
     nodes = dfa.NodeSet.from_points(each, points)
     ranking = dfa.NodeScores(torch.randn(len(nodes), generator=torch.Generator().manual_seed(3)), nodes)
     short = dfa.faithfulness_curve(each, pairs, ranking, sizes=range(len(nodes) + 1))
-    monkeypatch.setattr(passes, "can_restart", lambda model: False)
+    plain_passes(monkeypatch)
     whole = dfa.faithfulness_curve(each, pairs, ranking, sizes=range(len(nodes) + 1), share_prefix=False)
     torch.testing.assert_close(torch.tensor(short.per_example), torch.tensor(whole.per_example), rtol=1e-3, atol=1e-4)
 
@@ -183,10 +185,9 @@ def test_nodes_that_are_not_indexed_by_token_run_whole_prompts(any_model):
     heads = dfa.NodeSet.heads_and_mlps(any_model)
     patterns = dfa.NodeSet.from_points(any_model, {"blocks.{layer}.attn.hook_pattern": 1})
     positions = dfa.NodeSet.from_points(any_model, {"blocks.{layer}.hook_resid_pre": 1}, n_positions=12)
-    assert passes.shared_length(any_model, pairs, heads) == 7
-    assert passes.shared_length(any_model, pairs, heads, switch=False) == 0
-    assert passes.shared_length(any_model, pairs, patterns) == passes.shared_length(any_model, pairs, positions) == 0
-    assert passes.shared_length(any_model, alike(shared=3), heads) == 0  # does not pay
+    assert Runner(any_model).shared_length(pairs, heads) == 7
+    assert Runner(any_model).shared_length(pairs, patterns) == Runner(any_model).shared_length(pairs, positions) == 0
+    assert Runner(any_model).shared_length(alike(shared=3), heads) == 0  # does not pay
 
 
 def test_hooks_of_somebody_else_see_whole_prompts_and_all_blocks(each):
@@ -199,22 +200,24 @@ def test_hooks_of_somebody_else_see_whole_prompts_and_all_blocks(each):
 
     each.hook_dict["blocks.0.hook_mlp_out"].add_hook(third)
     try:
-        assert not passes.can_restart(each)
-        assert passes.shared_length(each, pairs, nodes) == 0
+        assert not Runner(each).allows("start", 12)
+        assert Runner(each).shared_length(pairs, nodes) == 0
         scores = dfa.attribute(each, pairs, nodes=nodes.where(layer=2), method="exact")
         with torch.no_grad():
-            clean = passes.run(each, pairs.clean, pairs.lengths)
+            clean = Runner(each).run(pairs.clean, pairs.lengths)
         values = clean.gather(1, pairs.answer[:, None]) - clean.gather(1, pairs.wrong[:, None])
     finally:
         each.reset_hooks()
     assert scores.meta["metric_clean"] == pytest.approx(float(values.mean()), abs=1e-4)
-    assert passes.can_restart(each)
+    assert Runner(each).allows("start", 12)
 
 
 def test_a_model_that_fails_the_trial_runs_whole_prompts(monkeypatch):
     model = random_model()
-    monkeypatch.setattr(passes, "prefix_of", lambda *args: (_ for _ in ()).throw(NotImplementedError("no cache")))
-    assert passes.shared_length(model, alike()) == 0
+    monkeypatch.setattr(Runner, "prefix_of", lambda *args: (_ for _ in ()).throw(NotImplementedError("no cache")))
+    with pytest.warns(ShortCutWarning, match=r"'prefix' is not taken on this model \(no cache\)"):
+        assert Runner(model).shared_length(alike()) == 0
+    assert Runner(model).shared_length(alike()) == 0  # told once
 
 
 def test_an_interrupt_inside_leaves_the_model_as_it_was(each, unchanged):
@@ -224,17 +227,15 @@ def test_an_interrupt_inside_leaves_the_model_as_it_was(each, unchanged):
     def stop(now):
         raise KeyboardInterrupt
 
-    with unchanged(each), pytest.raises(KeyboardInterrupt), adapter.prepared(each):
-        passes.run(
-            each, pairs.clean, pairs.lengths, [("blocks.2.hook_mlp_out", stop)], start=passes.Start(1, streams[1])
-        )
+    with unchanged(each), pytest.raises(KeyboardInterrupt), Runner(each).session(passes=9):
+        Runner(each).run(pairs.clean, pairs.lengths, [("blocks.2.hook_mlp_out", stop)], start=Start(1, streams[1]))
 
 
 @pytest.mark.skipif("hooked" not in BACKENDS, reason="HookedTransformer only")
 def test_weights_are_turned_round_only_where_nobody_holds_a_view():
     model = random_model("hooked")
     view = model.blocks[1].mlp.W_in.data
-    with adapter.prepared(model):
+    with Runner(model).session(passes=9):
         assert not model.blocks[0].mlp.W_in.is_contiguous()
         assert model.blocks[0].mlp.W_in.T.is_contiguous()
         assert model.blocks[1].mlp.W_in.data_ptr() == view.data_ptr()
@@ -245,22 +246,22 @@ def test_auto_batch_size(any_model, monkeypatch, caplog):
     pairs = alike(n=12)
     expected = dfa.attribute(any_model, pairs, method="nap")
     sizes = []
-    whole = passes.run
+    whole = Runner.run
 
-    def small_memory(model, tokens, *args, **options):
+    def small_memory(self, tokens, *args, **options):
         sizes.append(len(tokens))
         if len(tokens) > 3:
             raise torch.OutOfMemoryError("no")
-        return whole(model, tokens, *args, **options)
+        return whole(self, tokens, *args, **options)
 
-    monkeypatch.setattr(batching, "fitting", lambda *args, **options: 8)
-    monkeypatch.setattr(passes, "run", small_memory)
+    monkeypatch.setattr(memory, "fitting", lambda *args, **options: 8)
+    monkeypatch.setattr(Runner, "run", small_memory)
     found = dfa.attribute(any_model, pairs, method="nap", batch_size="auto")
     torch.testing.assert_close(found.values, expected.values, **TOLERANCE)
     assert sizes[:2] == [8, 4]
     assert max(sizes[2:]) == 2
     assert "does not fit into memory with 8 examples a pass: 4 now" in caplog.text
-    monkeypatch.setattr(passes, "run", lambda *args, **options: (_ for _ in ()).throw(torch.OutOfMemoryError("no")))
+    monkeypatch.setattr(Runner, "run", lambda *args, **options: (_ for _ in ()).throw(torch.OutOfMemoryError("no")))
     with pytest.raises(torch.OutOfMemoryError):
         dfa.attribute(any_model, pairs, method="nap", batch_size="auto")
     with pytest.raises(DfaError, match="batch_size"):
@@ -271,10 +272,10 @@ def test_the_batch_size_that_fits(any_model, monkeypatch):
     pairs, nodes = alike(n=40), dfa.NodeSet.heads_and_mlps(any_model)
     one, two = (dfa.estimate(any_model, pairs, batch_size=n)["attribute"].peak_bytes for n in (1, 2))
     for room, expected in ((1, 1), (5, 4), (1000, 32)):
-        free = (one + (room - 1) * (two - one)) / batching.USABLE + 1000
-        monkeypatch.setattr(batching, "free_bytes", lambda device, free=free: int(free))
-        assert batching.fitting(any_model, pairs, nodes, "attribute") == expected
+        free = (one + (room - 1) * (two - one)) / memory.USABLE + 1000
+        monkeypatch.setattr(memory, "free_bytes", lambda device, free=free: int(free))
+        assert memory.fitting(any_model, pairs, nodes, "attribute") == expected
     monkeypatch.undo()
-    assert batching.free_bytes(torch.device("cpu")) > 0
+    assert memory.free_bytes(torch.device("cpu")) > 0
     curve = dfa.faithfulness_curve(any_model, pairs, dfa.controls.uniform(nodes), sizes=[0, 5, 15], batch_size="auto")
     assert curve.per_example.shape == (3, 40)

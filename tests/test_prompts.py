@@ -5,8 +5,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import dfa_lens as dfa
-from dfa_lens import passes
 from dfa_lens.errors import PromptError, TaskError
+from dfa_lens.models import runner
+from dfa_lens.models.runner import Runner
 
 
 def tensors(n=3, width=4):
@@ -255,8 +256,8 @@ def test_show(zoo_source, capsys):
 
 def test_all_phases_see_the_same_tokens(zoo_source, monkeypatch):
     """Attribution, training, curves and checks run the tokens of the pairs, and the begin-of-text token once."""
-    monkeypatch.setattr(passes, "LEAST_SHARED", 10**6)  # whole prompts
-    assert passes.can_restart(zoo_source)  # tried once per model, on a few tokens of no prompt
+    monkeypatch.setattr(runner, "LEAST_SHARED", 10**6)  # whole prompts
+    assert Runner(zoo_source).allows_padding(17)  # tried once per model, on a few tokens of no prompt
     pairs = dfa.tasks.load("ioi", zoo_source.tokenizer, n=6)
     expected = {
         tuple(row[:n].tolist())

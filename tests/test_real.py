@@ -12,8 +12,8 @@ from helpers import BACKENDS
 from scipy.stats import pearsonr
 
 import dfa_lens as dfa
-from dfa_lens import passes
 from dfa_lens.attribution import INCOMPLETE
+from dfa_lens.models.runner import Runner, attention_mask
 
 pytestmark = pytest.mark.real
 
@@ -45,10 +45,10 @@ def test_logits_are_those_of_hugging_face(backend):
     model = dfa.load_model(FOLDER, backend=backend)
     hf = AutoModelForCausalLM.from_pretrained(FOLDER, attn_implementation="sdpa").eval()
     pairs = pairs_of(model, "test", 8)
-    mask = passes.attention_mask(pairs.lengths, pairs.clean.shape[1], torch.device("cpu"))
+    mask = attention_mask(pairs.lengths, pairs.clean.shape[1])
     with torch.no_grad():
         expected = hf(input_ids=pairs.clean, attention_mask=mask).logits[torch.arange(8), pairs.lengths - 1]
-        found = passes.run(model, pairs.clean, pairs.lengths)
+        found = Runner(model).run(pairs.clean, pairs.lengths)
     assert (found - expected).abs().max() < 5e-4  # of logits up to 30, after 30 layers
     torch.testing.assert_close(found.log_softmax(-1), expected.log_softmax(-1), atol=5e-4, rtol=0)
 

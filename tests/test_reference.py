@@ -14,9 +14,9 @@ import torch
 from safetensors.torch import load_file
 
 import dfa_lens as dfa
-from dfa_lens import passes
 from dfa_lens.faithfulness import MIB_FRACTIONS
-from dfa_lens.models import transformer_lens_major
+from dfa_lens.models.loading import transformer_lens_major
+from dfa_lens.models.runner import Runner
 
 FOLDER = Path(__file__).parent / "reference"
 NAMES = ("llama_a", "qwen_a")
@@ -87,7 +87,7 @@ def setting(name, kind):
 def test_logits(name, kind):
     model, pairs, _, _, tensors = setting(name, kind)
     with torch.no_grad():
-        clean = passes.run(model, pairs.clean, pairs.lengths)
+        clean = Runner(model).run(pairs.clean, pairs.lengths)
     rows = torch.arange(len(pairs))
     torch.testing.assert_close(clean, tensors["clean_logits"][rows, pairs.lengths - 1], atol=1e-5, rtol=1e-4)
     difference = clean[rows, pairs.answer] - clean[rows, pairs.wrong]

@@ -3,8 +3,9 @@ import torch
 from helpers import random_model, random_pairs, unchecked
 
 import dfa_lens as dfa
-from dfa_lens import hooks, passes
 from dfa_lens.errors import AlignmentError, PromptError, ScoreError, TrainingError
+from dfa_lens.models import hooks
+from dfa_lens.models.runner import Runner
 
 SOURCE = dfa.NodeSet.for_sizes(2, 2)
 
@@ -41,11 +42,11 @@ def test_the_loss_is_its_equation(model, intervention, positions):
                 clean, corrupt, lengths = one.clean, one.corrupt, one.lengths
             into_clean, into_corrupt = {}, {}
             with torch.no_grad():
-                expected = passes.run(model, clean, lengths, hooks.record_hooks(nodes, into_clean), positions="all")
-                passes.run(model, corrupt, lengths, hooks.record_hooks(nodes, into_corrupt))
+                expected = Runner(model).run(clean, lengths, hooks.record_hooks(nodes, into_clean), positions="all")
+                Runner(model).run(corrupt, lengths, hooks.record_hooks(nodes, into_corrupt))
                 gates = hooks.gate_hooks(nodes, g, clean=into_clean, corrupt=into_corrupt, intervention=intervention)
                 run_on = corrupt if intervention == "restore" else clean
-                found = passes.run(model, run_on, lengths, gates, positions="all")
+                found = Runner(model).run(run_on, lengths, gates, positions="all")
             p, q = expected.log_softmax(-1), found.log_softmax(-1)
             each = (p.exp() * (p - q)).sum(-1)[0]
             kl += float(each[-1] if positions == "answer" else each.sum())

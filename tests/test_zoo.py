@@ -7,8 +7,8 @@ import torch
 from helpers import BACKENDS, unchecked
 
 import dfa_lens as dfa
-from dfa_lens import passes
 from dfa_lens.errors import ModelError
+from dfa_lens.models.runner import Runner, attention_mask
 from dfa_lens.zoo import SPECS, tokenizer
 
 
@@ -47,8 +47,8 @@ def test_accuracy_on_held_out_prompts(name, task):
     model = dfa.zoo.load(name)
     pairs = dfa.tasks.load(task, model.tokenizer, split="test", n=200, seed=11)
     with torch.no_grad():
-        clean = passes.run(model, pairs.clean, pairs.lengths).argmax(-1)
-        corrupt = passes.run(model, pairs.corrupt, pairs.lengths).argmax(-1)
+        clean = Runner(model).run(pairs.clean, pairs.lengths).argmax(-1)
+        corrupt = Runner(model).run(pairs.corrupt, pairs.lengths).argmax(-1)
     assert (clean == pairs.answer).float().mean() >= 0.95
     assert (corrupt == pairs.wrong).float().mean() >= 0.95
 
@@ -61,10 +61,10 @@ def test_logits_are_those_of_hugging_face(name, backend):
     hf = AutoModelForCausalLM.from_pretrained(SPECS[name].folder, attn_implementation="sdpa").eval()
     model = dfa.zoo.load(name, backend=backend)
     pairs = dfa.tasks.load("arc-challenge", model.tokenizer, split="test", n=8)
-    mask = passes.attention_mask(pairs.lengths, pairs.clean.shape[1], torch.device("cpu"))
+    mask = attention_mask(pairs.lengths, pairs.clean.shape[1])
     with torch.no_grad():
         expected = hf(input_ids=pairs.clean, attention_mask=mask).logits[torch.arange(8), pairs.lengths - 1]
-        found = passes.run(model, pairs.clean, pairs.lengths)
+        found = Runner(model).run(pairs.clean, pairs.lengths)
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from dfa_lens.errors import ModelError
-from dfa_lens.models import Backend, load_model
+from dfa_lens.models.loading import Backend, load_model
 from dfa_lens.zoo.specs import SPECS, ZooModel, spec
 
 __all__ = ["SPECS", "ZooModel", "load", "names", "pairs", "spec"]

@@ -29,7 +29,9 @@ import numpy as np
 import torch
 
 import dfa_lens as dfa
-from dfa_lens import adapter, hooks, passes, planning
+from dfa_lens import planning
+from dfa_lens.models import hooks
+from dfa_lens.models.runner import Runner
 
 SMALL = {"n_layers": 12, "d_model": 512, "n_heads": 8, "n_key_value_heads": 4, "d_mlp": 1408, "d_vocab": 8192}
 WIDE = {"n_layers": 4, "d_model": 2048, "n_heads": 32, "n_key_value_heads": 8, "d_mlp": 8192, "d_vocab": 128256}
@@ -75,7 +77,7 @@ class Bench:
 
     def __init__(self, model: Any, repeats: int) -> None:
         self.model, self.repeats = model, repeats
-        self.device = adapter.device_of(model)
+        self.device = Runner(model).device
         self.vocabulary = int(model.cfg.d_vocab)
         self.scores = dfa.NodeScores(
             torch.randn(54, generator=torch.Generator().manual_seed(0)), dfa.NodeSet.for_sizes(6, 8)
@@ -124,7 +126,7 @@ class Bench:
             work()
             return torch.cuda.max_memory_allocated() - before
         # the weights are turned round in place of themselves: before, or they would be counted twice
-        with adapter.prepared(self.model), planning._Live() as live:
+        with Runner(self.model).session(passes=9), planning._Live() as live:
             work()
         return live.peak
 
@@ -141,8 +143,8 @@ class Bench:
             def start(now: torch.Tensor) -> torch.Tensor:
                 return now.detach().clone().requires_grad_(True)
 
-            with adapter.frozen(self.model), torch.enable_grad():
-                passes.run(self.model, pairs.clean, pairs.lengths, [("hook_embed", start)])
+            with Runner(self.model).session(), torch.enable_grad():
+                Runner(self.model).run(pairs.clean, pairs.lengths, [("hook_embed", start)])
 
         return self.peak(work)
 
@@ -318,12 +320,12 @@ def variants(options: argparse.Namespace) -> list[dict[str, Any]]:
     pairs = make_pairs(8, 32, bench.vocabulary)
     corrupt: dict[str, torch.Tensor] = {}
     with torch.no_grad():
-        passes.run(model, pairs.corrupt, pairs.lengths, hooks.record_hooks(nodes, corrupt))
+        Runner(model).run(pairs.corrupt, pairs.lengths, hooks.record_hooks(nodes, corrupt))
     tokens, device = pairs.clean.to(bench.device), bench.device.type
     gates = hooks.gate_hooks(nodes, torch.full((len(nodes),), 0.5), corrupt=corrupt)
 
     def gated() -> Any:
-        return passes.run(model, tokens, pairs.lengths, gates)
+        return Runner(model).run(tokens, pairs.lengths, gates)
 
     def under(context: Callable[[], Any], work: Callable[[], Any]) -> Callable[[], Any]:
         def inside() -> Any:
@@ -334,7 +336,7 @@ def variants(options: argparse.Namespace) -> list[dict[str, Any]]:
 
     rows: list[dict[str, Any]] = []
     compiled = torch.compile(model)
-    with adapter.prepared(model):
+    with Runner(model).session(passes=9):
         works = {
             "plain, no_grad": under(torch.no_grad, lambda: model(tokens)),
             "plain, compiled": under(torch.no_grad, lambda: compiled(tokens)),
@@ -343,7 +345,7 @@ def variants(options: argparse.Namespace) -> list[dict[str, Any]]:
             "gated, bfloat16 autocast": under(
                 lambda: torch.autocast(device, torch.bfloat16), under(torch.no_grad, gated)
             ),
-            "gated, compiled": under(torch.no_grad, lambda: passes.run(compiled, tokens, pairs.lengths, gates)),
+            "gated, compiled": under(torch.no_grad, lambda: Runner(compiled).run(tokens, pairs.lengths, gates)),
         }
         for name, work in works.items():
             try:
@@ -369,15 +371,15 @@ def overhead(options: argparse.Namespace) -> list[dict[str, Any]]:
         for n in (2, 16):
             pairs, corrupt = make_pairs(n, 16, bench.vocabulary), dict[str, torch.Tensor]()
             with torch.no_grad():
-                passes.run(model, pairs.corrupt, pairs.lengths, hooks.record_hooks(nodes, corrupt))
+                Runner(model).run(pairs.corrupt, pairs.lengths, hooks.record_hooks(nodes, corrupt))
 
             def work(n: int = n, pairs: Any = pairs, corrupt: Any = corrupt) -> None:
                 mask = torch.full((n, len(nodes)), 0.5, requires_grad=True)
                 gates = hooks.gate_hooks(nodes, mask, corrupt=corrupt)
-                logits = passes.run(model, pairs.clean, pairs.lengths, gates)
+                logits = Runner(model).run(pairs.clean, pairs.lengths, gates)
                 torch.autograd.grad(logits.logsumexp(-1).sum(), [mask])
 
-            with adapter.prepared(model):
+            with Runner(model).session(passes=9):
                 work()
                 seconds[n] = statistics.median(bench.seconds(work) for _ in range(options.repeats))
         a_token = (seconds[16] - seconds[2]) / (14 * 16)

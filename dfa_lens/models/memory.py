@@ -9,9 +9,10 @@ from typing import Any, Literal, TypeVar
 
 import torch
 
-from dfa_lens import adapter
-from dfa_lens.adapter import HookedModel
 from dfa_lens.errors import DfaError
+from dfa_lens.models import private
+from dfa_lens.models.backend import HookedModel
+from dfa_lens.models.runner import Runner
 from dfa_lens.nodes import NodeSet
 from dfa_lens.prompts import PromptPairs
 
@@ -53,7 +54,7 @@ def run(
         try:
             return work(size)
         except RuntimeError as error:  # torch.OutOfMemoryError is one
-            if not out_of_memory(error) or size == 1:
+            if not private.out_of_memory(error) or size == 1:
                 raise
             logger.warning("%s does not fit into memory with %d examples a pass: %d now", operation, size, size // 2)
             size //= 2
@@ -61,18 +62,12 @@ def run(
             torch.cuda.empty_cache()
 
 
-def out_of_memory(error: BaseException) -> bool:
-    """Whether that is what an error says, on a GPU or on a CPU."""
-    text = str(error)
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in text or "not enough memory" in text
-
-
 def fitting(model: HookedModel, pairs: PromptPairs, nodes: NodeSet, operation: str, **options: Any) -> int:
     """The largest power of two whose estimated memory is free: at least 1, at most the number of pairs."""
     from dfa_lens.planning import estimate  # it knows all operations, this one among them
 
     one, two = (estimate(model, pairs, nodes, batch_size=n, **options)[operation].peak_bytes for n in (1, 2))
-    device = adapter.device_of(model)
+    device = Runner(model).device
     per_example = max(two - one, 1)
     room = int((USABLE * free_bytes(device) - (one - per_example)) / per_example)
     most = max(1, min(room, len(pairs), MOST.get(device.type, MOST["cuda"])))

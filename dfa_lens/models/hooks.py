@@ -14,9 +14,9 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from dfa_lens import adapter
-from dfa_lens.adapter import HookedModel, HookFunction, add_hook_point, remove_hook_point
 from dfa_lens.errors import HookError, NodeError, ScoreError, unknown
+from dfa_lens.models.backend import HookedModel, HookFunction
+from dfa_lens.models.runner import WORTH_LAYING_OUT, Runner
 from dfa_lens.nodes import NodeSet, Site
 
 __all__ = [
@@ -29,6 +29,7 @@ __all__ = [
     "check_site",
     "gate",
     "gate_hooks",
+    "prepared",
     "record",
     "record_hooks",
     "remove_hook_point",
@@ -91,8 +92,9 @@ def record(model: HookedModel, nodes: NodeSet) -> Iterator[Activations]:
     torch.Size([1, 3, 8, 16])
     """
     into: Activations = {}
-    adapter.check_points(model, nodes.points)
-    with adapter.attached(model, record_hooks(nodes, into)):
+    runner = Runner(model)
+    runner.check_points(nodes.points)
+    with runner.attached(record_hooks(nodes, into)):
         yield into
 
 
@@ -249,8 +251,9 @@ def gate(
     >>> logits.shape[:2] == pairs.clean.shape
     True
     """
-    adapter.check_points(model, nodes.points)
-    with adapter.attached(model, gate_hooks(nodes, mask, clean=clean, corrupt=corrupt, intervention=intervention)):
+    runner = Runner(model)
+    runner.check_points(nodes.points)
+    with runner.attached(gate_hooks(nodes, mask, clean=clean, corrupt=corrupt, intervention=intervention)):
         yield
 
 
@@ -287,7 +290,69 @@ def ablate(
     if isinstance(keep, Tensor):
         mask = keep.float()
     else:
-        mask = torch.zeros(len(nodes))
+        mask = torch.zeros(len(nodes), dtype=torch.float32)
         mask[[nodes.position(name) for name in keep]] = 1.0
     with gate(model, nodes, mask, corrupt=corrupt):
+        yield
+
+
+def add_hook_point(
+    model: HookedModel, module: str, name: str = "hook_custom", *, at: Literal["output", "input"] = "output"
+) -> str:
+    """Give a model a hook point of your own, on any of its modules.
+
+    Parameters
+    ----------
+    module:
+        The module's path in the model, "blocks.3.mlp" say.
+    name:
+        What the hook point is called there; it must start with ``hook_``.
+    at:
+        Whether it sees what the module returns or what it is given. Of several tensors it sees the first.
+
+    Returns
+    -------
+    str
+        The hook point's full name, for :meth:`~dfa_lens.nodes.NodeSet.from_points` and ``model.hook_dict``. It stays
+        until :func:`remove_hook_point`.
+
+    Raises
+    ------
+    HookError
+        If there is no such module, or the name is taken.
+
+    Examples
+    --------
+    >>> import dfa_lens as dfa
+    >>> model = dfa.zoo.load("llama3-tiny-source")
+    >>> point = dfa.hooks.add_hook_point(model, "blocks.3.mlp", "hook_mine")
+    >>> dfa.NodeSet.from_points(model, {point: None}).names
+    ('blocks.3.mlp.hook_mine',)
+    >>> dfa.hooks.remove_hook_point(model, point)
+    """
+    return Runner(model).add_point(module, name, at)
+
+
+def remove_hook_point(model: HookedModel, name: str) -> None:
+    """Take away a hook point that :func:`add_hook_point` made; ``name`` is what it returned."""
+    Runner(model).remove_point(name)
+
+
+@contextmanager
+def prepared(model: HookedModel) -> Iterator[None]:
+    """Hold a model ready over several calls: its weights stay laid out as the passes read them.
+
+    Every operation does this for itself where it makes enough passes; with many small calls on one HookedTransformer it
+    pays to do it once around them. Inside, the weights have no gradient and other threads wait for the model.
+
+    Examples
+    --------
+    >>> import dfa_lens as dfa
+    >>> model = dfa.zoo.load("llama3-tiny-source")
+    >>> with dfa.prepared(model):
+    ...     for task in ("ioi", "mcqa"):
+    ...         _ = dfa.attribute(model, dfa.tasks.load(task, model.tokenizer, n=4), method="nap")
+    """
+    runner = Runner(model)
+    with runner.session(passes=WORTH_LAYING_OUT):
         yield

@@ -1,6 +1,6 @@
 """Load Llama and Qwen-2.5 checkpoints as TransformerLens models, with unprocessed weights.
 
-Here models are made; :mod:`dfa_lens.adapter` knows how they are run.
+Here models are made; :mod:`~dfa_lens.models.runner` knows how they are run.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from typing import Any, Literal, get_args
 
 import torch
 
-from dfa_lens import adapter
 from dfa_lens.errors import ModelError, unknown
+from dfa_lens.models import backend as classes
 
 Backend = Literal["auto", "hooked", "bridge"]
 """Which TransformerLens class: "hooked" (HookedTransformer, up to 3.x), "bridge" (TransformerBridge), or "auto":
@@ -138,7 +138,7 @@ def _keep_tokenizer(model: Any, tokenizer: Any) -> None:
     Both classes put a copy in its place that begins every prompt with a begin-of-text token if one is defined; a
     bridge does so at every assignment to ``.tokenizer``, hence the private name.
     """
-    setattr(model, "_tokenizer" if adapter.is_bridge(model) else "tokenizer", tokenizer)
+    classes.Backend.of(model).set_tokenizer(tokenizer)
     model.cfg.tokenizer_prepends_bos = model.cfg.default_prepend_bos = bool(tokenizer("").input_ids)
 
 

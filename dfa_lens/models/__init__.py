@@ -1,0 +1,12 @@
+"""The only folder that touches a model, or knows TransformerLens and transformers.
+
+- :mod:`~dfa_lens.models.backend`: what a model must have, and how HookedTransformer and TransformerBridge differ.
+- :mod:`~dfa_lens.models.runner`: one model made ready: its hook points, the short cuts that hold on it, its lock.
+- :mod:`~dfa_lens.models.paired_run`: one batch of prompt pairs, run clean, corrupt, and under masks in between.
+- :mod:`~dfa_lens.models.hooks`: record, gate and ablate the activations of nodes.
+- :mod:`~dfa_lens.models.memory`: how many examples fit into a pass.
+- :mod:`~dfa_lens.models.loading`: checkpoints as models.
+- :mod:`~dfa_lens.models.private`: every reach into what other libraries keep to themselves.
+"""
+
+from dfa_lens.models import hooks as hooks

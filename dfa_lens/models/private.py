@@ -1,0 +1,217 @@
+"""Every reach into what other libraries keep to themselves, and nothing else.
+
+Each function says why it is needed and in which releases it was seen to hold; tests/test_private.py has one test for
+each, so that a release that moves something is found by its name and not by wrong numbers.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dfa_lens.errors import HookError
+
+# --- torch ---------------------------------------------------------------------------------------------------------
+
+
+def nobody_else_holds(parameter: torch.nn.Parameter) -> bool:
+    """Whether no view of a parameter's memory is about, which re-laying the parameter would cut off from it.
+
+    torch counts the users of a storage, but offers the count to Python under a private name only (2.6 to 2.14).
+    """
+    count = getattr(torch._C, "_storage_Use_Count", None)
+    storage = parameter.untyped_storage()
+    # two: the parameter and `storage`
+    return count is not None and parameter.is_contiguous() and not parameter.is_shared() and count(storage._cdata) <= 2
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether that is what an error says, on a GPU or on a CPU (torch 2.6 to 2.14: on a CPU only the text tells)."""
+    text = str(error)
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in text or "not enough memory" in text
+
+
+def foreign_hook(model: torch.nn.Module) -> str | None:
+    """Where somebody else's torch hook or replaced ``forward`` sits on a model, or None.
+
+    torch lists a module's hooks under private names only (2.6 to 2.14). Hooks that TransformerLens, transformers,
+    accelerate and torch itself put on (for norms of GPT-2, offloading, parametrisations) are part of the model.
+    """
+    lists = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    for kind in lists:
+        if any(_is_foreign(hook) for hook in getattr(torch.nn.modules.module, f"_global{kind}").values()):
+            return "every module (a global torch hook)"
+    for name, module in model.named_modules():
+        own = vars(module)
+        for kind in lists:
+            hooks = own.get(kind)
+            if hooks and any(_is_foreign(hook) for hook in hooks.values()):
+                return f"module {name!r}"
+        # accelerate keeps the forward that it replaced beside its own
+        if "forward" in own and "_old_forward" not in own and _is_foreign(own["forward"]):
+            return f"the replaced forward of module {name!r}"
+    return None
+
+
+_KNOWN = ("transformer_lens.", "transformers.", "accelerate.", "torch.", "dfa_lens.")
+
+
+def _is_foreign(function: Any) -> bool:
+    while isinstance(function, functools.partial):
+        function = function.func
+    home = getattr(function, "__module__", None) or type(function).__module__
+    return not f"{home}.".startswith(_KNOWN)
+
+
+def compiled(model: torch.nn.Module) -> bool:
+    """Whether ``module.compile()`` was called on the model or a part of it (torch 2.6 to 2.14: a private field)."""
+    return any(vars(module).get("_compiled_call_impl") is not None for module in model.modules())
+
+
+@contextmanager
+def replaced_forward(module: Any, function: Any) -> Iterator[None]:
+    """Another ``forward`` for one module, for the length of the context.
+
+    Set in the module's dictionary: a bridge hands ``setattr`` on to the module that it wraps (TransformerLens 3.9,
+    4.3), and accelerate may have put a ``forward`` of its own there, which comes back afterwards.
+    """
+    own = vars(module)
+    before = own.get("forward")
+    own["forward"] = function
+    try:
+        yield
+    finally:
+        if before is None:
+            own.pop("forward", None)
+        else:
+            own["forward"] = before
+
+
+def execution_device(model: Any) -> torch.device | None:
+    """Where accelerate brings offloaded weights to be used (accelerate 1.x: a hook in a private field), or None."""
+    for module in model.modules():
+        where = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
+        if where is not None:
+            return torch.device(where)
+    return None
+
+
+# --- TransformerLens -----------------------------------------------------------------------------------------------
+
+
+def add_hook(point: Any, function: Callable[..., Any]) -> Any:
+    """Put a function on a hook point, and hand back what takes it off again.
+
+    ``HookPoint.add_hook`` returns nothing (TransformerLens 3.9, 4.3); the handle is the last of ``fwd_hooks``.
+    """
+    point.add_hook(function)
+    return point.fwd_hooks[-1]
+
+
+def remove_hook(point: Any, handle: Any) -> None:
+    """Take one function off a hook point; nothing happens if somebody has reset all hooks meanwhile."""
+    handle.hook.remove()
+    point.fwd_hooks[:] = [kept for kept in point.fwd_hooks if kept is not handle]
+
+
+def enter_in_registry(bridge: Any, name: str, point: Any) -> None:
+    """Let a bridge know of a hook point, or (None) forget it.
+
+    Its own scan of the whole model would list a new point's aliases as points, too (TransformerLens 3.9, 4.3).
+    """
+    if point is None:
+        bridge._hook_registry.pop(name)
+    else:
+        point.name = name
+        bridge._hook_registry[name] = point
+
+
+def weights_processed(bridge: Any) -> bool:
+    """Whether a bridge's weights were folded or centred (TransformerLens 3.9, 4.3: a private flag)."""
+    return bool(getattr(bridge, "_weights_processed", False))
+
+
+def set_tokenizer(bridge: Any, tokenizer: Any) -> None:
+    """Give a bridge a tokenizer as it is; assigning to ``.tokenizer`` would change it (TransformerLens 3.9, 4.3)."""
+    bridge._tokenizer = tokenizer
+
+
+def hooked_cache(cfg: Any, device: torch.device, batch: int) -> Any:
+    """An empty key-value cache of a HookedTransformer (TransformerLens 3.x; the module has moved before)."""
+    try:
+        from transformer_lens.cache.key_value_cache import TransformerLensKeyValueCache
+    except ImportError as error:
+        raise NotImplementedError(str(error)) from None
+    return TransformerLensKeyValueCache.init_cache(cfg, device, batch)
+
+
+# --- transformers ----------------------------------------------------------------------------------------------------
+
+
+def bridge_cache(layers: Sequence[tuple[Tensor, Tensor]] = ()) -> Any:
+    """A key-value cache for a bridge that holds these keys and values, layer by layer."""
+    from transformers import DynamicCache
+
+    cache: Any = DynamicCache()
+    for layer, (key, value) in enumerate(layers):
+        cache.update(key, value, layer)
+    return cache
+
+
+def cached_layers(cache: Any) -> list[tuple[Tensor, Tensor]]:
+    """The keys and values of every layer of a bridge's cache (transformers 5.x: ``DynamicCache.layers``)."""
+    return [(layer.keys, layer.values) for layer in cache.layers if getattr(layer, "keys", None) is not None]
+
+
+@contextmanager
+def bridge_cache_arguments(bridge: Any, cache: Any) -> Iterator[dict[str, Any]]:
+    """The arguments with which a bridge runs on a key-value cache, for passes inside the context.
+
+    Until transformers 5.23 a model's argument and that of its attention are called ``past_key_values``; from 5.24 on
+    both are ``cache``, and the bridge's attention (TransformerLens 3.9, 4.3) still reads ``past_key_values``: the cache
+    stays empty. So the attention is told under both names, and the model under the one that it knows.
+    """
+    original = bridge.original_model
+    name = "cache" if "cache" in _parameters_of_forward(original) else "past_key_values"
+    with ExitStack() as stack:
+        if name == "cache":
+
+            def both_names(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+                return args, kwargs | {"past_key_values": kwargs.get("cache", kwargs.get("past_key_values"))}
+
+            for block in bridge.blocks:
+                handle = block.attn.register_forward_pre_hook(both_names, with_kwargs=True)
+                stack.callback(handle.remove)
+        yield {name: cache, "use_cache": True}
+
+
+def _parameters_of_forward(model: Any) -> set[str]:
+    """What a Hugging Face model's ``forward`` takes, and that of the model inside it."""
+    inner = getattr(model, getattr(model, "base_model_prefix", ""), None)
+    found: set[str] = set()
+    for each in (model, inner):
+        if each is not None:
+            found |= set(inspect.signature(type(each).forward).parameters)
+    return found
+
+
+def check_cache(layers: Sequence[tuple[Tensor, Tensor]], n_layers: int, length: int, axis: int) -> None:
+    """A key-value cache must hold as many layers and tokens as were run; one that was not filled is wrong in silence.
+
+    Raises
+    ------
+    HookError
+        If it does not.
+    """
+    found = [tuple(key.shape[axis] for key in pair) for pair in layers]
+    if len(found) != n_layers or any(tokens != (length, length) for tokens in found):
+        raise HookError(
+            f"after {length} tokens on {n_layers} layers the model's key-value cache holds {len(found)} layers of "
+            f"{sorted(set(found))} tokens"
+        )
