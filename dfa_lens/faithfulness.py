@@ -330,7 +330,7 @@ def faithfulness_curve(
     def work(size: int) -> _Runs:
         return _run_all(runner, pairs, nodes, keep, with_input, chosen, size, together, progress, share_prefix)
 
-    runs = memory.run(work, batch_size, model, pairs, nodes, "faithfulness_curve", sizes=len(ks))
+    runs = memory.run(work, batch_size, model, pairs, nodes, "faithfulness_curve", sizes=len(ks), together=together)
     clean, corrupt = float(runs.clean.mean()), float(runs.corrupt.mean())
     if not abs(clean - corrupt) > 1e-9 * max(abs(clean), abs(corrupt), 1e-30):
         raise FaithfulnessError(

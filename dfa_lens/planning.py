@@ -138,6 +138,7 @@ def estimate(
     fit_steps: int = 200,
     sizes: int | None = None,
     cache: Cache = "device",
+    together: int = 1,
 ) -> Estimate:
     """What attribution, training and a faithfulness curve on these pairs would need.
 
@@ -156,6 +157,8 @@ def estimate(
     sizes:
         How many circuit sizes the curve runs; default: those of
         :func:`~dfa_lens.faithfulness.faithfulness_curve`.
+    together:
+        How many of them share a pass, as for the curve.
 
     Returns
     -------
@@ -174,6 +177,8 @@ def estimate(
     nodes = nodes if nodes is not None else NodeSet.heads_and_mlps(model)
     if batch_size < 1:
         raise DfaError(f"batch_size must be at least 1, not {batch_size}.")
+    if together < 1:
+        raise DfaError(f"together must be at least 1, not {together}.")
     Runner(model).check_points(nodes.points)
     parameters = {p.data_ptr() if p.device.type != "meta" else id(p): p for p in model.parameters()}.values()
 
@@ -189,21 +194,30 @@ def estimate(
     forward, backward = (n * passes for passes in attribution_passes(nodes, method, steps))
     streams = len({node.layer for node in nodes if node.layer > 0}) * embed_bytes  # where later passes begin
     held = {"nap-ig-activations": batch * (2 * site_bytes + streams), "exact": batch * (site_bytes + streams)}
-    attribute = (forward, backward, held.get(method, batch * (site_bytes + 2 * embed_bytes)), graph_bytes)
+    held_by_attribute = held.get(method, batch * (site_bytes + 2 * embed_bytes))
+    attribute = (forward, backward, held_by_attribute, graph_bytes, working)
 
     kept = {"device": n * (site_bytes + logit_bytes), "cpu": n * logit_bytes, "recompute": 0}[cache]
     one_batch = batch * (site_bytes + logit_bytes)
     again = 2 * batch * fit_steps if cache == "recompute" else 2 * n
-    fit = (again + batch * fit_steps, batch * fit_steps, kept + one_batch, probe.gradient_bytes(batch, gated=True))
+    gated_bytes = probe.gradient_bytes(batch, gated=True)
+    fit = (again + batch * fit_steps, batch * fit_steps, kept + one_batch, gated_bytes, working)
 
     n_sizes = len(default_sizes(len(nodes))) if sizes is None else sizes
-    curve = (n * (1 + n_sizes), 0, batch * (site_bytes + streams + 3 * logit_bytes), 0)
+    held_by_curve = batch * (site_bytes + streams + 3 * logit_bytes)
+    share = min(together, n_sizes)
+    if share > 1:  # no pass begins at a later block, and the corrupt activations are repeated
+        repeated = share * one_batch
+        held_by_curve = batch * (site_bytes + 2 * logit_bytes) + repeated
+        # the next repetition is made before the last is let go
+        working = max(probe.working_bytes(share * batch), repeated)
+    curve = (n * (1 + n_sizes), 0, held_by_curve, 0, working)
 
     return Estimate(
         parameters=sum(p.numel() for p in parameters),
         parameter_bytes=sum(p.numel() * p.element_size() for p in parameters),
         needs=tuple(
-            Need(name, *numbers, working_bytes=working)
+            Need(name, *numbers)
             for name, numbers in (("attribute", attribute), ("fit", fit), ("faithfulness_curve", curve))
         ),
     )

@@ -584,7 +584,7 @@ class _Batch:
     pairs: PromptPairs
     clean: Activations | None
     corrupt: Activations | None
-    log_p_clean: Float[Tensor, ...]
+    log_p_clean: Float[Tensor, "..."]
     prefix: Prefix | None
 
     def divergence(self, data: _Data, gates: Float[Tensor, "example node"], loss: Loss) -> Float[Tensor, " example"]:
@@ -763,7 +763,7 @@ class _Computed:
     """The runs of some examples, beginning after ``first`` tokens."""
 
     runs: dict[str, Activations]
-    log_p: Float[Tensor, ...]
+    log_p: Float[Tensor, "..."]
     prefix: Prefix | None
     before: Activations
     first: int

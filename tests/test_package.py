@@ -178,7 +178,7 @@ def test_the_project_speaks_of_itself_alone():
     for path in ROOT.rglob("*"):
         if (
             path.suffix in (".py", ".md", ".toml", ".txt", ".yaml", ".ipynb", ".cff")
-            and ".venv" not in path.parts
+            and not any(part.startswith(".venv") for part in path.parts)
             and path != Path(__file__)
         ):
             assert not pattern.search(path.read_text()), path

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
-import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+import psutil
 import torch
 
 from dfa_lens.errors import DfaError
@@ -25,6 +26,12 @@ BatchSize = int | Literal["auto"]
 MOST = {"cpu": 64, "cuda": 512}
 #: ... and leaves a part of the free memory for what can't be foreseen (fragments, work space of the libraries).
 USABLE = 0.7
+
+#: Where Linux says which control groups a process is in, and what they are allowed.
+CGROUPS_OF_PROCESS, CGROUPS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
+#: Their files with the limit and with what is used of it, and the entry of memory.stat with the file cache in that.
+CGROUP_V2 = ("memory.max", "memory.current", "inactive_file")
+CGROUP_V1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
 
 Result = TypeVar("Result")
 
@@ -77,8 +84,45 @@ def fitting(model: HookedModel, pairs: PromptPairs, nodes: NodeSet, operation: s
 
 
 def free_bytes(device: torch.device) -> int:
-    """Free memory of a device, what torch holds unused included."""
+    """Memory that a device still has for us, in bytes.
+
+    On a GPU with what torch holds unused. Elsewhere what the system can give without swapping (file cache that it
+    would drop included), or less where a control group allows less.
+    """
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + unused
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return max(0, min((psutil.virtual_memory().available, *_left_by_control_groups())))
+
+
+def _left_by_control_groups() -> Iterator[int]:
+    """Bytes that each control group of this process leaves it: its own (a container, a cluster's job) and those above.
+
+    Nothing where there are none (macOS, Windows) or none has a limit.
+    """
+    try:
+        lines = CGROUPS_OF_PROCESS.read_text().splitlines()
+    except OSError:
+        return
+    for line in lines:
+        _, controllers, name = line.split(":", 2)  # "0::/job" in version 2, "4:memory:/job" in version 1
+        if not controllers:
+            root, files = CGROUPS, CGROUP_V2
+        elif "memory" in controllers.split(","):
+            root, files = CGROUPS / "memory", CGROUP_V1
+        else:
+            continue
+        own = root / name.lstrip("/")
+        for folder in (own, *own.parents):  # within a container the name may be the host's: then only the root is there
+            yield from _left_by(folder, *files)
+
+
+def _left_by(folder: Path, limit: str, used: str, cache: str) -> Iterator[int]:
+    """A control group's limit less its use; file cache is no use, for it is dropped when memory is short."""
+    try:
+        allowed, in_use = (folder / limit).read_text().strip(), int((folder / used).read_text())
+        lines = (folder / "memory.stat").read_text().splitlines()
+    except OSError:
+        return
+    if allowed != "max":
+        yield int(allowed) - in_use + sum(int(line.split()[1]) for line in lines if line.split()[0] == cache)
