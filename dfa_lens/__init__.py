@@ -4,120 +4,12 @@ Differentiable Faithfulness Alignment (arXiv 2604.24302) as a plugin to Transfor
 
     import dfa_lens as dfa
 
-Every name below is imported when it is first used, so that importing the package costs nothing.
+The public names are listed in ``__init__.pyi``. Each is imported when it is first used, so that importing the package
+costs nothing.
 """
 
-from __future__ import annotations
-
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from dfa_lens import (
-        controls,
-        diagnostics,
-        features,
-        hooks,
-        metrics,
-        objectives,
-        parameterisation,
-        plots,
-        statistics,
-        study,
-        tasks,
-        zoo,
-    )
-    from dfa_lens.alignment import Alignment
-    from dfa_lens.attribution import IntegrationWarning, attribute
-    from dfa_lens.behaviour import Behaviour
-    from dfa_lens.errors import DfaError
-    from dfa_lens.faithfulness import FaithfulnessCurve, faithfulness_curve
-    from dfa_lens.models import load_model
-    from dfa_lens.nodes import Node, NodeSet
-    from dfa_lens.planning import Estimate, estimate
-    from dfa_lens.prompts import PromptPairs
-    from dfa_lens.scores import NodeScores
-    from dfa_lens.training import Job, TrainingWarning, fit, fit_many
+import lazy_loader
 
 __version__ = "0.1.0"
 
-# name → the module that has it; None: the name is that module itself
-_HOME: dict[str, str | None] = {
-    "Alignment": "alignment",
-    "Behaviour": "behaviour",
-    "DfaError": "errors",
-    "Estimate": "planning",
-    "FaithfulnessCurve": "faithfulness",
-    "IntegrationWarning": "attribution",
-    "Job": "training",
-    "Node": "nodes",
-    "NodeScores": "scores",
-    "NodeSet": "nodes",
-    "PromptPairs": "prompts",
-    "TrainingWarning": "training",
-    "attribute": "attribution",
-    "controls": None,
-    "diagnostics": None,
-    "estimate": "planning",
-    "faithfulness_curve": "faithfulness",
-    "features": None,
-    "fit": "training",
-    "fit_many": "training",
-    "hooks": None,
-    "load_model": "models",
-    "metrics": None,
-    "objectives": None,
-    "parameterisation": None,
-    "plots": None,
-    "statistics": None,
-    "study": None,
-    "tasks": None,
-    "zoo": None,
-}
-
-__all__ = [
-    "Alignment",
-    "Behaviour",
-    "DfaError",
-    "Estimate",
-    "FaithfulnessCurve",
-    "IntegrationWarning",
-    "Job",
-    "Node",
-    "NodeScores",
-    "NodeSet",
-    "PromptPairs",
-    "TrainingWarning",
-    "__version__",
-    "attribute",
-    "controls",
-    "diagnostics",
-    "estimate",
-    "faithfulness_curve",
-    "features",
-    "fit",
-    "fit_many",
-    "hooks",
-    "load_model",
-    "metrics",
-    "objectives",
-    "parameterisation",
-    "plots",
-    "statistics",
-    "study",
-    "tasks",
-    "zoo",
-]
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    home = _HOME[name]
-    value = import_module(f"{__name__}.{name}") if home is None else getattr(import_module(f"{__name__}.{home}"), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
