@@ -1,3 +1,6 @@
+import json
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -334,8 +337,31 @@ def test_a_widget_reacts_to_clicks(drawn):
     assert f"<b>a3.h4</b> is fed by {best}" in widget.layout.annotations[-1].text
 
 
+def test_html_and_widget_answer_a_click_alike(drawn):
+    """The script holds what the widget draws: nothing is worked out twice."""
+    pytest.importorskip("anywidget")
+    from plotly.callbacks import Points
+
+    s, alignment, t = drawn
+    figure = dfa.plots.aligned_heatmap(s, t, alignment=alignment, contributors=3)
+    data = json.loads(re.search(r"\{plot_id\}'\), (.*)\);$", figure._script).group(1))
+    assert len(data["answers"][0]) == len(data["rectangles"]) == len(A) + len(B)
+    widget = figure.widget()
+    for index, trace in enumerate(widget.data):
+        for row, column in np.argwhere(np.isfinite(np.asarray(trace.z, dtype=float))):
+            text, outlines = data["answers"][0].get(f"{index},{row},{column}", (None, []))
+            assert (text is None) == trace.name.endswith("outside")
+            for callback in trace._click_callbacks:
+                callback(trace, Points(point_inds=[(row, column)], trace_name=trace.name, trace_index=index), None)
+                assert widget.layout.annotations[-1].text == text
+                assert [shape.to_plotly_json() for shape in widget.layout.shapes] == [
+                    data["rectangles"][cell] | {"line": {"color": color, "width": width}}
+                    for cell, color, width in outlines
+                ]
+
+
 def test_a_widget_follows_the_dropdown(drawn):
-    """A task chosen in the menu changes the traces' data; the next click shows that task's links."""
+    """A task chosen in the menu changes traces and layout; the next click shows that task's links."""
     pytest.importorskip("anywidget")
     from plotly.callbacks import Points
 
@@ -344,10 +370,8 @@ def test_a_widget_follows_the_dropdown(drawn):
     sources, targets = {"one": s, "two": other}, {"one": t, "two": alignment.transfer(other)}
     widget = dfa.plots.aligned_heatmap(sources, targets, alignment=dict.fromkeys(sources, alignment)).widget()
     index = next(i for i, trace in enumerate(widget.data) if trace.name == "target heads")
-    change, _, traces = widget.layout.updatemenus[0].buttons[1].args
-    for position, trace in enumerate(traces):
-        if change["customdata"][position] is not None:
-            widget.data[trace].customdata = change["customdata"][position]
+    change, layout, traces = widget.layout.updatemenus[0].buttons[1].args
+    widget.plotly_update(restyle_data=change, relayout_data=layout, trace_indexes=traces)  # as the browser reports it
     points = Points(point_inds=[(3, 4)], trace_name="target heads", trace_index=index)
     for callback in widget.data[index]._click_callbacks:
         callback(widget.data[index], points, None)
