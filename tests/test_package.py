@@ -187,11 +187,3 @@ def test_the_project_speaks_of_itself_alone():
             and path != Path(__file__)
         ):
             assert not pattern.search(path.read_text()), path
-
-
-@pytest.mark.parametrize("page", sorted(p.name for p in (ROOT / "docs").glob("*.md")))
-def test_code_in_the_docs_runs(page, capsys, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    scope = {}
-    for code in re.findall(r"```python\n(.*?)```", (ROOT / "docs" / page).read_text(), re.S):
-        exec(compile(code, page, "exec"), scope)
