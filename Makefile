@@ -96,6 +96,20 @@ lint: $(VENV)/.installed
 types: $(VENV)/.installed
 	$(RUN) mypy
 
+# The pictures of docs/concepts.md, and the imports as docs/design.md shows them (needs graphviz: apt install graphviz).
+.PHONY: drawings
+drawings: $(VENV)/.installed
+	$(VENV)/bin/python tools/drawings.py
+	$(VENV)/bin/import-linter drawgraph dfa_lens --show-cycle-breakers | tred | dot -Tsvg -o docs/images/imports.svg \
+		-Nshape=box -Nstyle=rounded,filled -Nfillcolor='#f2f6fa' -Ncolor='#888888' -Nheight=.35 \
+		-Ecolor='#999999' -Earrowsize=.7 -Granksep=.35
+
+# Whether the links of the documentation to other sites still lead somewhere; needs the network. Links within it are
+# checked by `make docs`.
+.PHONY: linkcheck
+linkcheck: docs
+	$(RUN) sphinx -b linkcheck -q docs docs/_build/linkcheck
+
 fix: $(VENV)/.installed
 	$(RUN) ruff check --fix .
 	$(RUN) ruff format .

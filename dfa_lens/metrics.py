@@ -47,8 +47,14 @@ def negative_kl(logits: Tensor, pairs: PromptPairs, clean_logits: Tensor | None 
     """
     if clean_logits is None:
         raise DfaError("The metric 'kl' needs the clean run's logits.")
-    clean = clean_logits.float().log_softmax(-1)
-    return -(clean.exp() * (clean - logits.float().log_softmax(-1))).sum(-1)
+    return -divergence(clean_logits.float().log_softmax(-1), logits.float().log_softmax(-1))
+
+
+def divergence(
+    log_p_clean: Float[Tensor, "*example vocab"], log_p: Float[Tensor, "*example vocab"]
+) -> Float[Tensor, "*example"]:
+    """KL(P_clean ‖ P) in nats, from log probabilities."""
+    return torch.nn.functional.kl_div(log_p, log_p_clean, reduction="none", log_target=True).sum(-1)
 
 
 METRICS: dict[str, Metric] = {

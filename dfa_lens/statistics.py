@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
 from dfa_lens.errors import DfaError, ScoreError, unknown
 from dfa_lens.scores import NodeScores
+
+K = TypeVar("K")
 
 
 class Interval(NamedTuple):
@@ -122,7 +124,7 @@ def paired_test(first: Sequence[float], second: Sequence[float], *, resamples: i
     )
 
 
-def holm(p_values: Mapping[str, float]) -> dict[str, float]:
+def holm(p_values: Mapping[K, float]) -> dict[K, float]:
     """p-values corrected for the number of tests by Holm's step-down method (Holm 1979); family-wise error.
 
     Examples
@@ -132,7 +134,7 @@ def holm(p_values: Mapping[str, float]) -> dict[str, float]:
     {'a': 0.03, 'b': 0.06, 'c': 0.06}
     """
     ordered = sorted(p_values.items(), key=lambda item: item[1])
-    out: dict[str, float] = {}
+    out: dict[K, float] = {}
     largest = 0.0
     for i, (name, p) in enumerate(ordered):
         largest = max(largest, min(1.0, (len(ordered) - i) * p))

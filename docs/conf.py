@@ -23,7 +23,15 @@ html_theme_options = {"navigation_with_keys": True}
 myst_enable_extensions = ["colon_fence", "deflist"]
 myst_heading_anchors = 3
 nb_execution_mode = "off"  # the notebooks keep the outputs of their last run; the tests run them
-suppress_warnings = ["misc.highlighting_failure", "ref.python"]  # the latter: two classes with a field of one name
+suppress_warnings = [
+    "misc.highlighting_failure",
+    "ref.python",  # two classes with a field of one name
+    "mystnb.mime_priority",  # linkcheck looks at no pictures
+]
+
+# `make linkcheck`, with the network
+linkcheck_timeout = 20
+linkcheck_retries = 2
 
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"

@@ -1,16 +1,19 @@
 """The documentation: what is drawn and listed is what there is."""
 
-import ast
 import inspect
 import re
 import sys
 from importlib import import_module
 from pathlib import Path
 
+import grimp
+import pytest
+
 import dfa_lens as dfa
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tools"))
+REDRAW = "run `make drawings`"
 
 
 def test_drawings_are_up_to_date():
@@ -18,47 +21,62 @@ def test_drawings_are_up_to_date():
 
     for name, draw in drawings.DRAWINGS.items():
         kept = (ROOT / "docs" / "images" / f"{name}.svg").read_text()
-        assert kept == draw().svg(), "run `python tools/drawings.py`"
+        assert kept == draw().svg(), REDRAW
 
 
-def test_imports_run_downwards():
-    """What plots and the three big steps may not know."""
-    import drawings
-
-    graph = drawings.imports(late=False)
-    assert not drawings.reach(graph, "plots") & {"adapter", "models", "training"} - drawings.reach(graph, "results")
-    assert "tasks" not in drawings.reach(graph, "attribution") | drawings.reach(graph, "training")
-    for name in graph:
-        assert name not in drawings.reach(graph, name), f"{name} imports itself through others"
-
-
-def test_every_page_is_reachable_and_every_link_leads_somewhere():
-    pages = {path.relative_to(ROOT / "docs").with_suffix("").as_posix() for path in (ROOT / "docs").rglob("*.md")}
-    pages = {page for page in pages if not page.startswith(("_build", "demos/"))}
-    listed = set()
-    for index in ("index", "api/index"):
-        folder = index.rpartition("/")[0]
-        for block in re.findall(r"```\{toctree\}\n(.*?)```", (ROOT / "docs" / f"{index}.md").read_text(), re.S):
-            entries = [line for line in block.split("\n") if line and not line.startswith(":")]
-            listed |= {f"{folder}/{entry}".lstrip("/") for entry in entries}
-    assert pages - {"index"} == listed - {"demos/*"}
-    for path in [*ROOT.glob("*.md"), *(ROOT / "docs" / f"{page}.md" for page in pages)]:
-        for link in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", path.read_text()):
-            target = path.parent / link
-            if "docs/demos" in target.as_posix():  # a copy that the build makes
-                target = ROOT / "demos" / target.name
-            assert link.startswith(("http", "mailto:")) or target.exists(), f"{path.name}: {link}"
+@pytest.fixture(scope="module")
+def imports():
+    """Which module imports which, also inside functions; a subpackage counts as one."""
+    whole = grimp.build_graph("dfa_lens", exclude_type_checking_imports=True, cache_dir=None)
+    modules = whole.find_children("dfa_lens")
+    for module in modules:
+        whole.squash_module(module)
+    graph = grimp.ImportGraph()
+    for module in modules:
+        for other in whole.find_modules_directly_imported_by(module) & modules - {module}:
+            graph.add_import(importer=module, imported=other)
+    return graph
 
 
-def public():
-    """Every public class, function and method of the package, with its docstring."""
-    for path in sorted((ROOT / "dfa_lens").rglob("*.py")):
-        name = ".".join(("dfa_lens", *path.relative_to(ROOT / "dfa_lens").with_suffix("").parts))
-        if path.name == "train.py":
-            continue
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_"):
-                yield f"{name}.{node.name}", ast.get_docstring(node)
+def test_the_import_diagram_is_up_to_date(imports):
+    """Every arrow is an import, and every import is an arrow or follows from some."""
+    svg = (ROOT / "docs" / "images" / "imports.svg").read_text()
+    drawn = grimp.ImportGraph()
+    for importer, imported in re.findall(r"<title>(\.\w+)/?&#45;&gt;(\.\w+)/?</title>", svg):
+        drawn.add_import(importer=f"dfa_lens{importer}", imported=f"dfa_lens{imported}")
+        assert imports.direct_import_exists(importer=f"dfa_lens{importer}", imported=f"dfa_lens{imported}"), REDRAW
+    assert drawn.modules == imports.modules, REDRAW
+    for module in drawn.modules:
+        for other in imports.find_modules_directly_imported_by(module):
+            assert drawn.chain_exists(importer=module, imported=other), REDRAW
+
+
+def test_imports_run_downwards(imports):
+    """Figures know values, not models; the three big steps know no tasks."""
+    values = {"alignment", "errors", "faithfulness", "nodes", "results", "scores", "statistics"}
+    assert imports.find_modules_directly_imported_by("dfa_lens.plots") <= {f"dfa_lens.{name}" for name in values}
+    for step in ("attribution", "training", "faithfulness"):
+        assert not imports.chain_exists(importer=f"dfa_lens.{step}", imported="dfa_lens.tasks")
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("*.md")), ids=lambda path: path.stem)
+def test_every_link_leads_somewhere(path):
+    """In the files beside the documentation, whose own links ``make docs`` checks."""
+    for link in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", path.read_text()):
+        assert link.startswith(("http", "mailto:")) or (path.parent / link).exists(), link
+
+
+PAGES = [path for path in sorted((ROOT / "docs").glob("*.md")) if "```python" in path.read_text()]
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.stem)
+def test_code_in_the_docs_runs(path, tmp_path, monkeypatch):
+    """The blocks of a page, one after the other; a traceback shows the page's own lines."""
+    monkeypatch.chdir(tmp_path)
+    page, scope = path.read_text(), {}
+    for block in re.finditer(r"```python\n(.*?)```", page, re.S):
+        above = page.count("\n", 0, block.start(1))
+        exec(compile("\n" * above + block.group(1), path, "exec"), scope)
 
 
 def test_the_names_of_the_package_have_examples():

@@ -1,3 +1,8 @@
+import json
+import re
+from importlib import import_module
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -6,6 +11,7 @@ import dfa_lens as dfa
 from dfa_lens.errors import FaithfulnessError, ScoreError
 from dfa_lens.plots import style
 
+ROOT = Path(__file__).parents[1]
 A, B = dfa.NodeSet.for_sizes(2, 3), dfa.NodeSet.for_sizes(4, 5)
 
 
@@ -334,8 +340,31 @@ def test_a_widget_reacts_to_clicks(drawn):
     assert f"<b>a3.h4</b> is fed by {best}" in widget.layout.annotations[-1].text
 
 
+def test_html_and_widget_answer_a_click_alike(drawn):
+    """The script holds what the widget draws: nothing is worked out twice."""
+    pytest.importorskip("anywidget")
+    from plotly.callbacks import Points
+
+    s, alignment, t = drawn
+    figure = dfa.plots.aligned_heatmap(s, t, alignment=alignment, contributors=3)
+    data = json.loads(re.search(r"\{plot_id\}'\), (.*)\);$", figure._script).group(1))
+    assert len(data["answers"][0]) == len(data["rectangles"]) == len(A) + len(B)
+    widget = figure.widget()
+    for index, trace in enumerate(widget.data):
+        for row, column in np.argwhere(np.isfinite(np.asarray(trace.z, dtype=float))):
+            text, outlines = data["answers"][0].get(f"{index},{row},{column}", (None, []))
+            assert (text is None) == trace.name.endswith("outside")
+            for callback in trace._click_callbacks:
+                callback(trace, Points(point_inds=[(row, column)], trace_name=trace.name, trace_index=index), None)
+                assert widget.layout.annotations[-1].text == text
+                assert [shape.to_plotly_json() for shape in widget.layout.shapes] == [
+                    data["rectangles"][cell] | {"line": {"color": color, "width": width}}
+                    for cell, color, width in outlines
+                ]
+
+
 def test_a_widget_follows_the_dropdown(drawn):
-    """A task chosen in the menu changes the traces' data; the next click shows that task's links."""
+    """A task chosen in the menu changes traces and layout; the next click shows that task's links."""
     pytest.importorskip("anywidget")
     from plotly.callbacks import Points
 
@@ -344,12 +373,88 @@ def test_a_widget_follows_the_dropdown(drawn):
     sources, targets = {"one": s, "two": other}, {"one": t, "two": alignment.transfer(other)}
     widget = dfa.plots.aligned_heatmap(sources, targets, alignment=dict.fromkeys(sources, alignment)).widget()
     index = next(i for i, trace in enumerate(widget.data) if trace.name == "target heads")
-    change, _, traces = widget.layout.updatemenus[0].buttons[1].args
-    for position, trace in enumerate(traces):
-        if change["customdata"][position] is not None:
-            widget.data[trace].customdata = change["customdata"][position]
+    change, layout, traces = widget.layout.updatemenus[0].buttons[1].args
+    widget.plotly_update(restyle_data=change, relayout_data=layout, trace_indexes=traces)  # as the browser reports it
     points = Points(point_inds=[(3, 4)], trace_name="target heads", trace_index=index)
     for callback in widget.data[index]._click_callbacks:
         callback(widget.data[index], points, None)
     products = alignment.contributions(other)[:, B.position("a3.h4")]
     assert f"is fed by {A.names[int(products.abs().argmax())]}" in widget.layout.annotations[-1].text
+
+
+# --- the report ----------------------------------------------------------------------------------------------------
+
+
+def made_up_results(n_tasks, settings=("gold", "zero-shot")):
+    from dfa_lens.faithfulness import FaithfulnessCurve
+    from dfa_lens.results import Results, TaskResult
+
+    fractions, ones = np.linspace(0, 1, 3), np.ones(4)
+    f = np.tile([[0.0], [0.5], [1.0]], 4)
+    curve = FaithfulnessCurve(fractions, np.array([0, 12, 24]), f, ones, 0 * ones, fractions, "nodes", "signed", 24)
+    scores = dfa.controls.random_scores(B)
+    return Results(
+        [
+            TaskResult("family", f"task {i}", scores, scores, {}, {}, dict.fromkeys(settings, curve))
+            for i in range(n_tasks)
+        ]
+    )
+
+
+@pytest.fixture
+def differences(monkeypatch):
+    """Let the comparisons of curves give these differences and p-values, in turn; what they were asked is kept."""
+    from dfa_lens.faithfulness import Difference
+    from dfa_lens.statistics import Interval
+
+    def give(*found):
+        asked = []
+
+        def compare(first, second, *, resamples):
+            asked.append(resamples)
+            value, p = found[(len(asked) - 1) % len(found)]
+            return Difference(value, Interval(value, value), p)
+
+        monkeypatch.setattr(import_module("dfa_lens.plots.report"), "cpr_difference", compare)
+        return asked
+
+    return give
+
+
+def marked(page):
+    """The marks of the page's table, row by row."""
+    return re.findall(r"<sup>([▲†]*)</sup> <span", page.read_text())
+
+
+def test_marks_are_corrected_by_holm(differences, tmp_path):
+    """.01, .02, .03, .04 are all below .05 by their false discovery rate; Holm's correction leaves the first."""
+    differences((-0.1, 0.01), (-0.1, 0.02), (-0.1, 0.03), (-0.1, 0.04))
+    assert marked(dfa.plots.report(made_up_results(4), tmp_path)) == ["", "†", *[""] * 6]
+
+
+def test_above_every_control_means_every(differences, tmp_path):
+    settings = ("gold", "uniform-s", "random-w")
+    differences((0.1, 0.001), (0.1, 0.001), (0.0, 1.0), (0.0, 1.0))  # gold against both controls, and they against it
+    assert marked(dfa.plots.report(made_up_results(1, settings), tmp_path)) == ["▲", "", ""]
+    differences((0.1, 0.001), (-0.1, 0.001), (0.0, 1.0), (0.0, 1.0))
+    assert marked(dfa.plots.report(made_up_results(1, settings), tmp_path)) == ["", "", ""]
+
+
+def test_many_cells_get_as_many_resamples_as_the_correction_needs(differences, tmp_path):
+    asked = differences((0.0, 1.0))
+    dfa.plots.report(made_up_results(40, ("gold", *"abcd")), tmp_path)
+    assert len(asked) == 160
+    assert min(asked) * 0.05 > 160  # the smallest p that resampling can give is one part of the resamples
+
+
+def test_the_report_cites_the_paper_as_the_citation_file_does(tmp_path):
+    import yaml
+
+    paper = yaml.safe_load((ROOT / "CITATION.cff").read_text())["preferred-citation"]
+    page = dfa.plots.report(made_up_results(1), tmp_path).read_text()
+    fields = dict(re.findall(r"(\w+) = \{(.*)\}", page[page.index("@article{") :]))
+    authors = [f"{author['family-names']}, {author['given-names']}" for author in paper["authors"]]
+    assert fields["author"] == " and ".join(authors)
+    assert fields["title"] == paper["title"]
+    assert fields["year"] == str(paper["year"])
+    assert fields["journal"].endswith(paper["identifiers"][0]["value"])

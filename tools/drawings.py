@@ -1,13 +1,7 @@
-"""Draw the pictures of docs/concepts.md and docs/design.md as SVG into docs/images.
-
-    python tools/drawings.py
-
-The diagram of imports is made from the source files; tests/test_docs.py says when it is out of date.
-"""
+"""Draw the pictures of docs/concepts.md as SVG into docs/images: ``make drawings``, which also draws the imports."""
 
 from __future__ import annotations
 
-import ast
 import math
 from pathlib import Path
 
@@ -172,88 +166,12 @@ def transfer() -> Drawing:
     return d
 
 
-# --- imports -----------------------------------------------------------------------------------------------------
-
-
-def imports(*, late: bool) -> dict[str, set[str]]:
-    """Module (a subpackage counts as one) → the modules that it imports; ``late``: inside functions, when needed."""
-    package = ROOT / "dfa_lens"
-    found: dict[str, set[str]] = {}
-    for path in sorted(package.rglob("*.py")):
-        name = path.relative_to(package).with_suffix("").parts[0]
-        if name == "__init__":
-            continue
-        uses = found.setdefault(name, set())
-        tree = ast.parse(path.read_text())
-        for statement in ast.walk(tree):
-            if not isinstance(statement, ast.ImportFrom) or (statement in tree.body) == late:
-                continue
-            if (statement.module or "").startswith("dfa_lens"):
-                below = str(statement.module).split(".")[1:]
-                uses.update([below[0]] if below else [alias.name for alias in statement.names])
-    return {
-        name: {each for each in uses if each in found and each not in (name, "errors")} for name, uses in found.items()
-    }
-
-
-def reach(graph: dict[str, set[str]], name: str) -> set[str]:
-    """All that a module imports, also through others."""
-    found: set[str] = set()
-    new = set(graph[name])
-    while new:
-        found |= new
-        new = set().union(*(graph[each] for each in new)) - found
-    return found
-
-
-def import_diagram() -> Drawing:
-    graph, late = imports(late=False), imports(late=True)
-    for each in (graph, late):
-        each.pop("errors")  # everybody raises
-    upwards: list[tuple[str, str]] = []
-    for name in ("cli", *sorted(late)):  # what is imported late to start fast, apart from what would be a circle
-        for other in sorted(late[name] - graph[name]):
-            if name in reach(graph, other):
-                upwards.append((name, other))
-            else:
-                graph[name].add(other)
-    depth: dict[str, int] = {}
-    while len(depth) < len(graph):
-        for name, uses in graph.items():
-            if name not in depth and all(each in depth for each in uses):
-                depth[name] = 1 + max((depth[each] for each in uses), default=-1)
-    rows: dict[int, list[str]] = {}
-    for name in sorted(graph):
-        rows.setdefault(depth[name], []).append(name)
-    ordered = [rows[level] for level in sorted(rows, reverse=True)]
-    width, step = 900, 74
-    d = Drawing(width, step * len(ordered) + 10)
-    place: dict[str, tuple[float, float]] = {}
-    for i, row in enumerate(ordered):
-        for j, name in enumerate(row):
-            place[name] = ((j + 0.5) * width / len(row), 30 + i * step)
-    for name, uses in graph.items():
-        direct = {each for each in uses if not any(each in graph[other] for other in uses - {each})}
-        for each in sorted(direct):
-            (x0, y0), (x1, y1) = place[name], place[each]
-            d.line((x0, y0 + 13), (x1, y1 - 14), color="#b9b9b9", width=1.1, arrow=True)
-    for name, each in upwards:
-        (x0, y0), (x1, y1) = place[name], place[each]
-        d.line((x0, y0 - 13), (x1, y1 + 14), color="#d9a57f", width=1.1, dash="4 3", arrow=True)
-    for name, (x, y) in sorted(place.items()):
-        wide = 9 * len(name) + 18
-        package = (ROOT / "dfa_lens" / name).is_dir()
-        d.box(x - wide / 2, y - 13, wide, 26, name, fill="#fdf1e8" if package else "#f2f6fa", color="#888888")
-    return d
-
-
 DRAWINGS = {
     "concept-nodes": nodes,
     "concept-patching": patching,
     "concept-attribution": attribution,
     "concept-faithfulness": faithfulness,
     "concept-transfer": transfer,
-    "imports": import_diagram,
 }
 
 

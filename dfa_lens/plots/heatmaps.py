@@ -468,20 +468,21 @@ def aligned_heatmap(
     if any(view.alignment is None for view in views.values()):
         return figure.carry(table)
     links = [linking.Links.of(v.alignment, v.source, contributors) for v in views.values() if v.alignment is not None]
-    labels, cells = (first.source.nodes.names, first.target.nodes.names), (_cells(parts[0]), _cells(parts[1]))
+    source_side, target_side = _side(first.source.nodes, parts[0]), _side(first.target.nodes, parts[1])
+    clicks = linking.Clicks.of(links, source_side, target_side)
     if controls:
         figure.update_layout(margin={"b": 150})
-    return figure.carry(table, script=linking.script(links, labels, cells), react=linking.react(links, labels, cells))
+    return figure.carry(table, script=clicks.script(), react=clicks.wire)
 
 
-def _cells(drawn: list[_Drawn]) -> list[linking.Cell]:
-    """Where each node of a model is drawn."""
+def _side(nodes: NodeSet, drawn: list[_Drawn]) -> linking.Side:
+    """The nodes of a model, and where each is drawn."""
     found = {}
     for each in drawn:
         for row, column in np.argwhere(each.panel.position >= 0):
             node = int(each.panel.position[row, column])
             found[node] = linking.Cell(each.trace, each.axis, int(row), int(column))
-    return [found[node] for node in range(len(found))]
+    return linking.Side(nodes.names, [found[node] for node in range(len(found))])
 
 
 def _add_dropdown(
@@ -490,7 +491,7 @@ def _add_dropdown(
     """A menu of tasks: new colours, numbers, texts, and the slider of that task."""
     flat = [(part, each) for part, drawn in enumerate(parts) for each in drawn]
     buttons = []
-    for task, of_task in grids.items():
+    for number, (task, of_task) in enumerate(grids.items()):
         change: dict[str, list[Any]] = {"z": [], "customdata": [], "text": []}
         for part, each in flat:
             change["z"].append(_json_grid(each.panel.place(of_task[part].colors)))
@@ -502,7 +503,9 @@ def _add_dropdown(
             for key, values in change.items():
                 values.append(blank if key == "z" else None)
             indices.append(each.overlay)
-        layout = {"sliders": [sliders[task] | {"active": len(sliders[task]["steps"]) - 1}]} if sliders else {}
+        layout: dict[str, Any] = {"meta": number}  # for clicks: which task is drawn
+        if sliders:
+            layout["sliders"] = [sliders[task] | {"active": len(sliders[task]["steps"]) - 1}]
         buttons.append({"label": styling.text(task), "method": "update", "args": [change, layout, indices]})
     figure.update_layout(
         updatemenus=[

@@ -1,13 +1,17 @@
-"""Clicking a node of an aligned heatmap: which nodes it is fed by, and where its own importance goes."""
+"""Clicking a node of an aligned heatmap: which nodes it is fed by, and where its own importance goes.
+
+What a click on each cell brings is worked out here, once. The script of an HTML file (``templates/links.js``) and the
+callback of a notebook's widget only look it up and draw it.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from importlib.resources import files
+from typing import Any, NamedTuple
 
-import numpy as np
 import plotly.graph_objects as go
 import torch
 
@@ -16,107 +20,6 @@ from dfa_lens.plots import style
 from dfa_lens.scores import NodeScores
 
 POSITIVE, NEGATIVE = style.DIVERGING[-1][1], style.DIVERGING[0][1]
-
-
-@dataclass(frozen=True)
-class Cell:
-    """Where a node is drawn: the trace, its axes, row and column."""
-
-    trace: int
-    axis: str  #: "" for the first pair of axes, "2" for the second, …
-    row: int
-    column: int
-
-
-@dataclass(frozen=True)
-class Links:
-    """For every node of both models the strongest products s_i·W_ij in which it takes part."""
-
-    feeds: list[list[tuple[int, float]]]  #: target node → (source node, product), strongest first
-    goes: list[list[tuple[int, float]]]  #: source node → (target node, product), strongest first
-
-    @classmethod
-    def of(cls, alignment: Alignment, source: NodeScores, n: int) -> Links:
-        """The ``n`` strongest of each node."""
-        products = alignment.contributions(source)
-        return cls(_strongest(products.T, n), _strongest(products, n))
-
-
-def _strongest(products: torch.Tensor, n: int) -> list[list[tuple[int, float]]]:
-    rows = []
-    for row in products:
-        best = torch.argsort(row.abs(), descending=True, stable=True)[:n]
-        rows.append([(int(i), float(row[i])) for i in best])
-    return rows
-
-
-def outlines(
-    links: Links, names: tuple[Sequence[str], Sequence[str]], cells: tuple[list[Cell], list[Cell]], side: int, node: int
-) -> tuple[list[dict[str, Any]], str]:
-    """The rectangles and the line of text that a click on a node brings; ``side`` 0 is the source, 1 the target."""
-    partners = links.goes[node] if side == 0 else links.feeds[node]
-    most = max((abs(product) for _, product in partners), default=0.0) or 1.0
-    shapes = [_outline(cells[side][node], style.INK, 2.5)]
-    words = []
-    for partner, product in partners:
-        color = POSITIVE if product > 0 else NEGATIVE
-        shapes.append(_outline(cells[1 - side][partner], color, 1 + 3 * abs(product) / most))
-        words.append(f"{style.text(names[1 - side][partner])} {product:+.3g}")
-    verb = "goes to" if side == 0 else "is fed by"
-    return shapes, f"<b>{style.text(names[side][node])}</b> {verb} {', '.join(words)}"
-
-
-def _outline(cell: Cell, color: str, width: float) -> dict[str, Any]:
-    return {
-        "type": "rect",
-        "xref": f"x{cell.axis}",
-        "yref": f"y{cell.axis}",
-        "x0": cell.column - 0.5,
-        "x1": cell.column + 0.5,
-        "y0": cell.row - 0.5,
-        "y1": cell.row + 0.5,
-        "line": {"color": color, "width": round(width, 2)},
-    }
-
-
-# The same in the browser: links by task, cells by side; {plot_id} is filled in by plotly.
-_SCRIPT = """
-(function () {
-  const graph = document.getElementById('{plot_id}');
-  const data = __DATA__;
-  const find = {};
-  data.cells.forEach((cells, side) => cells.forEach(([trace, axis, row, column], node) => {
-    find[[trace, row, column]] = [side, node];
-  }));
-  const outline = ([trace, axis, row, column], color, width) => ({
-    type: 'rect', xref: 'x' + axis, yref: 'y' + axis, x0: column - 0.5, x1: column + 0.5, y0: row - 0.5, y1: row + 0.5,
-    line: {color: color, width: width}});
-  const shown = {key: null, notes: graph.layout.annotations || []};
-  const clear = () => { shown.key = null; Plotly.relayout(graph, {shapes: [], annotations: shown.notes}); };
-  const number = value => (value > 0 ? '+' : '') + Number(value.toPrecision(3));
-  graph.on('plotly_click', event => {
-    const point = event.points[0];
-    const row = point.pointIndex ? point.pointIndex[0] : point.pointNumber[0];
-    const column = point.pointIndex ? point.pointIndex[1] : point.pointNumber[1];
-    const found = find[[point.curveNumber, row, column]];
-    const task = (graph._dfaTask || 0);
-    if (!found || found.join() + task === shown.key) { clear(); return; }
-    const [side, node] = found;
-    shown.key = found.join() + task;
-    const partners = data.links[task][side][node];
-    const most = Math.max(...partners.map(([_, product]) => Math.abs(product))) || 1;
-    const shapes = [outline(data.cells[side][node], data.ink, 2.5)];
-    partners.forEach(([partner, product]) => shapes.push(outline(data.cells[1 - side][partner],
-      product > 0 ? data.positive : data.negative, 1 + 3 * Math.abs(product) / most)));
-    const words = partners.map(([partner, product]) => data.names[1 - side][partner] + ' ' + number(product));
-    const text = '<b>' + data.names[side][node] + '</b> ' + (side === 0 ? 'goes to ' : 'is fed by ') + words.join(', ');
-    const note = Object.assign({text: text}, data.note);
-    Plotly.relayout(graph, {shapes: shapes, annotations: shown.notes.concat([note])});
-  });
-  graph.on('plotly_doubleclick', clear);
-  graph.on('plotly_buttonclicked', event => { graph._dfaTask = event.active; if (shown.key) { clear(); } });
-})();
-"""
 
 # Where the line of text stands: below the source panel.
 _NOTE = {
@@ -134,61 +37,129 @@ _NOTE = {
 }
 
 
-def script(links: list[Links], names: tuple[Sequence[str], Sequence[str]], cells: tuple[list[Cell], list[Cell]]) -> str:
-    """What makes the HTML of a figure react to clicks; one :class:`Links` per task of the dropdown."""
-    data = {
-        "cells": [[(cell.trace, cell.axis, cell.row, cell.column) for cell in side] for side in cells],
-        "links": [
-            [[[(i, float(f"{p:.4g}")) for i, p in row] for row in side] for side in (each.goes, each.feeds)]
-            for each in links
-        ],
-        "names": [[style.text(name) for name in side] for side in names],
-        "ink": style.INK,
-        "positive": POSITIVE,
-        "negative": NEGATIVE,
-        "note": _NOTE,
-    }
-    # "</" would end the script that this is written into
-    return _SCRIPT.replace("__DATA__", json.dumps(data, separators=(",", ":")).replace("</", "<\\/"))
+@dataclass(frozen=True)
+class Cell:
+    """Where a node is drawn: the trace, its axes, row and column."""
+
+    trace: int
+    axis: str  #: "" for the first pair of axes, "2" for the second, …
+    row: int
+    column: int
+
+    @property
+    def key(self) -> str:
+        """What a click says of the cell."""
+        return f"{self.trace},{self.row},{self.column}"
+
+    @property
+    def rectangle(self) -> dict[str, Any]:
+        """The outline as a shape of plotly, without its line."""
+        return {
+            "type": "rect",
+            "xref": f"x{self.axis}",
+            "yref": f"y{self.axis}",
+            "x0": self.column - 0.5,
+            "x1": self.column + 0.5,
+            "y0": self.row - 0.5,
+            "y1": self.row + 0.5,
+        }
 
 
-def _task_shown(widget: go.FigureWidget, trace: int) -> int:
-    """Which task of the dropdown is drawn: the one whose numbers the trace holds (the menu itself does not say)."""
-    menus = widget.layout.updatemenus
-    numbers = _floats(widget.data[trace].customdata)
-    for task, button in enumerate(menus[0].buttons if menus else ()):
-        change, _, traces = button.args
-        if np.array_equal(_floats(change["customdata"][list(traces).index(trace)]), numbers, equal_nan=True):
-            return task
-    return 0
+@dataclass(frozen=True)
+class Links:
+    """For every node of both models the strongest products s_i·W_ij in which it takes part."""
+
+    goes: list[list[tuple[int, float]]]  #: source node → (target node, product), strongest first
+    feeds: list[list[tuple[int, float]]]  #: target node → (source node, product), strongest first
+
+    @classmethod
+    def of(cls, alignment: Alignment, source: NodeScores, n: int) -> Links:
+        """The ``n`` strongest of each node."""
+        products = alignment.contributions(source)
+        return cls(goes=_strongest(products, n), feeds=_strongest(products.T, n))
 
 
-def _floats(values: Any) -> np.ndarray:
-    return np.asarray(values, dtype=object).astype(float)
+def _strongest(products: torch.Tensor, n: int) -> list[list[tuple[int, float]]]:
+    rows = []
+    for row in products:
+        best = torch.argsort(row.abs(), descending=True, stable=True)[:n]
+        rows.append([(int(i), float(row[i])) for i in best])
+    return rows
 
 
-def react(
-    links: list[Links], names: tuple[Sequence[str], Sequence[str]], cells: tuple[list[Cell], list[Cell]]
-) -> Callable[[go.FigureWidget], None]:
-    """What makes a FigureWidget react to clicks; one :class:`Links` per task of the dropdown."""
-    where = {(cell.trace, cell.row, cell.column): (side, i) for side in (0, 1) for i, cell in enumerate(cells[side])}
+class Side(NamedTuple):
+    """The nodes of one model: their names, and where each is drawn."""
 
-    def wire(widget: go.FigureWidget) -> None:
+    names: Sequence[str]
+    cells: Sequence[Cell]
+
+
+class Answer(NamedTuple):
+    """What a click on one node brings."""
+
+    text: str
+    outlines: list[tuple[str, str, float]]  #: key of a cell, colour and width of its line
+
+
+@dataclass(frozen=True)
+class Clicks:
+    """What a click on each node of a figure brings.
+
+    ``rectangles`` are outlines by the key of their cell; ``answers`` are, for each task of the dropdown, those to a
+    click on a cell. The dropdown notes in ``layout.meta`` which task is drawn.
+    """
+
+    rectangles: dict[str, dict[str, Any]]
+    answers: list[dict[str, Answer]]
+
+    @classmethod
+    def of(cls, links: Sequence[Links], source: Side, target: Side) -> Clicks:
+        """From one :class:`Links` per task of the dropdown."""
+        return cls(
+            {cell.key: cell.rectangle for side in (source, target) for cell in side.cells},
+            [
+                _answers(each.goes, "goes to", source, target) | _answers(each.feeds, "is fed by", target, source)
+                for each in links
+            ],
+        )
+
+    def script(self) -> str:
+        """What makes the HTML of a figure react to clicks; ``{plot_id}`` is filled in by plotly."""
+        data = {"rectangles": self.rectangles, "answers": self.answers, "note": _NOTE}
+        # "</" would end the script that this is written into
+        text = json.dumps(data, separators=(",", ":")).replace("</", "<\\/")
+        source = files("dfa_lens.plots").joinpath("templates/links.js").read_text(encoding="utf-8")
+        return f"({source})(document.getElementById('{{plot_id}}'), {text});"
+
+    def wire(self, widget: go.FigureWidget) -> None:
+        """Make a widget react to clicks."""
         notes = tuple(widget.layout.annotations)
 
         def clicked(trace: Any, points: Any, state: Any = None) -> None:
-            for index in points.point_inds:
-                row, column = index
-                found = where.get((points.trace_index, int(row), int(column)))
-                if found is None:
+            for row, column in points.point_inds:
+                answer = self.answers[widget.layout.meta or 0].get(f"{points.trace_index},{row},{column}")
+                if answer is None:
                     continue
-                task = _task_shown(widget, points.trace_index)
-                shapes, text = outlines(links[task], names, cells, *found)
                 with widget.batch_update():
-                    widget.layout.shapes = shapes
-                    widget.layout.annotations = (*notes, {**_NOTE, "text": text})
+                    widget.layout.shapes = [
+                        {**self.rectangles[cell], "line": {"color": color, "width": width}}
+                        for cell, color, width in answer.outlines
+                    ]
+                    widget.layout.annotations = (*notes, {**_NOTE, "text": answer.text})
 
-        for index in sorted({cell.trace for side in cells for cell in side}):
+        for index in sorted({int(key.split(",")[0]) for key in self.rectangles}):
             widget.data[index].on_click(clicked)
 
-    return wire
+
+def _answers(links: Sequence[Sequence[tuple[int, float]]], verb: str, clicked: Side, other: Side) -> dict[str, Answer]:
+    """By cell of one model: its own outline and those of its partners in the other, and a line of text."""
+    answers = {}
+    for name, cell, partners in zip(clicked.names, clicked.cells, links, strict=True):
+        most = max((abs(product) for _, product in partners), default=0.0) or 1.0
+        outlines, words = [(cell.key, style.INK, 2.5)], []
+        for partner, product in partners:
+            color = POSITIVE if product > 0 else NEGATIVE
+            outlines.append((other.cells[partner].key, color, round(1 + 3 * abs(product) / most, 2)))
+            words.append(f"{style.text(other.names[partner])} {product:+.3g}")
+        answers[cell.key] = Answer(f"<b>{style.text(name)}</b> {verb} {', '.join(words)}", outlines)
+    return answers
