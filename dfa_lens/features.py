@@ -14,6 +14,7 @@ from torch import Tensor
 
 from dfa_lens import adapter, hooks, passes
 from dfa_lens.adapter import HookedModel
+from dfa_lens.content import ByContent
 from dfa_lens.errors import AlignmentError, NodeError
 from dfa_lens.nodes import NodeSet
 from dfa_lens.prompts import PromptPairs
@@ -65,8 +66,8 @@ def kind_and_depth(source: NodeSet, target: NodeSet, *, width: float = 0.15) -> 
     return same_kind(source, target) * torch.exp(-((depth_gap(source, target) / width) ** 2))
 
 
-@dataclass(frozen=True)
-class NodeFeatures:
+@dataclass(frozen=True, eq=False)
+class NodeFeatures(ByContent):
     """One row of numbers per node: how a head attends; zeros for what is no head."""
 
     values: Float[Tensor, "node feature"]
