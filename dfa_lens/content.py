@@ -151,7 +151,9 @@ def _parts(value: object) -> Iterator[bytes]:
         yield from _parts(value._content())
     elif is_dataclass(value) and not isinstance(value, type):
         yield _tagged("dataclass", _name(type(value)))
-        yield from _parts({name: getattr(value, name) for name in _compared(value)})
+        for name in _compared(value):
+            yield _tagged("field", name)
+            yield from _parts(getattr(value, name))
     elif isinstance(value, (Mapping, Set)):
         items = value.items() if isinstance(value, Mapping) else value
         yield _tagged("mapping" if isinstance(value, Mapping) else "set", str(len(value)))
