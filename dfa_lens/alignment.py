@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
-import pickle
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,9 +15,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from dfa_lens.errors import AlignmentError, FileError, unknown
-from dfa_lens.nodes import NodeSet
-from dfa_lens.scores import NodeScores, load_tensors, save_tensors
+from dfa_lens.content import ByContent, float_copy, plain
+from dfa_lens.errors import AlignmentError, FileError, short, unknown
+from dfa_lens.files import load_tensors, made_from, parse_json, read_bytes, save_tensors
+from dfa_lens.nodes import HEAD_POINT, INPUT_POINT, MLP_POINT, Node, NodeSet
+from dfa_lens.scores import NodeScores
 
 Scaling = Literal["unit", "raw", "rank", "signed-sqrt"]
 """What is done to source scores before W, in training and in every transfer.
@@ -50,9 +53,12 @@ def scale(values: Float[Tensor, "*task node"], scaling: Scaling) -> Float[Tensor
     return values / length
 
 
-@dataclass(frozen=True)
-class Stage:
-    """One step of an alignment: scale the scores, multiply by W, add the bias."""
+@dataclass(frozen=True, eq=False)
+class Stage(ByContent):
+    """One step of an alignment: scale the scores, multiply by W, add the bias.
+
+    W and the bias are copied, as float32 on the CPU. Stages are equal (``==``) if all that they hold is.
+    """
 
     W: Float[Tensor, "source target"]
     source: NodeSet
@@ -61,6 +67,11 @@ class Stage:
     bias: Float[Tensor, " target"] | None = None
 
     def __post_init__(self) -> None:
+        if self.scaling not in get_args(Scaling):
+            raise unknown("scaling", self.scaling, get_args(Scaling), AlignmentError)
+        object.__setattr__(self, "W", float_copy(self.W, "W", AlignmentError))
+        if self.bias is not None:
+            object.__setattr__(self, "bias", float_copy(self.bias, "The bias", AlignmentError))
         if tuple(self.W.shape) != (len(self.source), len(self.target)):
             raise AlignmentError(
                 f"W has shape {list(self.W.shape)}, but there are {len(self.source)} source and {len(self.target)} "
@@ -79,11 +90,12 @@ class Stage:
         return out if self.bias is None else out + self.bias
 
 
-@dataclass(frozen=True)
-class Alignment:
+@dataclass(frozen=True, eq=False)
+class Alignment(ByContent):
     """Carries node scores from a source model to a target model: ŝ = s·W (+ b, where one was trained).
 
-    Made by :func:`dfa_lens.fit`, by :meth:`of`, or by chaining: ``second @ first`` first applies ``first``.
+    Made by :func:`dfa_lens.fit`, by :meth:`of`, or by chaining: ``second @ first`` first applies ``first``. Two are
+    equal (``==``) if their stages and temperature are; history and meta, where they come from, do not count.
 
     Attributes
     ----------
@@ -107,14 +119,17 @@ class Alignment:
 
     stages: tuple[Stage, ...]
     temperature: float = 1.0
-    history: tuple[Mapping[str, float | int], ...] = ()
-    meta: Mapping[str, Any] = field(default_factory=dict)
+    history: tuple[Mapping[str, float | int], ...] = field(default=(), compare=False)
+    meta: Mapping[str, Any] = field(default_factory=dict, compare=False)
 
     def __post_init__(self) -> None:
         if not self.stages:
             raise AlignmentError("An alignment needs at least one stage.")
-        if not self.temperature > 0:
-            raise AlignmentError(f"The temperature must be positive, not {self.temperature}.")
+        number = isinstance(self.temperature, (int, float)) and not isinstance(self.temperature, bool)
+        if not number or not self.temperature > 0 or not math.isfinite(self.temperature):
+            raise AlignmentError(f"The temperature must be positive, not {short(repr(self.temperature))}.")
+        object.__setattr__(self, "history", tuple(dict(record) for record in self.history))
+        object.__setattr__(self, "meta", dict(self.meta))
         for first, second in zip(self.stages, self.stages[1:], strict=False):
             if first.target != second.source:
                 raise AlignmentError(
@@ -135,10 +150,8 @@ class Alignment:
         history: Sequence[Mapping[str, float | int]] = (),
         meta: Mapping[str, Any] | None = None,
     ) -> Alignment:
-        """An alignment of one matrix, with an added vector if ``bias`` is given."""
-        added = None if bias is None else torch.as_tensor(bias).detach().float().cpu()
-        stage = Stage(torch.as_tensor(W).detach().float().cpu(), source, target, scaling, added)
-        return cls((stage,), temperature, tuple(history), dict(meta or {}))
+        """An alignment of one matrix, with an added vector if ``bias`` is given; both are copied."""
+        return cls((Stage(W, source, target, scaling, bias),), temperature, tuple(history), meta or {})
 
     @property
     def W(self) -> Float[Tensor, "source target"]:
@@ -221,27 +234,39 @@ class Alignment:
                 for s in self.stages
             ],
         }
-        save_tensors(path, tensors, {"alignment": json.dumps(description, default=str)}, _FORMAT)
+        save_tensors(path, tensors, {"alignment": json.dumps(plain(description))}, _FORMAT)
 
     @classmethod
     def load(cls, path: str | Path) -> Alignment:
-        """Read what :meth:`save` wrote; a :class:`FileError` says what is wrong with anything else."""
+        """Read what :meth:`save` wrote.
+
+        Raises
+        ------
+        FileError
+            If the file is missing, broken, or not an alignment.
+        """
         tensors, metadata = load_tensors(path, _FORMAT)
-        try:
-            description = json.loads(metadata["alignment"])
-            stages = tuple(
-                Stage(
-                    tensors[f"W.{i}"],
-                    NodeSet.from_records(record["source"]),
-                    NodeSet.from_records(record["target"]),
-                    record["scaling"],
-                    tensors.get(f"bias.{i}"),
-                )
-                for i, record in enumerate(description["stages"])
+        return made_from(path, "an alignment", lambda: cls._read(tensors, parse_json(metadata["alignment"])))
+
+    @classmethod
+    def _read(cls, tensors: Mapping[str, Tensor], description: Mapping[str, Any]) -> Alignment:
+        """The alignment of a file's content; some error if it is none."""
+        wrong = next((name for name, tensor in tensors.items() if not tensor.is_floating_point()), None)
+        if wrong is not None:
+            raise AlignmentError(f"{wrong} is {tensors[wrong].dtype}")
+        stages = tuple(
+            Stage(
+                tensors[f"W.{i}"],
+                NodeSet.from_records(record["source"]),
+                NodeSet.from_records(record["target"]),
+                record["scaling"],
+                tensors.get(f"bias.{i}"),
             )
-            return cls(stages, description["temperature"], tuple(description["history"]), description["meta"])
-        except KeyError as error:
-            raise FileError(f"{path} lacks {error}: it was not written by this version's Alignment.save.") from error
+            for i, record in enumerate(description["stages"])
+        )
+        if len(tensors) != len(stages) + sum(stage.bias is not None for stage in stages):
+            raise AlignmentError(f"it has {len(stages)} stages, but the tensors {', '.join(sorted(tensors))}")
+        return cls(stages, description["temperature"], tuple(description["history"]), description["meta"])
 
     @classmethod
     def from_released(cls, path: str | Path) -> Alignment:
@@ -256,30 +281,46 @@ class Alignment:
         FileError
             If the file is missing, not such a dict, or names nodes that are not heads, MLP blocks or the input.
         """
-        if not Path(path).is_file():
-            raise FileError(f"There is no file {path}.")
         try:
-            data = torch.load(path, map_location="cpu", weights_only=True)
-        except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
-            raise FileError(f"{path} is not a file of plain tensors that torch can read safely: {error}") from error
+            data = torch.load(io.BytesIO(read_bytes(path)), map_location="cpu", weights_only=True)
+        except FileError:
+            raise
+        except Exception as error:  # a broken pickle raises nearly anything
+            raise FileError(
+                f"{path} is not a file of plain tensors that torch can read safely: {short(error)}"
+            ) from error
         missing = [key for key in ("W", "small_nodes", "large_nodes") if not isinstance(data, dict) or key not in data]
         if missing:
             raise FileError(f"{path} has no {missing[0]!r}: it is not an alignment saved by the released code.")
-        source, target = (_named_nodes(data[key], path) for key in ("small_nodes", "large_nodes"))
-        return cls.of(data["W"], source, target, scaling="raw", meta=dict(data.get("meta") or {}))
+
+        def make() -> Alignment:
+            source, target = _named_nodes(data["small_nodes"]), _named_nodes(data["large_nodes"])
+            return cls.of(data["W"], source, target, scaling="raw", meta=dict(data.get("meta") or {}))
+
+        return made_from(path, "an alignment saved by the released code", make)
 
     def __repr__(self) -> str:
         sizes = " → ".join(str(len(nodes)) for nodes in (self.source, *(stage.target for stage in self.stages)))
         return f"Alignment({sizes} nodes)"
 
 
-def _named_nodes(names: Sequence[str], path: str | Path) -> NodeSet:
-    """The node set whose names these are, in their order."""
-    layers = heads = 0
+def _named_nodes(names: Sequence[str]) -> NodeSet:
+    """The node set whose names these are, in their order; the highest head tells how many heads there are."""
+    if not isinstance(names, (list, tuple)):
+        raise AlignmentError(f"its nodes are a {type(names).__name__}, not a list of names")
+    found = []
     for name in names:
-        found = re.fullmatch(r"a(\d+)\.h(\d+)|m(\d+)|input", str(name))
-        if found is None:
-            raise FileError(f"{path} names a node {name!r}; names like 'a0.h1', 'm0' and 'input' are known.")
-        layers = max(layers, 1 + int(found[1] or found[3] or 0))
-        heads = max(heads, 1 + int(found[2] or 0))
-    return NodeSet.for_sizes(layers, heads, with_input=True)[[str(name) for name in names]]
+        match = re.fullmatch(r"a(\d{1,6})\.h(\d{1,6})|m(\d{1,6})|input", name) if isinstance(name, str) else None
+        if match is None:
+            known = "names like 'a0.h1', 'm0' and 'input' are known"
+            raise AlignmentError(f"it names a node {short(repr(name))}; {known}")
+        found.append(match)
+    heads = 1 + max((int(match[2]) for match in found if match[2]), default=0)
+    return NodeSet(_named_node(match, heads) for match in found)
+
+
+def _named_node(match: re.Match[str], heads: int) -> Node:
+    name, layer = match[0], int(match[1] or match[3] or -1)
+    if match[1]:
+        return Node(name, HEAD_POINT.format(layer=layer), "head", layer, 2, int(match[2]), heads)
+    return Node(name, MLP_POINT.format(layer=layer), "mlp", layer) if match[3] else Node(name, INPUT_POINT, "input", -1)

@@ -223,7 +223,7 @@ def report(
 ) -> None:
     """Draw saved scores as an interactive aligned heatmap in one HTML file."""
     import dfa_lens as dfa
-    from dfa_lens.scores import write_atomically
+    from dfa_lens.files import write_atomically
 
     figure = dfa.plots.aligned_heatmap(
         dfa.NodeScores.load(source),

@@ -56,9 +56,8 @@ def permuted_w(alignment: Alignment, *, seed: int = 0) -> Alignment:
     last = alignment.stages[-1]
     bias = None if last.bias is None else last.bias[order]
     permuted = Alignment.of(last.W[:, order], last.source, last.target, scaling=last.scaling, bias=bias)
-    return Alignment(
-        (*alignment.stages[:-1], *permuted.stages), alignment.temperature, (), {"control": "permuted-w", "seed": seed}
-    )
+    meta = {"control": "permuted-w", "seed": seed, "of": dict(alignment.meta)}
+    return Alignment((*alignment.stages[:-1], *permuted.stages), alignment.temperature, (), meta)
 
 
 def scrambled(scores: NodeScores, *, seed: int = 0) -> NodeScores:
@@ -207,4 +206,5 @@ def regression(
     G = scale(torch.stack([gold[task].values for task in tasks]), "unit").double()
     gram = S @ S.T + ridge * torch.eye(len(tasks), dtype=torch.float64)
     W = S.T @ torch.linalg.pinv(gram, hermitian=True) @ G  # the dual form: tasks are few, nodes are many
-    return Alignment.of(W, source, target, scaling=scaling, meta={"control": "regression", "ridge": ridge})
+    meta = {"control": "regression", "tasks": tasks, "ridge": ridge, "scaling": scaling}
+    return Alignment.of(W, source, target, scaling=scaling, meta=meta)

@@ -20,12 +20,20 @@ class NodeError(DfaError, ValueError):
     """A node, node set or hook point that does not exist, or does not fit where it is used."""
 
 
+class NodeIndexError(NodeError, IndexError):
+    """A number beyond the last node; an IndexError too, since that is what ends a loop over numbers."""
+
+
 class HookError(DfaError, RuntimeError):
     """The model can't be hooked as asked: a point that never fires, a flag that is off, a wrong shape."""
 
 
 class PromptError(DfaError, ValueError):
     """Prompt pairs that can't be used: lengths, ids, answers."""
+
+
+class PromptIndexError(PromptError, IndexError):
+    """A number beyond the last prompt pair; an IndexError too, since that is what ends a loop over numbers."""
 
 
 class TaskError(DfaError, ValueError):
@@ -64,7 +72,13 @@ class FileError(DfaError, OSError):
 def unknown(what: str, given: object, valid: Iterable[str], error: type[DfaError] = DfaError) -> DfaError:
     """An error that quotes the misspelt name, lists the valid ones and guesses which was meant."""
     names = list(valid)
-    close = difflib.get_close_matches(str(given), names, n=1)
+    close = difflib.get_close_matches(short(given), names, n=1)
     hint = f" Did you mean {close[0]!r}?" if close else ""
     listing = ", ".join(repr(name) for name in names) if names else "there are none"
-    return error(f"Unknown {what} {given!r}: expected one of {listing}.{hint}")
+    return error(f"Unknown {what} {short(repr(given))}: expected one of {listing}.{hint}")
+
+
+def short(text: object, limit: int = 120) -> str:
+    """At most so many characters of a text, for messages: what is wrong, not the file that it is in."""
+    whole = str(text)
+    return whole if len(whole) <= limit else f"{whole[:limit]}…"

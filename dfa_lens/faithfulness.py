@@ -21,6 +21,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from dfa_lens import metrics
+from dfa_lens.content import ByContent
 from dfa_lens.errors import FaithfulnessError, ScoreError, unknown
 from dfa_lens.models import backend, memory
 from dfa_lens.models.backend import HookedModel
@@ -30,7 +31,7 @@ from dfa_lens.models.runner import Runner
 from dfa_lens.nodes import NodeSet
 from dfa_lens.prompts import PromptPairs
 from dfa_lens.scores import NodeScores, Ranking
-from dfa_lens.statistics import Interval, bootstrap
+from dfa_lens.statistics import UNDEFINED, Interval, bootstrap, enough
 
 Protocol = Literal["nodes", "mib"]
 """What is ranked, and at which sizes.
@@ -46,8 +47,8 @@ MIB_FRACTIONS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class FaithfulnessCurve:
-    """f at every circuit size, with the runs behind it.
+class FaithfulnessCurve(ByContent):
+    """f at every circuit size, with the runs behind it. Curves are equal (``==``) if all that they hold is.
 
     Attributes
     ----------
@@ -64,6 +65,14 @@ class FaithfulnessCurve:
         As asked for.
     n_nodes:
         How many nodes were ranked.
+    empty_values:
+        [example] the metric of the empty circuit, which floors are made of; default: the row of size 0, and in the
+        ``mib`` protocol the corrupt run.
+
+    Raises
+    ------
+    FaithfulnessError
+        If no size is 0 and ``empty_values`` is left out.
 
     Examples
     --------
@@ -84,6 +93,18 @@ class FaithfulnessCurve:
     protocol: Protocol
     rank: Ranking
     n_nodes: int
+    empty_values: Float[np.ndarray, " example"] = None  # type: ignore[assignment]
+
+    def __post_init__(self) -> None:
+        if self.empty_values is None:
+            object.__setattr__(self, "empty_values", self._known_empty())
+
+    def _known_empty(self) -> Float[np.ndarray, " example"]:
+        if self.protocol == "mib":  # without the embedding no clean information enters
+            return self.corrupt_values
+        if 0 not in self.sizes:
+            raise FaithfulnessError("Size 0 is not among the sizes: empty_values must say what it gives.")
+        return self.per_example[self.sizes.tolist().index(0)]
 
     @cached_property
     def faithfulness(self) -> Float[np.ndarray, " size"]:
@@ -109,10 +130,15 @@ class FaithfulnessCurve:
         """Area under the KL to the clean answer distribution: lower is better."""
         return area(self.fractions, self.kl)
 
+    @property
+    def empty_faithfulness(self) -> float:
+        """f_0, of the empty circuit, whether or not size 0 is among the sizes."""
+        return float(self._f(self.empty_values.mean(), self.clean_values.mean(), self.corrupt_values.mean()))
+
     @cached_property
     def floor_faithfulness(self) -> Float[np.ndarray, " size"]:
-        """f of the empty circuit on this grid: f_0 at every size but the last, which is always the whole model."""
-        f = np.full(len(self.sizes), self.faithfulness[0])
+        """f of the empty circuit on this grid: f_0 at every size, and 1 where the circuit is the whole model."""
+        f = np.full(len(self.sizes), self.empty_faithfulness)
         f[self.sizes == self.n_nodes] = self.faithfulness[self.sizes == self.n_nodes]
         return f
 
@@ -130,17 +156,31 @@ class FaithfulnessCurve:
         return area(self.fractions, np.abs(1 - self.floor_faithfulness))
 
     def cpr_interval(self, confidence: float = 0.95, *, resamples: int = 2000, seed: int = 0) -> Interval:
-        """Bootstrap interval of the CPR over examples, the ratio resampled as a ratio."""
+        """Bootstrap interval of the CPR over examples, the ratio resampled as a ratio.
+
+        Raises
+        ------
+        DfaError
+            If ``confidence`` or ``resamples`` is out of range.
+
+        Warns
+        -----
+        StatisticsWarning
+            If there is one example only: nothing can be resampled, and the interval is (nan, nan).
+        """
         return self._interval(lambda f: f, confidence, resamples, seed)
 
     def cmd_interval(self, confidence: float = 0.95, *, resamples: int = 2000, seed: int = 0) -> Interval:
-        """Bootstrap interval of the CMD over examples."""
+        """Bootstrap interval of the CMD over examples; of one example NaN, as in :meth:`cpr_interval`."""
         return self._interval(lambda f: np.abs(1 - f), confidence, resamples, seed)
 
     def band(
         self, confidence: float = 0.95, *, resamples: int = 2000, seed: int = 0
     ) -> tuple[Float[np.ndarray, " size"], Float[np.ndarray, " size"]]:
-        """Lower and upper bootstrap limits of f at every size."""
+        """Lower and upper bootstrap limits of f at every size; of one example NaN, as in :meth:`cpr_interval`."""
+        if not enough(len(self.clean_values), "a band", confidence, resamples):
+            nothing = np.full(len(self.sizes), np.nan)
+            return nothing, nothing.copy()
         rng = np.random.default_rng(seed)
         index = rng.integers(len(self.clean_values), size=(resamples, len(self.clean_values)))
         f = self._resampled(index)
@@ -162,10 +202,15 @@ class FaithfulnessCurve:
         return bootstrap(np.arange(len(self.clean_values)), statistic, confidence, resamples, seed)
 
     def at(self, k: int) -> float:
-        """f for k nodes, linear between the sizes that were run."""
+        """f for k nodes, linear between the sizes that were run, the empty circuit and the whole model (f = 1)."""
         if not 0 <= k <= self.n_nodes:
             raise FaithfulnessError(f"k must be between 0 and {self.n_nodes}, not {k}.")
-        return float(np.interp(k, self.sizes, self.faithfulness))
+        sizes, f = [*self.sizes.tolist()], [*self.faithfulness.tolist()]
+        if sizes[0] > 0:
+            sizes, f = [0, *sizes], [self.empty_faithfulness, *f]
+        if sizes[-1] < self.n_nodes:
+            sizes, f = [*sizes, self.n_nodes], [*f, 1.0]
+        return float(np.interp(k, sizes, f))
 
     def to_frame(self) -> Any:
         """A pandas table, a row per size: fraction, size, faithfulness, kl."""
@@ -208,10 +253,17 @@ def cpr_difference(
     ------
     FaithfulnessError
         If the curves are of different examples.
+
+    Warns
+    -----
+    StatisticsWarning
+        If there is one example only: interval and p are NaN.
     """
     n = len(first.clean_values)
     if n != len(second.clean_values) or not np.allclose(first.clean_values, second.clean_values, atol=1e-4):
         raise FaithfulnessError("The two curves are of different examples: their difference can't be resampled.")
+    if not enough(n, "a difference's interval", confidence, resamples):
+        return Difference(first.cpr - second.cpr, UNDEFINED, float("nan"))
     index = np.random.default_rng(seed).integers(n, size=(resamples, n))
     gaps = area_of(first, index) - area_of(second, index)
     tail = (1 - confidence) / 2
@@ -313,14 +365,17 @@ def faithfulness_curve(
     order = ranked.order(rank)
     grid, ks = _grid(n, protocol, sizes, fractions)
 
-    keep = torch.zeros(len(ks), n, dtype=torch.bool)
-    for i, k in enumerate(ks):
+    # the empty circuit gives the floor: it is run in addition where it is not asked for (in mib it is the corrupt run)
+    added = int(protocol == "nodes" and ks[0] > 0)
+    run_ks = [0] * added + ks
+    keep = torch.zeros(len(run_ks), n, dtype=torch.bool)
+    for i, k in enumerate(run_ks):
         keep[i, order[:k]] = True
     if protocol == "mib":  # the first node is the embedding
         with_input, keep = keep[:, 0], keep[:, 1:]
         nodes = ranked.nodes[1:]
     else:
-        with_input, nodes = torch.ones(len(ks), dtype=torch.bool), ranked.nodes
+        with_input, nodes = torch.ones(len(run_ks), dtype=torch.bool), ranked.nodes
 
     runner.check_points(nodes.points)
     chosen = metrics.resolve(pairs.metric if metric is None else metric)
@@ -330,7 +385,7 @@ def faithfulness_curve(
     def work(size: int) -> _Runs:
         return _run_all(runner, pairs, nodes, keep, with_input, chosen, size, together, progress, share_prefix)
 
-    runs = memory.run(work, batch_size, model, pairs, nodes, "faithfulness_curve", sizes=len(ks), together=together)
+    runs = memory.run(work, batch_size, model, pairs, nodes, "faithfulness_curve", sizes=len(run_ks), together=together)
     clean, corrupt = float(runs.clean.mean()), float(runs.corrupt.mean())
     if not abs(clean - corrupt) > 1e-9 * max(abs(clean), abs(corrupt), 1e-30):
         raise FaithfulnessError(
@@ -340,13 +395,14 @@ def faithfulness_curve(
     return FaithfulnessCurve(
         fractions=np.asarray(grid, dtype=np.float64),
         sizes=np.asarray(ks),
-        per_example=runs.circuits.numpy(),
+        per_example=runs.circuits[added:].numpy(),
         clean_values=runs.clean.numpy(),
         corrupt_values=runs.corrupt.numpy(),
-        kl=runs.kl.numpy().mean(1),
+        kl=runs.kl[added:].numpy().mean(1),
         protocol=protocol,
         rank=rank,
         n_nodes=n,
+        empty_values=(runs.circuits[0] if protocol == "nodes" else runs.corrupt).numpy(),
     )
 
 

@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from dfa_lens.content import ByContent
 from dfa_lens.errors import AlignmentError, NodeError
 from dfa_lens.models import backend
 from dfa_lens.models.backend import HookedModel, HookFunction
@@ -69,8 +70,8 @@ def kind_and_depth(source: NodeSet, target: NodeSet, *, width: float = 0.15) -> 
     return same_kind(source, target) * torch.exp(-((depth_gap(source, target) / width) ** 2))
 
 
-@dataclass(frozen=True)
-class NodeFeatures:
+@dataclass(frozen=True, eq=False)
+class NodeFeatures(ByContent):
     """One row of numbers per node: how a head attends; zeros for what is no head."""
 
     values: Float[Tensor, "node feature"]

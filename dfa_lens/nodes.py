@@ -10,9 +10,11 @@ import fnmatch
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from typing import Any, overload
+from typing import Any, SupportsIndex, overload
 
-from dfa_lens.errors import NodeError
+from dfa_lens import selection
+from dfa_lens.content import ByContent
+from dfa_lens.errors import NodeError, NodeIndexError, short
 
 HEAD_POINT = "blocks.{layer}.attn.hook_z"
 MLP_POINT = "blocks.{layer}.hook_mlp_out"
@@ -37,6 +39,11 @@ class Node:
         The node is slice ``index`` of ``size`` along ``axis`` of the activation (axis 0 is the batch); all three
         are None when the node is the whole activation.
 
+    Raises
+    ------
+    NodeError
+        If a text is empty or no text, a number no integer, or the slice is not one of the axis.
+
     Examples
     --------
     >>> import dfa_lens as dfa
@@ -51,6 +58,27 @@ class Node:
     axis: int | None = None
     index: int | None = None
     size: int | None = None
+
+    def __post_init__(self) -> None:
+        for text in ("name", "point", "kind"):
+            if not isinstance(getattr(self, text), str) or not getattr(self, text):
+                raise NodeError(f"A node's {text} is a text, not {short(repr(getattr(self, text)))}.")
+        for number in ("layer", "axis", "index", "size"):
+            given = getattr(self, number)
+            whole = selection.integer(given)  # numpy's integers become Python's, which JSON can hold
+            if whole is None and (number == "layer" or given is not None):
+                raise NodeError(f"Node {short(self.name)!r}: {number} is an integer, not {short(repr(given))}.")
+            object.__setattr__(self, number, whole)
+        cut = (self.axis, self.index, self.size)
+        if cut == (None, None, None):
+            return
+        if self.axis is None or self.index is None or self.size is None:
+            raise NodeError(f"Node {short(self.name)!r}: axis, index and size are given together or not at all.")
+        if self.axis < 1 or not 0 <= self.index < self.size:
+            raise NodeError(
+                f"Node {short(self.name)!r} is slice {self.index} of {self.size} along axis {self.axis}: the axis must "
+                "be 1 or more (0 is the batch) and the slice one of those there are."
+            )
 
 
 @dataclass(frozen=True)
@@ -88,22 +116,26 @@ class Site:
         return slice(first, first + n) if self.positions == tuple(range(first, first + n)) else None
 
 
-class NodeSet(Sequence[Node]):
+class NodeSet(ByContent, Sequence[Node]):
     """An ordered set of nodes.
 
     ``len``, iteration, ``in`` (a node or a name) and equality work as expected; ``nodes[i]`` is a node,
-    ``nodes[i:j]``, ``nodes["a3.*"]`` (a name pattern) and ``nodes[[...]]`` (positions or names) are node sets.
+    ``nodes[i:j]``, ``nodes["a3.*"]`` (a name or a name pattern) and ``nodes[[...]]`` (positions, names, or a boolean
+    for every node) are node sets.
 
     Raises
     ------
     NodeError
-        If two nodes have the same name, or overlap at one hook point.
+        If two nodes have the same name, or overlap at one hook point; if an index chooses nothing.
     """
 
     def __init__(self, nodes: Iterable[Node]) -> None:
         self._nodes = tuple(nodes)
         if not self._nodes:
             raise NodeError("A node set needs at least one node.")
+        for node in self._nodes:
+            if not isinstance(node, Node):
+                raise NodeError(f"A node set is made of nodes, not {short(repr(node))}.")
         self._position = {node.name: i for i, node in enumerate(self._nodes)}
         if len(self._position) != len(self._nodes):
             double = next(n.name for i, n in enumerate(self._nodes) if self._position[n.name] != i)
@@ -135,6 +167,9 @@ class NodeSet(Sequence[Node]):
     @classmethod
     def for_sizes(cls, n_layers: int, n_heads: int, *, with_input: bool = False) -> NodeSet:
         """As :meth:`heads_and_mlps`, from the two numbers alone."""
+        for what, number in (("layers", n_layers), ("heads", n_heads)):
+            if (selection.integer(number) or 0) < 1:
+                raise NodeError(f"The number of {what} is an integer of at least 1, not {short(repr(number))}.")
         nodes: list[Node] = []
         if with_input:
             nodes.append(Node("input", INPUT_POINT, "input", -1))
@@ -218,11 +253,17 @@ class NodeSet(Sequence[Node]):
 
     @classmethod
     def from_records(cls, records: Iterable[Mapping[str, Any]]) -> NodeSet:
-        """The inverse of :meth:`to_records`."""
+        """The inverse of :meth:`to_records`.
+
+        Raises
+        ------
+        NodeError
+            If they are not the records of a node set.
+        """
         try:
             return cls(Node(**record) for record in records)
         except TypeError as error:
-            raise NodeError(f"Not a list of nodes: {error}.") from None
+            raise NodeError(f"Not a list of nodes: {short(error)}.") from None
 
     def to_records(self) -> list[dict[str, Any]]:
         """The nodes as plain dictionaries, for JSON."""
@@ -276,7 +317,7 @@ class NodeSet(Sequence[Node]):
         self,
         condition: Callable[[Node], bool] | None = None,
         *,
-        layer: int | Iterable[int] | None = None,
+        layer: SupportsIndex | Iterable[SupportsIndex] | None = None,
         kind: str | None = None,
         name: str | None = None,
     ) -> NodeSet:
@@ -287,7 +328,12 @@ class NodeSet(Sequence[Node]):
         condition:
             A function of a :class:`Node`.
         layer, kind, name:
-            A layer or several, a kind, a name pattern ("a3.*").
+            A layer or several, a kind, a name or a name pattern ("a3.*").
+
+        Raises
+        ------
+        NodeError
+            If no node fulfils them.
 
         Examples
         --------
@@ -297,14 +343,15 @@ class NodeSet(Sequence[Node]):
         >>> nodes.where(lambda node: node.layer == 3, name="m*").names
         ('m3',)
         """
-        layers = {layer} if isinstance(layer, int) else None if layer is None else set(layer)
+        layers = None if layer is None else _layers(layer)
+        named = None if name is None else set(self._named(name))
         kept = [
             node
             for node in self._nodes
             if (condition is None or condition(node))
             and (layers is None or node.layer in layers)
             and (kind is None or node.kind == kind)
-            and (name is None or fnmatch.fnmatchcase(node.name, name))
+            and (named is None or node in named)
         ]
         if not kept:
             raise NodeError(f"None of the {len(self)} nodes fulfils the conditions.")
@@ -328,22 +375,38 @@ class NodeSet(Sequence[Node]):
     def __contains__(self, item: object) -> bool:
         return item in self._position if isinstance(item, str) else item in self._nodes
 
+    def _named(self, name: str) -> list[Node]:
+        """The node of that name, brackets and all; where there is none, those that the name as a pattern fits."""
+        if name in self._position:
+            return [self._nodes[self._position[name]]]
+        return [node for node in self._nodes if fnmatch.fnmatchcase(node.name, name)]
+
     @overload
     def __getitem__(self, item: int) -> Node: ...
     @overload
-    def __getitem__(self, item: slice | str | Sequence[int | str]) -> NodeSet: ...
-    def __getitem__(self, item: int | slice | str | Sequence[int | str]) -> Node | NodeSet:
-        if isinstance(item, int):
-            return self._nodes[item]
-        if isinstance(item, slice):
-            return NodeSet(self._nodes[item])
+    def __getitem__(self, item: slice | str | Iterable[Any]) -> NodeSet: ...
+    def __getitem__(self, item: selection.Index) -> Node | NodeSet:
+        """A node for an integer; for a name or pattern, a slice, or several of :data:`~dfa_lens.selection.Index` or
+        names, a node set."""
         if isinstance(item, str):
-            found = [node for node in self._nodes if fnmatch.fnmatchcase(node.name, item)]
+            found = self._named(item)
             if not found:
-                raise NodeError(f"No node matches {item!r}; names are like {self.names[0]!r} and {self.names[-1]!r}.")
+                raise NodeError(
+                    f"No node matches {short(item)!r}; names are like {self.names[0]!r} and {self.names[-1]!r}."
+                )
             return NodeSet(found)
-        return NodeSet(self._nodes[self.position(i) if isinstance(i, str) else i] for i in item)
+        single = selection.integer(item)
+        if single is not None:
+            return self._nodes[selection.row(single, len(self), "nodes", NodeIndexError)]
+        rows = selection.rows(item, len(self), "nodes", NodeError, lookup=self.position)
+        if not rows:
+            raise NodeError("The selection has no nodes.")
+        return NodeSet(self._nodes[row] for row in rows)
 
+    def _content(self) -> tuple[Any, ...]:
+        return (self._nodes,)
+
+    # as ByContent has them, by tuples alone, since node sets are compared all the time
     def __eq__(self, other: object) -> bool:
         return isinstance(other, NodeSet) and self._nodes == other._nodes
 
@@ -353,3 +416,11 @@ class NodeSet(Sequence[Node]):
     def __repr__(self) -> str:
         shown = ", ".join(self.names[:3]) + (f", …, {self.names[-1]}" if len(self) > 3 else "")
         return f"NodeSet({len(self)} nodes: {shown})"
+
+
+def _layers(layer: object) -> set[int]:
+    several = [layer] if selection.integer(layer) is not None or not isinstance(layer, Iterable) else list(layer)
+    found = {selection.integer(each) for each in several}
+    if None in found:
+        raise NodeError(f"layer is an integer or several, not {short(repr(layer))}.")
+    return {each for each in found if each is not None}

@@ -27,11 +27,12 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from dfa_lens import features
+from dfa_lens.content import ByContent
 from dfa_lens.errors import AlignmentError, unknown
 from dfa_lens.nodes import NodeSet
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Problem:
     """What a parameterisation is started from.
 
@@ -69,7 +70,10 @@ class Parameters(nn.Module):
 
 
 class Parameterisation(ABC):
-    """How W is made of trained numbers; derive from it for one of your own."""
+    """How W is made of trained numbers; derive from it for one of your own, best as a frozen dataclass.
+
+    Its fields are then part of an alignment's provenance, and a study knows one from another.
+    """
 
     name: ClassVar[str]
 
@@ -92,8 +96,8 @@ class _Masked(Parameters):
         return (self.W if self.allowed is None else self.W * self.allowed), None
 
 
-@dataclass(frozen=True)
-class Full(Parameterisation):
+@dataclass(frozen=True, eq=False)
+class Full(ByContent, Parameterisation):
     """Every entry of W is free.
 
     Attributes
@@ -127,8 +131,8 @@ class _Kernel(Parameters):
         return (W if self.rest is None else W + self.rest), None
 
 
-@dataclass(frozen=True)
-class Kernel(Parameterisation):
+@dataclass(frozen=True, eq=False)
+class Kernel(ByContent, Parameterisation):
     """W = Σ_f θ_f K_f + R: like nodes are connected from the start, and R learns what that misses.
 
     A new task's importance then reaches target nodes that resemble its source nodes, also those that no training task

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import zip_longest
@@ -12,8 +13,9 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from dfa_lens import screening
-from dfa_lens.errors import PromptError, unknown
+from dfa_lens import screening, selection
+from dfa_lens.content import ByContent
+from dfa_lens.errors import PromptError, PromptIndexError, short, unknown
 
 if TYPE_CHECKING:
     from dfa_lens.behaviour import Behaviour
@@ -35,16 +37,31 @@ Misfits = Literal["error", "drop"]
 equal answers, equal prompts): raise, naming it, or leave it out and count it in ``.dropped``."""
 
 COLUMNS = ("clean", "corrupt", "answer", "wrong")
+_AXES = {
+    "clean": "pair, pos",
+    "corrupt": "pair, pos",
+    "answer": "pair",
+    "wrong": "pair",
+    "lengths": "pair",
+    "corrupt_lengths": "pair",
+    "choices": "pair, choice",
+    "corrupt_choices": "pair, choice",
+}
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class PromptPairs:
+class PromptPairs(ByContent):
     """Clean and corrupt prompts, token by token the same length, with a right and a wrong answer.
+
+    ``len`` counts pairs, iteration gives them one by one, and ``pairs[index]`` some of them: an integer, a slice,
+    several integers, or a boolean for every pair, as lists, arrays, tensors or pandas columns (see
+    :data:`~dfa_lens.selection.Index`). Two are equal (``==``) if tokens, lengths, answers, choices and metric are.
 
     Parameters
     ----------
     clean, corrupt:
-        Token ids [pair, pos], right padded.
+        Token ids [pair, pos], right padded. All tensors are copied, as int64.
     answer, wrong:
         Token ids [pair]: the answer to the clean prompt, and the one that it is compared with (the answer to the
         corrupt prompt, in most tasks).
@@ -81,28 +98,42 @@ class PromptPairs:
     wrong: Int[Tensor, " pair"]
     lengths: Int[Tensor, " pair"] = None  # type: ignore[assignment]
     metric: str | Callable[..., Tensor] = "logit-difference"
-    tokenizer: Any = None  #: made the tokens; only used to show them
-    dropped: Mapping[str, int] = field(default_factory=dict)  #: reason → number of pairs left out when these were made
+    #: made the tokens; only used to show them
+    tokenizer: Any = field(default=None, compare=False)
+    #: reason → number of pairs left out when these were made
+    dropped: Mapping[str, int] = field(default_factory=dict, compare=False)
     corrupt_lengths: Int[Tensor, " pair"] = None  # type: ignore[assignment]
     choices: Int[Tensor, "pair choice"] | None = None
     corrupt_choices: Int[Tensor, "pair corrupt_choice"] | None = None
 
     def __post_init__(self) -> None:
+        for name in COLUMNS:
+            self._own(name)
         if self.lengths is None:
-            n, width = self.clean.shape[0], self.clean.shape[-1]
+            n, width = self.clean.shape
             object.__setattr__(self, "lengths", torch.full((n,), width, dtype=torch.long))
+        self._own("lengths")
         if self.corrupt_lengths is None:
             object.__setattr__(self, "corrupt_lengths", self.lengths)
+        self._own("corrupt_lengths")
+        for name in ("choices", "corrupt_choices"):
+            if getattr(self, name) is not None:
+                self._own(name)
+        object.__setattr__(self, "dropped", dict(self.dropped))
         self._check()
+
+    def _own(self, name: str) -> None:
+        """Put a copy in the place of a tensor, so that nobody else can change it."""
+        tensor, axes = getattr(self, name), _AXES[name]
+        if not isinstance(tensor, Tensor) or tensor.dtype not in _INTEGERS:
+            kind = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
+            raise PromptError(f"{name} must be a tensor of token ids (integers), not {kind}.")
+        if tensor.ndim != len(axes.split(", ")):
+            raise PromptError(f"{name} has shape {list(tensor.shape)}: [{axes}] is needed.")
+        object.__setattr__(self, name, tensor.to(torch.long, copy=True))
 
     def _check(self) -> None:
         tensors = {name: getattr(self, name) for name in (*COLUMNS, "lengths", "corrupt_lengths")}
-        for name, tensor in tensors.items():
-            if not isinstance(tensor, Tensor) or tensor.is_floating_point() or tensor.dtype == torch.bool:
-                kind = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
-                raise PromptError(f"{name} must be a tensor of token ids (integers), not {kind}.")
-            if tensor.ndim != (2 if name in ("clean", "corrupt") else 1):
-                raise PromptError(f"{name} has shape {list(tensor.shape)}: prompts are [pair, pos], the rest [pair].")
         if self.clean.shape != self.corrupt.shape:
             raise PromptError(
                 f"clean has shape {list(self.clean.shape)} but corrupt {list(self.corrupt.shape)}: a pair's prompts "
@@ -133,7 +164,7 @@ class PromptPairs:
             chosen = getattr(self, name)
             if chosen is None:
                 continue
-            if chosen.ndim != 2 or len(chosen) != n:
+            if len(chosen) != n:
                 raise PromptError(f"{name} has shape {list(chosen.shape)}: [pair, choice], for {n} pairs, is needed.")
             if name == "choices" and not (chosen == right[:, None]).any(1).all():
                 first = int((~(chosen == right[:, None]).any(1)).nonzero()[0])
@@ -201,8 +232,12 @@ class PromptPairs:
         ...     tokenizer, clean=["3 + 4 ="], corrupt=["3 + 5 ="], answer=[" 7"], wrong=[" 8"])
         PromptPairs(1 pair, 5 tokens)
         """
-        texts = {"clean": list(clean), "corrupt": list(corrupt), "answer": list(answer), "wrong": list(wrong)}
-        options = {"choices": choices, "corrupt_choices": corrupt_choices}
+        given = {"clean": clean, "corrupt": corrupt, "answer": answer, "wrong": wrong}
+        texts = {name: screening.texts(name, column) for name, column in given.items()}
+        options = {
+            name: None if column is None else screening.texts(name, column)
+            for name, column in (("choices", choices), ("corrupt_choices", corrupt_choices))
+        }
         sizes = {name: len(values) for name, values in texts.items()}
         sizes |= {name: len(values) for name, values in options.items() if values is not None}
         if len(set(sizes.values())) != 1:
@@ -234,15 +269,8 @@ class PromptPairs:
             return [screened.ids[name][i] for i in kept]
 
         def firsts(name: str) -> Tensor | None:
-            given = options[name]
-            if given is None:
-                return None
-            widest = max(len(given[i]) for i in kept)
-            out = torch.full((len(kept), widest), -1, dtype=torch.long)
-            for at, i in enumerate(kept):
-                offered = screening.tokens(tokenizer, given[i], special=False)
-                out[at, : len(offered)] = torch.tensor([tokens[0] for tokens in offered])
-            return out
+            column = options[name]
+            return None if column is None else _first_tokens(tokenizer, name, {i: column[i] for i in kept})
 
         return cls.from_tokens(
             rows("clean"),
@@ -292,8 +320,10 @@ class PromptPairs:
         >>> dfa.PromptPairs.from_tokens([[5, 6, 7], [5, 6]], [[5, 8, 7], [9, 6]], answer=[1, 2], wrong=[3, 4])
         PromptPairs(2 pairs, 2 to 3 tokens)
         """
+        if pad is not None and (selection.integer(pad) is None or pad < 0):
+            raise PromptError(f"pad must be a token id, not {short(repr(pad))}.")
         prompts = {"clean": _unpadded("clean", clean, pad), "corrupt": _unpadded("corrupt", corrupt, pad)}
-        answers = [int(x) for x in answer], [int(x) for x in wrong]
+        answers = _ids("answer", answer), _ids("wrong", wrong)
         sizes = {name: len(rows) for name, rows in prompts.items()}
         sizes |= {"answer": len(answers[0]), "wrong": len(answers[1])}
         if len(set(sizes.values())) != 1:
@@ -337,11 +367,22 @@ class PromptPairs:
 
         It has the text columns clean, corrupt, answer and wrong, and may have the lists choices and corrupt_choices;
         ``options`` go to :meth:`from_strings`.
+
+        Raises
+        ------
+        PromptError
+            If it has no such columns; and as :meth:`from_strings`.
         """
-        columns = getattr(dataset, "column_names", None) or list(dataset)
+        columns = getattr(dataset, "column_names", None)
+        if columns is None and not (isinstance(dataset, Mapping) or hasattr(dataset, "columns")):
+            kind = type(dataset).__name__
+            raise PromptError(f"A datasets.Dataset, a table or a mapping of columns is needed, not {kind}.")
+        columns = list(dataset) if columns is None else columns
         missing = [name for name in COLUMNS if name not in columns]
         if missing:
-            raise PromptError(f"The data set has no column {missing[0]!r}; it has {', '.join(map(repr, columns))}.")
+            raise PromptError(
+                f"The data set has no column {missing[0]!r}; it has {short(', '.join(map(repr, columns)))}."
+            )
         for name in ("choices", "corrupt_choices"):
             if name in columns and all(offered is not None for offered in dataset[name]):
                 options.setdefault(name, list(dataset[name]))
@@ -349,7 +390,13 @@ class PromptPairs:
 
     @classmethod
     def concat(cls, parts: Sequence[PromptPairs]) -> PromptPairs:
-        """All pairs of ``parts`` one after the other, padded to the longest."""
+        """All pairs of ``parts`` one after the other, padded to the longest; what was dropped is added up.
+
+        Raises
+        ------
+        PromptError
+            If there are none, or they have different metrics or tokenizers.
+        """
         if not parts:
             raise PromptError("There are no prompt pairs to put together.")
         width = max(part.clean.shape[1] for part in parts)
@@ -367,7 +414,8 @@ class PromptPairs:
             corrupt_lengths=torch.cat([part.corrupt_lengths for part in parts]),
             choices=_stacked([part.choices for part in parts]),
             corrupt_choices=_stacked([part.corrupt_choices for part in parts]),
-            dropped={},
+            dropped=dict(sum((Counter(part.dropped) for part in parts), Counter())),
+            **_common(parts),
         )
 
     # --- reading them ----------------------------------------------------------------------------------------
@@ -375,14 +423,19 @@ class PromptPairs:
     def __len__(self) -> int:
         return len(self.answer)
 
-    def __getitem__(self, index: int | slice | Sequence[int] | Tensor) -> PromptPairs:
+    def __iter__(self) -> Iterator[PromptPairs]:
+        return (self[i] for i in range(len(self)))
+
+    def __getitem__(self, index: selection.Index) -> PromptPairs:
         """Some of the pairs, with padding that none of them needs cut off."""
-        if isinstance(index, int):
-            index = [range(len(self))[index]]
-        if not isinstance(index, (slice, Tensor)):
-            index = torch.as_tensor(index, dtype=torch.long)
-        if len(self.lengths[index]) == 0:
+        single = selection.integer(index)
+        if single is not None:
+            rows = [selection.row(single, len(self), "prompt pairs", PromptIndexError)]
+        else:
+            rows = selection.rows(index, len(self), "prompt pairs", PromptError)
+        if not rows:
             raise PromptError("The selection has no prompt pairs.")
+        index = torch.tensor(rows)
         width = int(self.longest[index].max())
         return replace(
             self,
@@ -469,7 +522,8 @@ class PromptPairs:
                 f"There are prompts of up to {self.clean.shape[1]} tokens, but the model takes {n_ctx}: load it with a "
                 "larger n_ctx."
             )
-        for name in COLUMNS:
+        offered = [name for name in ("choices", "corrupt_choices") if getattr(self, name) is not None]
+        for name in (*COLUMNS, *offered):
             tensor: Tensor = getattr(self, name)
             highest = int(tensor.max())
             if highest >= d_vocab:
@@ -489,10 +543,58 @@ class PromptPairs:
         return f"PromptPairs({len(self)} pair{'s' * (len(self) != 1)}, {tokens})"
 
 
+def _first_tokens(tokenizer: Any, name: str, offered: Mapping[int, Any]) -> Int[Tensor, "pair choice"]:
+    """The first token of every choice, -1 where a pair has fewer; ``offered`` by the pair's number."""
+    rows = []
+    for i, choices in offered.items():
+        listed = screening.texts(f"{name} of pair {i}", choices)
+        found = screening.tokens(tokenizer, listed, special=False) if all(isinstance(c, str) for c in listed) else [[]]
+        if listed and not all(found):
+            raise PromptError(f"{name} of pair {i} must be texts of at least one token, not {short(repr(listed))}.")
+        rows.append([row[0] for row in found] if listed else [])
+    out = torch.full((len(rows), max(len(row) for row in rows)), -1, dtype=torch.long)
+    for at, row in enumerate(rows):
+        out[at, : len(row)] = torch.tensor(row, dtype=torch.long)
+    return out
+
+
+def _ids(name: str, values: object) -> list[int]:
+    """Token ids as integers; what is no integer is refused, also what Python would make one of."""
+    if isinstance(values, (str, bytes, Mapping)) or not isinstance(values, Iterable):
+        raise PromptError(f"{name} must be a list of token ids, not {short(repr(values))}.")
+    found = []
+    for i, value in enumerate(values):
+        token = selection.integer(value)
+        if token is None or not abs(token) < 2**63:
+            raise PromptError(f"{name} has {short(repr(value))} at {i}, which is no token id (an integer).")
+        found.append(token)
+    return found
+
+
+def _common(parts: Sequence[PromptPairs]) -> dict[str, Any]:
+    """The metric and the tokenizer of all parts; a :class:`PromptError` if they have different ones."""
+    other = next((part.metric for part in parts if part.metric != parts[0].metric), None)
+    if other is not None:
+        shown = " and ".join(repr(getattr(metric, "__name__", metric)) for metric in (parts[0].metric, other))
+        raise PromptError(f"The pairs have different metrics, {shown}: choose one for all, pairs.with_metric(…).")
+    known = [part.tokenizer for part in parts if part.tokenizer is not None]
+    for tokenizer in known[1:]:
+        # loaded twice, a tokenizer is two objects
+        if tokenizer is not known[0] and _vocabulary(tokenizer) != _vocabulary(known[0]):
+            raise PromptError("The pairs were made with different tokenizers: their token ids mean different words.")
+    return {"metric": parts[0].metric, "tokenizer": known[0] if known else None}
+
+
+def _vocabulary(tokenizer: Any) -> Any:
+    return tokenizer.get_vocab() if hasattr(tokenizer, "get_vocab") else id(tokenizer)
+
+
 def _unpadded(name: str, rows: Sequence[Sequence[int]] | Tensor, pad: int | None) -> list[list[int]]:
     if not isinstance(rows, Tensor):
-        return [[int(token) for token in row] for row in rows]
-    if rows.ndim != 2 or rows.is_floating_point():
+        if isinstance(rows, (str, bytes, Mapping)) or not isinstance(rows, Iterable):
+            raise PromptError(f"{name} must be a list of prompts, each a list of token ids, not {short(repr(rows))}.")
+        return [_ids(f"{name} {i}", row) for i, row in enumerate(rows)]
+    if rows.ndim != 2 or rows.dtype not in _INTEGERS:
         raise PromptError(f"{name} must be token ids [pair, pos], not {list(rows.shape)} of {rows.dtype}.")
     if pad is None:
         return rows.tolist()

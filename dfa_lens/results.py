@@ -27,7 +27,11 @@ Control = Literal[
 
 
 def row(curve: FaithfulnessCurve, gold_cpr: float) -> dict[str, Any]:
-    """What a table says of one curve: CPR and its interval over examples, CMD, mean KL, recovery, floor."""
+    """What a table says of one curve: CPR and its interval over examples, CMD, mean KL, recovery, floor.
+
+    Of one example there is no interval: it is NaN, with a :class:`~dfa_lens.statistics.StatisticsWarning`. Where gold's
+    CPR is 0, recovery is NaN.
+    """
     low, high = curve.cpr_interval()
     return {
         "cpr": curve.cpr,
@@ -35,7 +39,7 @@ def row(curve: FaithfulnessCurve, gold_cpr: float) -> dict[str, Any]:
         "cpr_high": high,
         "cmd": curve.cmd,
         "kl": curve.mean_kl,
-        "recovery": curve.cpr / gold_cpr,
+        "recovery": curve.cpr / gold_cpr if gold_cpr else float("nan"),
         "floor": curve.floor,
         "examples": len(curve.clean_values),
     }

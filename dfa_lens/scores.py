@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
-import tempfile
+import math
 from collections.abc import Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,7 +13,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from dfa_lens.errors import FileError, ScoreError, unknown
+from dfa_lens.content import ByContent, float_copy, plain
+from dfa_lens.errors import FileError, ScoreError, short, unknown
+from dfa_lens.files import load_tensors, made_from, parse_json, read_json, save_tensors, write_atomically
 from dfa_lens.nodes import NodeSet
 
 Ranking = Literal["signed", "absolute"]
@@ -22,15 +24,16 @@ Ranking = Literal["signed", "absolute"]
 _FORMAT = "dfa_lens scores 1"
 
 
-class NodeScores:
+class NodeScores(ByContent):
     """A score for every node of a node set.
 
-    Positive means: restoring this node's clean activation helps the metric.
+    Positive means: restoring this node's clean activation helps the metric. Scores are equal (``==``) if their values
+    and nodes are; where they come from does not count.
 
     Parameters
     ----------
     values:
-        [node], any floating dtype; kept as float32 on the CPU.
+        [node], any floating dtype; copied, as float32 on the CPU.
     nodes:
         The node set that they belong to.
     meta:
@@ -39,7 +42,7 @@ class NodeScores:
     Raises
     ------
     ScoreError
-        If the number of values is wrong or one is not finite.
+        If the values are no numbers, their number is wrong, or one is not finite.
 
     Examples
     --------
@@ -52,7 +55,7 @@ class NodeScores:
     """
 
     def __init__(self, values: Float[Tensor, " node"], nodes: NodeSet, meta: Mapping[str, Any] | None = None) -> None:
-        values = torch.as_tensor(values).detach().to(device="cpu", dtype=torch.float32)
+        values = float_copy(values, "Scores", ScoreError)
         if values.ndim != 1 or len(values) != len(nodes):
             raise ScoreError(f"Scores of shape {list(values.shape)} for {len(nodes)} nodes; one per node is needed.")
         finite = torch.isfinite(values)
@@ -118,6 +121,9 @@ class NodeScores:
         """The score of the node called ``name``."""
         return float(self.values[self.nodes.position(name)])
 
+    def _content(self) -> tuple[Any, ...]:
+        return self.values, self.nodes
+
     def __repr__(self) -> str:
         best = ", ".join(f"{name} {score:+.3g}" for name, score in self.top(min(3, len(self))).items())
         method = f"{self.meta['method']}, " if "method" in self.meta else ""
@@ -127,7 +133,7 @@ class NodeScores:
 
     def save(self, path: str | Path) -> None:
         """Write a safetensors file with the values, the nodes and the provenance."""
-        metadata = {"nodes": json.dumps(self.nodes.to_records()), "meta": json.dumps(self.meta, default=str)}
+        metadata = {"nodes": json.dumps(self.nodes.to_records()), "meta": json.dumps(plain(self.meta))}
         save_tensors(path, {"values": self.values}, metadata, _FORMAT)
 
     @classmethod
@@ -140,7 +146,14 @@ class NodeScores:
             If the file is missing, broken, or not a file of scores.
         """
         tensors, metadata = load_tensors(path, _FORMAT)
-        return cls(tensors["values"], NodeSet.from_records(json.loads(metadata["nodes"])), json.loads(metadata["meta"]))
+
+        def make() -> NodeScores:
+            values, meta = tensors["values"], parse_json(metadata["meta"])
+            if not values.is_floating_point() or not isinstance(meta, dict):
+                raise ScoreError(f"the values are {values.dtype}, the provenance is a {type(meta).__name__}")
+            return cls(values, NodeSet.from_records(parse_json(metadata["nodes"])), meta)
+
+        return made_from(path, "a file of scores", make)
 
     # --- MIB ---------------------------------------------------------------------------------------------------
 
@@ -181,36 +194,61 @@ class NodeScores:
         Raises
         ------
         FileError
-            If the file is not such a file, or lacks a node.
+            If the file is not such a file, lacks a node or has more of them than its sizes say, or a score is no
+            finite number.
         ScoreError
             If its sizes are not those of ``nodes``.
         """
-        try:
-            data = json.loads(Path(path).read_text())
-            layers, heads = int(data["cfg"]["n_layers"]), int(data["cfg"]["n_heads"])
-            entries = dict(data["nodes"])
-        except OSError as error:
-            raise FileError(f"There is no readable file {path}.") from error
-        except (ValueError, TypeError, KeyError) as error:
-            raise FileError(f"{path} is not a MIB score file (JSON with cfg and nodes): {error!r}.") from error
-        if nodes is None:
-            nodes = NodeSet.for_sizes(layers, heads, with_input=True)
-        elif (wanted := _layers_and_heads(nodes)) != (layers, heads):
+        what = "a MIB score file (JSON with cfg and nodes)"
+        data = read_json(path, what)
+        layers, heads, scores = made_from(path, what, lambda: _read_mib(data))
+        if nodes is not None and (wanted := _layers_and_heads(nodes)) != (layers, heads):
             raise ScoreError(
                 f"{path} is for {layers} layers × {heads} heads, but the nodes are those of {wanted[0]} layers × "
                 f"{wanted[1]} heads."
             )
-        values = []
-        for name in nodes.names:
-            score = entries.get(name, {}).get("score")
-            if score is None:
-                raise FileError(f"{path} lacks the score of node {name!r}.")
-            values.append(float(score))
-        return cls(
-            torch.tensor(values, dtype=torch.float32),
-            nodes,
-            {"model": data["cfg"].get("model_name", ""), "format": "mib"},
-        )
+        if nodes is None:
+            nodes = NodeSet.for_sizes(layers, heads, with_input=True)
+        if nodes.names[0] == "input" and "input" not in scores:
+            raise FileError(f"{path} is not {what}: it lacks the score of node 'input'.")
+        values = torch.tensor([scores[name] for name in nodes.names], dtype=torch.float64)
+        meta = {"model": str(data["cfg"].get("model_name", "")), "format": "mib"}
+        return made_from(path, what, lambda: cls(values, nodes, meta))
+
+
+def _read_mib(data: Mapping[str, Any]) -> tuple[int, int, dict[str, float]]:
+    """Layers, heads and the scores by node of MIB's JSON; a ScoreError or KeyError says what is wrong with it."""
+    cfg, entries = data["cfg"], data["nodes"]
+    for name, part in (("cfg", cfg), ("nodes", entries)):
+        if not isinstance(part, dict):
+            raise ScoreError(f"{name} is a {type(part).__name__}, not an object")
+    layers, heads = cfg["n_layers"], cfg["n_heads"]
+    for name, size in (("n_layers", layers), ("n_heads", heads)):
+        if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+            raise ScoreError(f"{name} is {short(repr(size))}, not a positive integer")
+    scores = {name: _mib_score(name, entry) for name, entry in entries.items() if name != "logits"}
+    # one name after the other, so that a wrong size ends at the first node that is missing and costs nothing
+    known = {"input"}
+    for layer in range(layers):
+        for name in chain((f"a{layer}.h{head}" for head in range(heads)), [f"m{layer}"]):
+            if name not in scores:
+                raise ScoreError(f"it lacks the score of node {name!r}, for {layers} layers × {heads} heads")
+            known.add(name)
+    more = scores.keys() - known
+    if more:
+        raise ScoreError(f"it has a node {short(min(more))!r}, but {layers} layers × {heads} heads")
+    return layers, heads, scores
+
+
+def _mib_score(name: str, entry: object) -> float:
+    score = entry.get("score") if isinstance(entry, dict) else None
+    if score is None:
+        raise ScoreError(f"it lacks the score of node {short(name)!r}")
+    if not isinstance(score, (int, float)) or isinstance(score, bool):
+        raise ScoreError(f"the score of node {short(name)!r} is {short(repr(score))}, not a number")
+    if not math.isfinite(score):
+        raise ScoreError(f"the score of node {short(name)!r} is {score}")
+    return float(score)
 
 
 def _layers_and_heads(nodes: NodeSet) -> tuple[int, int]:
@@ -220,48 +258,3 @@ def _layers_and_heads(nodes: NodeSet) -> tuple[int, int]:
             "MIB's format holds every head and MLP block of a model (and the input); these are other nodes."
         )
     return layers, heads
-
-
-def write_atomically(path: str | Path, data: bytes) -> None:
-    """Write a whole file or none: an interrupted write leaves what was there before."""
-    path = Path(path)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    except OSError as error:
-        raise FileError(f"Can't write {path}: {error.strerror or error}.") from error
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-        mask = os.umask(0)
-        os.umask(mask)
-        os.chmod(name, 0o666 & ~mask)  # mkstemp makes private files; these are ordinary ones
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
-
-
-def save_tensors(path: str | Path, tensors: dict[str, Tensor], metadata: dict[str, str], format_name: str) -> None:
-    """A safetensors file of ours, written whole or not at all."""
-    from safetensors.torch import save
-
-    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    write_atomically(path, save(contiguous, {"format": format_name, **metadata}))
-
-
-def load_tensors(path: str | Path, format_name: str) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors and metadata of a safetensors file that was written as ``format_name``."""
-    from safetensors import SafetensorError, safe_open
-
-    if not Path(path).is_file():
-        raise FileError(f"There is no file {path}.")
-    try:
-        with safe_open(str(path), framework="pt") as file:
-            metadata = dict(file.metadata() or {})
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
-    except SafetensorError as error:
-        raise FileError(f"{path} is not a readable safetensors file: {error}.") from error
-    if metadata.get("format") != format_name:
-        raise FileError(f"{path} is not a file of {format_name.rsplit(' ', 1)[0]!r}.")
-    return tensors, metadata

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
@@ -12,6 +13,10 @@ from dfa_lens.errors import DfaError, ScoreError, unknown
 from dfa_lens.scores import NodeScores
 
 K = TypeVar("K")
+
+
+class StatisticsWarning(UserWarning):
+    """A figure that is not defined on so few examples, and comes back as NaN."""
 
 
 class Interval(NamedTuple):
@@ -42,7 +47,15 @@ def bootstrap(
 ) -> Interval:
     """Percentile bootstrap interval of ``statistic(data, axis=…)``.
 
-    With one example there is nothing to resample: the interval is then (nan, nan).
+    Raises
+    ------
+    DfaError
+        If ``confidence`` or ``resamples`` is out of range.
+
+    Warns
+    -----
+    StatisticsWarning
+        If there is one example only: nothing can be resampled, and the interval is (nan, nan).
 
     Examples
     --------
@@ -54,10 +67,8 @@ def bootstrap(
     """
     from scipy import stats
 
-    if not 0 < confidence < 1:
-        raise DfaError(f"confidence must be between 0 and 1, not {confidence}.")
-    if len(data) < 2:
-        return Interval(float("nan"), float("nan"))
+    if not enough(len(data), "an interval", confidence, resamples):
+        return UNDEFINED
     found = stats.bootstrap(
         (data,),
         statistic,
@@ -68,6 +79,23 @@ def bootstrap(
         rng=np.random.default_rng(seed),
     ).confidence_interval
     return Interval(float(found.low), float(found.high))
+
+
+UNDEFINED = Interval(float("nan"), float("nan"))
+
+
+def enough(n: int, what: str, confidence: float, resamples: int) -> bool:
+    """Whether ``n`` examples can be resampled; with fewer than two a :class:`StatisticsWarning` says that ``what`` is
+    NaN."""
+    if not 0 < confidence < 1:
+        raise DfaError(f"confidence must be between 0 and 1, not {confidence}.")
+    if resamples < 1:
+        raise DfaError(f"resamples must be at least 1, not {resamples}.")
+    if n < 2:
+        warnings.warn(
+            f"Of {n} example{'s' * (n != 1)} {what} is not defined: it is NaN.", StatisticsWarning, stacklevel=4
+        )
+    return n >= 2
 
 
 def correlation(first: NodeScores, second: NodeScores) -> Correlation:
@@ -112,6 +140,8 @@ def paired_test(first: Sequence[float], second: Sequence[float], *, resamples: i
     a, b = np.asarray(first, dtype=float), np.asarray(second, dtype=float)
     if a.shape != b.shape or a.ndim != 1 or len(a) < 2:
         raise DfaError(f"A paired test needs two equally long lists of at least 2 values, not {a.shape} and {b.shape}.")
+    if not (np.isfinite(a).all() and np.isfinite(b).all()):
+        raise DfaError("A paired test needs finite values: some are NaN or infinite.")
     return float(
         stats.permutation_test(
             (a, b),
@@ -133,6 +163,9 @@ def holm(p_values: Mapping[K, float]) -> dict[K, float]:
     >>> {name: round(p, 3) for name, p in dfa.statistics.holm({"a": 0.01, "b": 0.04, "c": 0.03}).items()}
     {'a': 0.03, 'b': 0.06, 'c': 0.06}
     """
+    wrong = next((name for name, p in p_values.items() if not 0 <= p <= 1), None)
+    if wrong is not None:
+        raise DfaError(f"The p-value of {wrong!r} is {p_values[wrong]}: it must be between 0 and 1.")
     ordered = sorted(p_values.items(), key=lambda item: item[1])
     out: dict[K, float] = {}
     largest = 0.0
@@ -187,7 +220,7 @@ def compare(
     Raises
     ------
     DfaError
-        If a setting is not in the table, or fewer than two pairs are.
+        If a column or setting is not in the table, or fewer than two pairs are.
 
     Examples
     --------
@@ -200,6 +233,9 @@ def compare(
     """
     import pandas as pd
 
+    missing = next((name for name in ("setting", value, *by) if name not in table), None)
+    if missing is not None:
+        raise unknown("column", missing, list(map(str, table.columns)), DfaError)
     wide = table.pivot_table(index=list(by), columns="setting", values=value, aggfunc="mean")
     for name in (setting, *against):
         if name not in wide:

@@ -10,6 +10,7 @@ was stopped: every row is on disk as soon as it is known.
 
 from __future__ import annotations
 
+import io
 import json
 import multiprocessing
 import os
@@ -27,15 +28,17 @@ from tqdm.auto import tqdm
 from dfa_lens import controls, diagnostics, features, tasks, zoo
 from dfa_lens.alignment import Alignment
 from dfa_lens.attribution import IntegrationWarning, attribute
-from dfa_lens.errors import DfaError, FileError, unknown
+from dfa_lens.content import ByContent, fingerprint, plain
+from dfa_lens.errors import DfaError, FileError, short, unknown
 from dfa_lens.faithfulness import FaithfulnessCurve, faithfulness_curve
+from dfa_lens.files import read_bytes, read_json, write_atomically
 from dfa_lens.models.backend import HookedModel
 from dfa_lens.nodes import NodeSet
 from dfa_lens.parameterisation import Kernel
 from dfa_lens.planning import attribution_passes
 from dfa_lens.prompts import PromptPairs
 from dfa_lens.results import GOLD, Control, row
-from dfa_lens.scores import NodeScores, write_atomically
+from dfa_lens.scores import NodeScores
 from dfa_lens.training import RELEASED, Job, fit_many
 
 Regime = Literal["in-distribution", "near-distribution", "zero-shot", "one-task"]
@@ -57,8 +60,8 @@ SIBLINGS = {
 }
 
 
-@dataclass(frozen=True)
-class Setting:
+@dataclass(frozen=True, eq=False)
+class Setting(ByContent):
     """One line of a comparison.
 
     Attributes
@@ -67,7 +70,8 @@ class Setting:
         See :data:`Regime` and :data:`~dfa_lens.results.Control`.
     options:
         For :func:`dfa_lens.fit`: fields of :class:`~dfa_lens.training.Job`, and ``intervention``, ``positions``,
-        ``gate_heads``, ``loss``. ``alignment`` may also be a function of the :class:`Cell` and the training tasks.
+        ``gate_heads``, ``loss``. ``alignment`` may also be a function of the :class:`Cell` and the training tasks. They
+        must have a :func:`~dfa_lens.content.fingerprint`: what was trained, or is in a folder, goes by it.
     method:
         The options' name in tables.
     """
@@ -290,9 +294,9 @@ class Cell:
         return self.scores[task]
 
     def _key(self, setting: Setting, trained: tuple[str, ...]) -> Any:
-        options = tuple(sorted((name, repr(value)) for name, value in setting.options.items()))
+        """What a trained alignment depends on, within one cell; options by what they hold."""
         kind = setting.control if setting.control in _OTHER_SCORES else ""
-        return kind, options, trained
+        return kind, fingerprint(setting.options), trained
 
     def fit(self, setting: Setting, sets: Sequence[tuple[str, ...]]) -> None:
         """Train what is not trained yet: one alignment for every tuple of training tasks, together."""
@@ -474,8 +478,8 @@ def run(
     Raises
     ------
     DfaError
-        If a pair, task or setting is unknown, or the folder holds rows of another size or of other settings by the same
-        names.
+        If a pair, task or setting is unknown, or the folder holds rows of another size, or of other settings or models
+        by the same names.
 
     Examples
     --------
@@ -492,10 +496,12 @@ def run(
     pairs = [Pair.of(family) for family in (families or zoo.pairs())]
     for task in test_tasks or ():
         tasks.describe(task)
+    double = next((pair.name for i, pair in enumerate(pairs) if pair.name in [p.name for p in pairs[:i]]), None)
+    if double is not None:
+        raise DfaError(f"Two pairs of models are called {double!r}: their rows could not be told apart.")
     folder = None if out is None else Path(out)
     if folder is not None:
-        folder.mkdir(parents=True, exist_ok=True)
-        _check_folder(folder, settings, size, collection)
+        _check_folder(folder, pairs, settings, size, collection)
     plans = [
         _Plan(pair, seed, dict(settings), tuple(test_tasks or ()), size, folder, device, collection)
         for seed in seeds
@@ -518,33 +524,39 @@ def run(
     return pd.concat(frames, ignore_index=True).sort_values(["family", "seed"], kind="stable", ignore_index=True)
 
 
-def _check_folder(folder: Path, settings: Mapping[str, Setting], size: Size, collection: str) -> None:
+def _check_folder(
+    folder: Path, pairs: Sequence[Pair], settings: Mapping[str, Setting], size: Size, collection: str
+) -> None:
     """Rows that are there already must have been made in the same way; then what is to come is noted, too."""
     path = folder / "study.json"
     ours: dict[str, Any] = {
         "size": asdict(size),
         "collection": collection,
+        "pairs": {pair.name: fingerprint(pair) for pair in pairs},
         "settings": {name: _described(setting) for name, setting in settings.items()},
     }
-    if path.is_file():
-        try:
-            theirs = json.loads(path.read_text(encoding="utf-8"))
-            known, rest = theirs["settings"], {name: theirs[name] for name in ("size", "collection")}
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise FileError(f"{path} does not describe a study: {error}. Take another folder.") from error
-        changed = [name for name in ("size", "collection") if rest[name] != ours[name]]
-        changed += [f"setting {name!r}" for name, text in ours["settings"].items() if known.get(name, text) != text]
+    if path.exists():
+        theirs = read_json(path, "the description of a study")
+        if any(not isinstance(theirs.get(name), type(value)) for name, value in ours.items()):
+            raise FileError(
+                f"{path} does not describe a study: it lacks what rows were made with. Take another folder."
+            )
+        changed = [name for name in ("size", "collection") if theirs[name] != ours[name]]
+        for what, name in (("setting", "settings"), ("pair", "pairs")):
+            known = theirs[name]
+            changed += [f"{what} {key!r}" for key, value in ours[name].items() if known.get(key, value) != value]
+            ours[name] = known | ours[name]
         if changed:
             raise DfaError(
                 f"The rows in {folder} were made with another {' and '.join(changed)}: take another folder or name."
             )
-        ours["settings"] = known | ours["settings"]
     write_atomically(path, json.dumps(ours, indent=1).encode())
 
 
-def _described(setting: Setting) -> str:
-    options = {name: getattr(value, "__qualname__", repr(value)) for name, value in sorted(setting.options.items())}
-    return f"{setting.regime}, {setting.control}, {options}"
+def _described(setting: Setting) -> dict[str, Any]:
+    """A setting as JSON has it: to read, and the fingerprint that it goes by."""
+    asked = {"regime": setting.regime, "control": setting.control, "options": setting.options}
+    return {**plain(asked), "fingerprint": fingerprint(asked)}
 
 
 @dataclass(frozen=True)
@@ -573,12 +585,12 @@ def _read(path: Path | None) -> Any:
     """The rows so far; a last line that was cut short by an interruption is dropped."""
     import pandas as pd
 
-    if path is None or not path.is_file():
+    if path is None or not path.exists():
         return pd.DataFrame()
-    text = path.read_text(encoding="utf-8")
-    whole = text[: text.rfind("\n") + 1]
-    if whole != text:
-        write_atomically(path, whole.encode())
+    data = read_bytes(path)
+    whole = data[: data.rfind(b"\n") + 1]
+    if whole != data:
+        write_atomically(path, whole)
     return read(path)
 
 
@@ -604,8 +616,9 @@ def read(path: str | Path) -> Any:
     """
     import pandas as pd
 
+    data = read_bytes(path)
     try:
-        table = pd.read_csv(path, keep_default_na=False, dtype=dict.fromkeys(_WORDS, str))
+        table = pd.read_csv(io.BytesIO(data), keep_default_na=False, dtype=dict.fromkeys(_WORDS, str))
         if not {*_WORDS, "seed", "cpr"} <= set(table.columns):
             raise ValueError(f"its columns are {', '.join(map(str, table.columns[:4]))} …")
         numbers = [name for name in table.columns if name not in _WORDS]
@@ -613,7 +626,8 @@ def read(path: str | Path) -> Any:
             **{name: pd.to_numeric(table[name].mask(table[name].astype(str) == "")) for name in numbers}
         )
     except (ValueError, pd.errors.ParserError, pd.errors.EmptyDataError) as error:
-        raise FileError(f"{path} is not a table of a study: {error}. Remove it to start again.") from error
+        reason = short(error).rstrip(".")
+        raise FileError(f"{path} is not a table of a study: {reason}. Remove it to start again.") from error
 
 
 def _run_plan(plan: _Plan) -> Any:

@@ -22,6 +22,7 @@ from tqdm.auto import tqdm
 
 from dfa_lens import objectives, parameterisation
 from dfa_lens.alignment import Alignment, Scaling, scale
+from dfa_lens.content import ByContent, fingerprint, plain
 from dfa_lens.errors import AlignmentError, PromptError, TrainingError, unknown
 from dfa_lens.models import backend
 from dfa_lens.models.backend import HookedModel, KeysValues
@@ -60,8 +61,8 @@ class TrainingWarning(UserWarning):
     """A training that can run but can hardly be meant: a mask saturated from the start, constant scores, few tasks."""
 
 
-@dataclass(frozen=True)
-class Job:
+@dataclass(frozen=True, eq=False)
+class Job(ByContent):
     """One training among several on the same target, for :func:`fit_many`; every field as in :func:`fit`.
 
     Examples
@@ -494,31 +495,47 @@ class _Run:
         else:
             assert self.good is not None
             W, bias = self.good
-        job = self.job
-        meta = {
-            "tasks": list(self.tasks),
-            "alignment": self.form.name,
-            "objective": self.objective.name,
-            "sparsity": getattr(self.objective, "sparsity", None),
-            "lr": job.lr,
-            "steps": job.steps,
-            "batch_size": job.batch_size,
-            "seed": job.seed,
-            "examples": {task: len(pairs[task]) for task in self.tasks if task in pairs},
-            **shared,
-        }
-        if job.towards is not None:
-            meta["pull"] = job.pull
         return Alignment.of(
             W,
             self.source,
             self.nodes,
-            scaling=job.scaling,
+            scaling=self.job.scaling,
             bias=bias,
             temperature=self.job.temperatures[1],
             history=self.history,
-            meta=meta,
+            meta={**self._asked(pairs), **shared},
         )
+
+    def _asked(self, pairs: Mapping[str, PromptPairs]) -> dict[str, Any]:
+        """Everything that this training was asked for, as metadata."""
+        job = self.job
+        asked: dict[str, Any] = {
+            "tasks": list(self.tasks),
+            "scores": {task: fingerprint(scores) for task, scores in job.scores.items()},
+            "examples": {task: len(pairs[task]) for task in self.tasks if task in pairs},
+            "alignment": self.form.name,
+            "alignment_options": _options(self.form),
+            "objective": self.objective.name,
+            "objective_options": _options(self.objective),
+            "sparsity": getattr(self.objective, "sparsity", None),
+            "scaling": job.scaling,
+            "temperature": list(job.temperatures),
+            "initial_scale": job.initial_scale,
+            "lr": job.lr,
+            "steps": job.steps,
+            "batch_size": job.batch_size,
+            "shuffle": job.shuffle,
+            "seed": job.seed,
+        }
+        if job.towards is not None:
+            asked |= {"towards": fingerprint(job.towards), "pull": job.pull}
+        return asked
+
+
+def _options(value: Parameterisation | Objective) -> dict[str, Any]:
+    """The settings of a form of W or of an objective; tensors by their fingerprint."""
+    described = plain(value)
+    return {name: each for name, each in described.items() if name != "type"} if isinstance(described, dict) else {}
 
 
 def _warn(message: str) -> None:
@@ -630,7 +647,8 @@ class _Data:
     ) -> None:
         self.runner, self.nodes, self.intervention, self.cache = runner, nodes, intervention, cache
         self.tasks = tasks
-        self.pairs = PromptPairs.concat([pairs[task] for task in tasks])
+        # the loss is measured here, whatever metric the pairs are otherwise measured by
+        self.pairs = PromptPairs.concat([pairs[task].with_metric("logit-difference") for task in tasks])
         if positions == "all-padded":  # padding is taken for real tokens
             full = torch.full_like(self.pairs.lengths, self.pairs.clean.shape[1])
             self.pairs = replace(self.pairs, lengths=full, corrupt_lengths=full)
@@ -659,7 +677,9 @@ class _Data:
             for name, activations in found.runs.items():
                 store = self.kept.setdefault(name, {})
                 for point, activation in activations.items():
-                    kept = store.setdefault(point, self._store(activation, axes[point]))
+                    if point not in store:
+                        store[point] = self._store(activation, axes[point])
+                    kept = store[point]
                     kept.put(rows, found.first, activation)
                     if point in found.before:  # the same in the clean and in the corrupt run
                         kept.put(rows, 0, found.before[point])

@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -67,6 +68,26 @@ def random_pairs(n: int = 6, width: int = 10, *, seed: int = 0, vocabulary: int 
     answer = torch.randint(1, vocabulary - 1, (n,), generator=generator)
     return dfa.PromptPairs(
         clean=clean, corrupt=corrupt, answer=answer, wrong=answer % (vocabulary - 1) + 1, lengths=lengths
+    )
+
+
+def made_curve(
+    per_example: Any, clean: Any, corrupt: Any, sizes: list[int], n_nodes: int, **more: Any
+) -> dfa.FaithfulnessCurve:
+    """A curve made of numbers, [size, example] and [example]."""
+    if "empty_values" in more:
+        more["empty_values"] = np.asarray(more["empty_values"], dtype=float)
+    return dfa.FaithfulnessCurve(
+        fractions=np.asarray(sizes) / n_nodes,
+        sizes=np.asarray(sizes),
+        per_example=np.asarray(per_example, dtype=float),
+        clean_values=np.asarray(clean, dtype=float),
+        corrupt_values=np.asarray(corrupt, dtype=float),
+        kl=np.zeros(len(sizes)),
+        protocol="nodes",
+        rank="signed",
+        n_nodes=n_nodes,
+        **more,
     )
 
 

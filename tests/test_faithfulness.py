@@ -1,14 +1,15 @@
 import numpy as np
 import pytest
 import torch
-from helpers import random_model, random_pairs, unchecked
+from helpers import made_curve, random_model, random_pairs, unchecked
 
 import dfa_lens as dfa
 from dfa_lens import statistics
 from dfa_lens.errors import DfaError, FaithfulnessError, ScoreError
-from dfa_lens.faithfulness import FaithfulnessCurve, area, default_sizes
+from dfa_lens.faithfulness import area, cpr_difference, default_sizes
 from dfa_lens.models import hooks
 from dfa_lens.models.runner import Runner
+from dfa_lens.statistics import StatisticsWarning
 
 NODES = dfa.NodeSet.for_sizes(3, 4)
 
@@ -74,43 +75,28 @@ def test_mib_of_scores_without_input(any_model, pairs):
     assert dfa.faithfulness_curve(any_model, pairs, negative, protocol="mib").faithfulness[7] != 0
 
 
-def made(per_example, clean, corrupt, sizes, n_nodes):
-    per_example = np.asarray(per_example, dtype=float)
-    return FaithfulnessCurve(
-        fractions=np.asarray(sizes) / n_nodes,
-        sizes=np.asarray(sizes),
-        per_example=per_example,
-        clean_values=np.asarray(clean, dtype=float),
-        corrupt_values=np.asarray(corrupt, dtype=float),
-        kl=np.zeros(len(sizes)),
-        protocol="nodes",
-        rank="signed",
-        n_nodes=n_nodes,
-    )
-
-
 def test_areas_in_closed_form():
-    line = made([[0.0, 0], [1, 1], [2, 2]], [2, 2], [0, 0], [0, 1, 2], 2)
+    line = made_curve([[0.0, 0], [1, 1], [2, 2]], [2, 2], [0, 0], [0, 1, 2], 2)
     assert line.faithfulness.tolist() == [0, 0.5, 1]
     assert line.cpr == pytest.approx(0.5)
     assert line.cmd == pytest.approx(0.5)
     assert line.floor == pytest.approx(0.25)  # 0 at 0 and one half, 1 at the end
     assert line.at(1) == 0.5
-    above = made([[0.0], [4], [2]], [2], [0], [0, 1, 2], 2)  # a circuit that does better than the model
+    above = made_curve([[0.0], [4], [2]], [2], [0], [0, 1, 2], 2)  # a circuit that does better than the model
     assert above.faithfulness.tolist() == [0, 2, 1]
     assert above.cpr == pytest.approx(1.25)
     assert above.cmd == pytest.approx(0.75)
 
 
 def test_the_ratio_of_means_not_the_mean_of_ratios():
-    curve = made([[1.0, 1.0]], [1.0, 3.0], [0.0, 0.0], [0], 1)
+    curve = made_curve([[1.0, 1.0]], [1.0, 3.0], [0.0, 0.0], [0], 1)
     assert curve.faithfulness[0] == pytest.approx(0.5)  # the mean of 1 and 1/3 would be 2/3
 
 
 def test_interval_is_that_of_a_plain_bootstrap():
     rng = np.random.default_rng(0)
     n = 40
-    curve = made(rng.normal(1, 1, (5, n)), rng.normal(3, 1, n), rng.normal(-1, 1, n), [0, 1, 2, 3, 4], 4)
+    curve = made_curve(rng.normal(1, 1, (5, n)), rng.normal(3, 1, n), rng.normal(-1, 1, n), [0, 1, 2, 3, 4], 4)
     draws = []
     for _ in range(4000):
         i = rng.integers(n, size=n)
@@ -123,8 +109,60 @@ def test_interval_is_that_of_a_plain_bootstrap():
     assert curve.cpr_interval() == interval  # seeded
     narrow = curve.cpr_interval(confidence=0.5)
     assert narrow.high - narrow.low < interval.high - interval.low
-    assert np.isnan(made([[1.0]], [1.0], [0.0], [0], 1).cpr_interval().low)
     assert curve.cmd_interval().low < curve.cmd < curve.cmd_interval().high
+
+
+def test_one_example_has_no_interval():
+    one = made_curve([[0.0], [0.5], [2.0]], [2.0], [0.0], [0, 1, 2], 2)
+    for of in (one.cpr_interval, one.cmd_interval, one.band, lambda: cpr_difference(one, one).interval):
+        with pytest.warns(StatisticsWarning, match="Of 1 example .* not defined: it is NaN"):
+            found = of()
+        assert np.isnan(found).all()
+    with pytest.warns(StatisticsWarning):
+        assert np.isnan(cpr_difference(one, one).p)
+    with pytest.warns(StatisticsWarning):
+        assert np.isnan(statistics.mean_interval([0.5]).high)
+    assert one.cpr == pytest.approx(0.375)  # what is defined stays
+    for options, message in (({"confidence": 1.0}, "between 0 and 1"), ({"resamples": 0}, "at least 1, not 0")):
+        for of in (one.cpr_interval, one.band, lambda **kw: cpr_difference(one, one, **kw)):
+            with pytest.raises(DfaError, match=message):
+                of(**options)
+
+
+def test_the_floor_is_that_of_the_empty_circuit(any_model, ragged, scores):
+    """Whatever sizes were asked for: the floor on a grid is f_0 up to its last size, where that is the whole model."""
+    whole = dfa.faithfulness_curve(any_model, ragged, scores)
+    empty = whole.faithfulness[0]
+    assert abs(empty - whole.faithfulness[3]) > 0.02  # else the test would say nothing
+    for sizes in ([3, 7, 15], [0, 7, 15], [2, 5], [0, 5]):
+        for together in (1, 4):
+            part = dfa.faithfulness_curve(any_model, ragged, scores, sizes=sizes, together=together)
+            assert part.sizes.tolist() == sizes
+            np.testing.assert_allclose(part.per_example, whole.per_example[sizes], atol=1e-4)
+            np.testing.assert_allclose(part.kl, whole.kl[sizes], atol=1e-5)
+            np.testing.assert_allclose(part.empty_values, whole.per_example[0], atol=1e-4)
+            f = [empty] * (len(sizes) - 1) + [1.0 if sizes[-1] == 15 else empty]
+            np.testing.assert_allclose(part.floor_faithfulness, f, atol=1e-4)
+            assert part.floor == pytest.approx(np.trapezoid(f, np.array(sizes) / 15), abs=1e-4)
+            assert part.at(0) == pytest.approx(empty, abs=1e-4) and part.at(15) == 1
+            assert part.at(sizes[1]) == pytest.approx(whole.faithfulness[sizes[1]], abs=1e-4)
+
+
+def test_the_floor_of_the_mib_protocol(any_model, pairs):
+    """A model with more than a thousand nodes keeps one at the first fraction; the floor is .25 all the same."""
+    negative = dfa.NodeScores(torch.arange(1.0, 16.0) - 100, NODES)  # `input` comes first
+    for fractions in ([0.1, 0.5, 1.0], None):
+        curve = dfa.faithfulness_curve(any_model, pairs, negative, protocol="mib", fractions=fractions)
+        assert curve.floor_faithfulness.tolist() == [0.0] * (len(curve.sizes) - 1) + [1.0]
+        np.testing.assert_array_equal(curve.empty_values, curve.corrupt_values)
+    assert curve.floor == pytest.approx(0.25)
+
+
+def test_a_curve_that_does_not_know_its_floor_is_refused():
+    with pytest.raises(FaithfulnessError, match="empty_values must say"):
+        made_curve([[1.0, 2.0], [2.0, 3.0]], [2.0, 3.0], [0.0, 0.0], [1, 2], 2)
+    known = made_curve([[1.0, 2.0], [2.0, 3.0]], [2.0, 3.0], [0.0, 0.0], [1, 2], 2, empty_values=[0.5, 0.0])
+    assert known.empty_faithfulness == pytest.approx(0.1)
 
 
 @pytest.mark.parametrize("n", [1, 5, 54, 110, 700, 1056])
@@ -183,6 +221,10 @@ def test_correlation_and_paired_test(scores):
     assert found.sign_agreement == np.mean(np.sign(scores.values.numpy()) == np.sign(other.values.numpy()))
     with pytest.raises(ScoreError, match="constant"):
         statistics.correlation(scores, dfa.controls.uniform(NODES))
+    with pytest.raises(DfaError, match="needs finite values"):
+        statistics.paired_test([1.0, np.nan], [1.0, 2.0])
+    with pytest.raises(DfaError, match="p-value of 'b' is nan"):
+        statistics.holm({"a": 0.1, "b": np.nan})
     a = [1.0, 2.0, 3.0, 4.0, 5.0, 6.0]
     assert statistics.paired_test(a, [x - 1 for x in a]) == pytest.approx(2 / 2**6)
     with pytest.raises(DfaError, match="two equally long lists"):

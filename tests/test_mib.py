@@ -292,6 +292,61 @@ def test_a_missing_column_is_named(tmp_path, llama):
         load("ioi", llama, tmp_path / "b")
 
 
+@pytest.mark.parametrize(
+    ("name", "change", "reason"),
+    [
+        ("ioi", lambda row: row["metadata"].update(subject=None), "missing value"),
+        ("ioi", lambda row: row.update(prompt=None), "missing"),
+        ("mcqa", lambda row: row.update(answerKey=None), "missing value"),
+        ("mcqa", lambda row: row["choices"]["label"].__setitem__(1, None), "missing value"),
+        ("addition", lambda row: row.update(label=None), "missing value"),
+    ],
+)
+def test_rows_with_gaps_are_left_out_and_counted(tmp_path, llama, name, change, reason):
+    """A gap is no word: " None" would be a name, and "None" a result."""
+    folder, rows = ROWS[name]
+
+    def gappy(i):
+        made = rows(i)
+        if i % 6 == 1:
+            change(made)
+        return made
+
+    write(tmp_path / folder, gappy, config=mib.TASKS[name].config)
+    whole = dfa.tasks.coverage({"llama": llama}, tasks=[name], path=tmp_path).iloc[0]
+    rows_with_one = [
+        i for i in range(60) if i % 6 == 1 and (name != "addition" or i % 7)
+    ]  # the rest has no counterfactual
+    assert whole[reason] == len(rows_with_one)
+    pairs = dfa.tasks.load(name, llama, n=None, collection="mib", path=tmp_path)
+    assert pairs.dropped[reason] == len(rows_with_one)
+    words = [llama.decode([int(token)]) for token in torch.cat([pairs.answer, pairs.wrong])]
+    assert not any("None" in word or "nan" in word for word in words)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("mcqa", lambda row: row.update(answerKey="A"), "does not have the form of mib-bench/copycolors_mcqa: invalid"),
+        ("mcqa", lambda row: row.update(choices="A, B"), "does not have the form of mib-bench/copycolors_mcqa: string"),
+        ("ioi", lambda row: row.update(metadata="x"), "does not have the form of mib-bench/ioi"),
+        ("addition", lambda row: row.update(random_counterfactual="x"), "does not have the form of mib-bench/arith"),
+    ],
+)
+def test_rows_of_another_form_are_refused(tmp_path, llama, name, change, message):
+    folder, rows = ROWS[name]
+
+    def other(i):
+        made = rows(i)
+        change(made)
+        return made
+
+    write(tmp_path / folder, other, config=mib.TASKS[name].config)
+    with pytest.raises(TaskError, match=message) as caught:
+        dfa.tasks.load(name, llama, n=4, collection="mib", path=tmp_path)
+    assert len(str(caught.value)) < 400
+
+
 def test_half_a_download_is_refused(tmp_path, llama):
     write(tmp_path / "ioi", ioi_row, n=3)
     file = next((tmp_path / "ioi").rglob("train*.parquet"))

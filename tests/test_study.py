@@ -6,10 +6,12 @@ from typing import get_args
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
 import dfa_lens as dfa
 from dfa_lens import study
 from dfa_lens.errors import DfaError, FileError
+from dfa_lens.parameterisation import Kernel
 from dfa_lens.results import Control
 from dfa_lens.study import Cell, Setting, Size
 
@@ -95,8 +97,92 @@ def test_a_folder_keeps_what_its_rows_were_made_with(tmp_path, monkeypatch):
     with pytest.raises(DfaError, match="made with another size and collection"):
         study.run(["llama3"], {"a": Setting()}, seeds=[0], collection="mib", out=tmp_path)
     (tmp_path / "study.json").write_text("[")
-    with pytest.raises(FileError, match="does not describe a study"):
+    with pytest.raises(FileError, match="is not the description of a study"):
         study.run(["llama3"], {"a": Setting()}, seeds=[0], size=TINY, out=tmp_path)
+
+
+def kernel_of(value):
+    """A form of W whose numbers differ where a text of them does not."""
+    alike = torch.zeros(54, 110)
+    alike[:, 55] = value
+    return Kernel({"alike": alike}, free=False)
+
+
+def test_what_was_trained_is_known_by_its_content():
+    """Two forms of W whose texts are alike give two alignments, and two that hold the same are trained once."""
+    assert repr(kernel_of(1.0)) == repr(kernel_of(2.0))
+    cell = Cell("llama3", 0, Size(train=4, test=4, steps=1, curve_points=2))
+    options = [kernel_of(1.0), kernel_of(0.0), kernel_of(1.0), lambda cell, trained: kernel_of(1.0)]
+    settings = {str(i): Setting("in-distribution", options={"alignment": form}) for i, form in enumerate(options)}
+    runs = []
+    fit_many = study.fit_many
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(study, "fit_many", lambda *args, **kw: runs.append(len(args[1])) or fit_many(*args, **kw))
+        with pytest.warns(dfa.IntegrationWarning):
+            found = [outcome.alignment for outcome in cell.run(settings, ["ioi"]) if outcome.setting]
+    assert runs == [1, 1, 0, 1]
+    assert found[0] != found[1] and not found[1].W.any()
+    assert found[0] is found[2] and found[0] == found[3]
+    with pytest.raises(DfaError, match="Nothing tells two objects"):
+        list(cell.run({"x": Setting(options={"towards": object()})}, ["ioi"]))
+
+
+def test_a_folder_knows_settings_and_models_by_their_content(tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        study, "_run_plan", lambda plan: pd.DataFrame({"family": [plan.pair.name], "seed": [plan.seed]})
+    )
+
+    def run(value=1.0, target="llama3-tiny-target"):
+        setting, pair = (
+            Setting(options={"alignment": kernel_of(value)}),
+            study.Pair("own", "llama3-tiny-source", target),
+        )
+        study.run([pair], {"a": setting}, seeds=[0], size=TINY, out=tmp_path)
+
+    run()
+    run()
+    with pytest.raises(DfaError, match="made with another setting 'a'"):
+        run(value=2.0)
+    with pytest.raises(DfaError, match="made with another pair 'own'"):
+        run(target="llama3-tiny-source")
+    with pytest.raises(DfaError, match="Two pairs of models are called 'own'"):
+        study.run([study.Pair("own", x, x) for x in ("llama3-tiny-source", "llama3-tiny-target")], out=tmp_path)
+    written = json.loads((tmp_path / "study.json").read_text())["settings"]["a"]
+    assert written["options"]["alignment"]["free"] is False
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"[" * 100_000,
+        b"\xff\xfe",
+        b"[]",
+        b'"size"',
+        b'{"size": 1}',
+        b'{"settings": [], "size": {}}',
+        b"",
+        b"\0" * 9,
+        b"NaN",
+    ],
+)
+def test_broken_descriptions_of_a_study(tmp_path, content):
+    (tmp_path / "study.json").write_bytes(content)
+    with pytest.raises(FileError, match=r"study\.json (is not|does not) .*descri") as caught:
+        study.run(["llama3"], {"a": Setting()}, seeds=[0], size=TINY, out=tmp_path)
+    assert len(str(caught.value)) < 300
+
+
+def test_broken_tables(tmp_path):
+    path = tmp_path / "table.csv"
+    for content in (b"", b"\xff\xfe\n", b'"a\n', b"a,b\n1,2\n", b"\0\0\n"):
+        path.write_bytes(content)
+        with pytest.raises(FileError, match="is not a table of a study") as caught:
+            study.read(path)
+        assert len(str(caught.value)) < 300
+    with pytest.raises(FileError, match="is a folder"):
+        study.read(tmp_path)
+    with pytest.raises(FileError, match="There is no file"):
+        study.read(tmp_path / "none.csv")
 
 
 def test_every_setting_of_the_benchmark_runs():

@@ -1,11 +1,18 @@
+import json
+import warnings
+from dataclasses import fields
+
 import pytest
 import torch
 from helpers import random_model, random_pairs, unchecked
 
 import dfa_lens as dfa
+from dfa_lens import training
 from dfa_lens.errors import AlignmentError, PromptError, ScoreError, TrainingError
 from dfa_lens.models import hooks
 from dfa_lens.models.runner import Runner
+from dfa_lens.objectives import Matryoshka, Sparse, TargetSize
+from dfa_lens.parameterisation import DepthBand, Full, Kernel, LowRank, Standardised
 
 SOURCE = dfa.NodeSet.for_sizes(2, 2)
 
@@ -153,6 +160,61 @@ def test_released_options_are_the_modes_by_name(any_model):
         "sparsity": 0.1,
         "gate_heads": False,
     }
+
+
+def test_metadata_hold_all_that_was_asked_for(any_model):
+    """Changing any field of a job, of a form of W or of an objective changes what is written down, and only that."""
+    scores, pairs = inputs()
+    near = dfa.controls.depth_mean(SOURCE, dfa.NodeSet.heads_and_mlps(any_model))
+    alike = torch.rand(6, 15, generator=torch.Generator().manual_seed(0))
+    changes = {
+        "scores": scores | {"a": dfa.NodeScores(scores["a"].values + 1, SOURCE)},
+        "sparsity": 2.0, "lr": 0.2, "steps": 2, "batch_size": 3, "seed": 1, "scaling": "rank", "temperature": (1.0, 0.5),
+        "initial": torch.ones(6, 15), "initial_scale": 0.02, "towards": near, "shuffle": False,
+        "alignment": Kernel({"x": alike}), "objective": TargetSize(0.4),
+    }  # fmt: skip
+    forms = (
+        Kernel({"x": alike}), Kernel({"x": alike + 1e-6}), Kernel({"y": alike}), Kernel({"x": alike}, strength=0.5),
+        Kernel({"x": alike}, free=False), Standardised(0.1), Standardised(0.2), LowRank(1), LowRank(2), DepthBand(0.3),
+        DepthBand(0.5), Full(alike), Full(2 * alike),
+    )  # fmt: skip
+    targets = (
+        TargetSize(0.3), TargetSize(0.5), TargetSize(0.3, 5.0), Matryoshka(), Matryoshka(0.2), Matryoshka(sizes="log-uniform"),
+        Matryoshka(warm_up=0.25), Matryoshka(straight_through=True), Matryoshka(sparsity=1.0), Sparse(3.0),
+    )  # fmt: skip
+    jobs = {name: dfa.Job(**({"scores": scores, "steps": 1, name: value})) for name, value in changes.items()}
+    jobs["nothing"] = dfa.Job(scores, steps=1)
+    jobs["pull"] = dfa.Job(scores, steps=1, towards=near, pull=2.0)
+    jobs |= {f"form {i}": dfa.Job(scores, steps=1, alignment=form) for i, form in enumerate(forms)}
+    jobs |= {f"objective {i}": dfa.Job(scores, steps=1, objective=each) for i, each in enumerate(targets)}
+    assert {field.name for field in fields(dfa.Job)} == changes.keys() | {"pull"}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", dfa.TrainingWarning)  # two ranks for two tasks, and masks of ones
+        found = {name: alignment.meta for name, alignment in dfa.fit_many(any_model, jobs, pairs).items()}
+    written = {name: json.dumps(meta, sort_keys=True) for name, meta in found.items()}
+    assert len(set(written.values())) == len(jobs) - 1  # one form is there twice
+    assert written["form 0"] == written["alignment"]
+    for name, key in (("lr", "lr"), ("temperature", "temperature"), ("shuffle", "shuffle"), ("steps", "steps")):
+        assert {k for k in found[name] if found[name][k] != found["nothing"][k]} == {key}
+    assert found["form 7"]["alignment_options"] == {"rank": 1}
+    assert found["objective"]["objective_options"] == {"fraction": 0.4, "sparsity": 10.0}
+    assert found["temperature"]["temperature"] == [1.0, 0.5]
+
+
+def test_tasks_may_be_measured_differently(any_model):
+    """Training has a loss of its own: what the pairs are otherwise measured by does not matter."""
+    scores, pairs = inputs()
+    found = dfa.fit(any_model, scores, pairs | {"b": pairs["b"].with_metric("probability-difference")}, steps=2)
+    assert found == dfa.fit(any_model, scores, pairs, steps=2)
+
+
+def test_what_is_kept_is_made_once(any_model, monkeypatch):
+    """One store for each hook point and one for the clean run's predictions, however many batches fill them."""
+    made = []
+    monkeypatch.setattr(training, "_Store", lambda *args, kept=training._Store: made.append(1) or kept(*args))
+    scores, pairs = inputs()
+    dfa.fit(any_model, scores, pairs, steps=1, batch_size=2, share_prefix=False)
+    assert len(made) == len(dfa.NodeSet.heads_and_mlps(any_model).points) + 1
 
 
 @pytest.mark.parametrize("loss", ["kl", "logit-difference"])

@@ -14,6 +14,7 @@ from plotly.offline import get_plotlyjs
 
 from dfa_lens.errors import DfaError
 from dfa_lens.faithfulness import FaithfulnessCurve, cpr_difference
+from dfa_lens.files import write_atomically
 from dfa_lens.plots.curves import curves
 from dfa_lens.plots.heatmaps import aligned_heatmap, scores_heatmap
 from dfa_lens.plots.matrices import alignment_explorer
@@ -21,7 +22,6 @@ from dfa_lens.plots.picture import Picture
 from dfa_lens.plots.style import FONT
 from dfa_lens.plots.trends import recovery_bars, score_scatter, training_history
 from dfa_lens.results import GOLD, Results, TaskResult
-from dfa_lens.scores import write_atomically
 from dfa_lens.statistics import holm
 
 SIGNIFICANT = 0.05

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from dfa_lens import screening
-from dfa_lens.errors import TaskError, unknown
+from dfa_lens.errors import TaskError, short, unknown
 from dfa_lens.tasks.offline import Example
 
 SPLITS = ("train", "validation", "test")
@@ -55,6 +55,15 @@ class MibTask:
     config: str | None = None
 
 
+def _text(value: object) -> str:
+    """A cell that is a text, or a whole number as the data sets write results; a row without is left out."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
+    raise _UnusableError("missing value" if value is None or value != value else "not a text")  # noqa: PLR0124 - NaN
+
+
 def _n_tokens(tokenizer: Any, text: str) -> int:
     return len(screening.tokens(tokenizer, [text], special=False)[0])
 
@@ -62,7 +71,7 @@ def _n_tokens(tokenizer: Any, text: str) -> int:
 def _ioi(row: Mapping[str, Any], other: Mapping[str, Any], tokenizer: Any) -> Example:
     """Kept: rows whose indirect object, subject and third name have equally many tokens."""
     people = row["metadata"]
-    names = [f" {people[key]}" for key in ("indirect_object", "subject", "random_c")]
+    names = [f" {_text(people[key])}" for key in ("indirect_object", "subject", "random_c")]
     if len({_n_tokens(tokenizer, name) for name in names}) > 1:
         raise _UnusableError("names of different lengths")
     return Example(row["prompt"], other["prompt"], names[0], names[1], "", 0)
@@ -73,14 +82,16 @@ def _choice(row: Mapping[str, Any], other: Mapping[str, Any], tokenizer: Any) ->
 
     def label(record: Mapping[str, Any]) -> str:
         labels, index = record["choices"]["label"], record["answerKey"]
+        if index is None:
+            raise _UnusableError("missing value")
         if not 0 <= int(index) < len(labels):
             raise _UnusableError("answer key outside the choices")
-        return str(labels[int(index)])
+        return _text(labels[int(index)])
 
     answer, wrong = label(row), label(other)
     if _n_tokens(tokenizer, answer) != _n_tokens(tokenizer, wrong):
         raise _UnusableError("labels of different lengths")
-    choices = tuple(str(x) for x in row["choices"]["label"]), tuple(str(x) for x in other["choices"]["label"])
+    choices = tuple(map(_text, row["choices"]["label"])), tuple(map(_text, other["choices"]["label"]))
     return Example(row["prompt"], other["prompt"], answer, wrong, "", 0, *choices)
 
 
@@ -89,7 +100,7 @@ def _arithmetic(operator: str) -> Callable[[Mapping[str, Any], Mapping[str, Any]
         """Kept: rows of the operator whose two results are single tokens."""
         if row["operator"] != operator:
             raise _UnusableError("other operator")
-        answer, wrong = str(row["label"]), str(other["label"])
+        answer, wrong = _text(row["label"]), _text(other["label"])
         if _n_tokens(tokenizer, answer) != 1 or _n_tokens(tokenizer, wrong) != 1:
             raise _UnusableError("result of several tokens")
         return Example(row["prompt"], other["prompt"], answer, wrong, "", 0)
@@ -200,18 +211,24 @@ def rows(
 def _examples(
     task: MibTask, dataset: Any, counterfactual: str, tokenizer: Any, where: str
 ) -> Iterator[Example | Reason]:
-    for row in dataset:
+    for number, row in enumerate(dataset):
         other = row[counterfactual]
-        if other is None or other.get("prompt", "") is None:
+        if other is None or (isinstance(other, Mapping) and other.get("prompt", "") is None):
             yield "no counterfactual"
             continue
         try:
             yield task.read(row, other, tokenizer)
         except _UnusableError as reason:
             yield str(reason)
-        except (KeyError, TypeError) as error:
+        except KeyError as error:
+            has = short(", ".join(map(repr, other)))
             raise TaskError(
-                f"{where}: a record of {counterfactual!r} or its row lacks {error}; it has {sorted(other)}."
+                f"{where}: a record of {counterfactual!r} or its row lacks {error}; it has {has}."
+            ) from error
+        except (TypeError, ValueError, AttributeError, IndexError) as error:
+            raise TaskError(
+                f"{where}: row {number} (in shuffled order) or its {counterfactual!r} does not have the form of "
+                f"{task.repository}: {short(error)}."
             ) from error
 
 
@@ -236,9 +253,9 @@ def _read(task: MibTask, split: str, path: str | Path | None) -> tuple[Any, str]
             return datasets.load_dataset(source, split=split, **options), source
     except (DatasetsError, OSError, ValueError, RuntimeError) as error:
         if "Unknown split" in str(error):
-            raise TaskError(f"{source} has no split {split!r}: {error}") from error
+            raise TaskError(f"{source} has no split {split!r}: {short(error, 300)}") from error
         hint = "Was it downloaded completely?" if path is not None else "Is the Hugging Face hub within reach?"
-        raise TaskError(f"{source} can't be read. {hint} ({type(error).__name__}: {error})") from error
+        raise TaskError(f"{source} can't be read. {hint} ({type(error).__name__}: {short(error, 300)})") from error
 
 
 def _check_complete(folder: Path) -> None:
