@@ -48,7 +48,7 @@ def demo(
     quick: Annotated[bool, typer.Option("--quick", help="Fewer examples, steps and sizes.")] = False,
 ) -> None:
     """Transfer circuits in the shipped models; print a table and write a report."""
-    from dfa_lens import demo as module
+    from dfa_lens.experiments import demo as module
     from dfa_lens.plots import report as write_report
 
     size = module.QUICK if quick else module.FULL
@@ -146,7 +146,7 @@ def study(
     quick: Annotated[bool, typer.Option("--quick", help="Fewer examples, steps and sizes.")] = False,
 ) -> None:
     """Compare settings (regimes, controls, methods) over tasks, families and seeds; one tidy table."""
-    from dfa_lens import study as module
+    from dfa_lens.experiments import study as module
 
     for name in setting or ():
         if name not in module.SETTINGS:
@@ -223,7 +223,7 @@ def report(
 ) -> None:
     """Draw saved scores as an interactive aligned heatmap in one HTML file."""
     import dfa_lens as dfa
-    from dfa_lens.files import write_atomically
+    from dfa_lens.data.files import write_atomically
 
     figure = dfa.plots.aligned_heatmap(
         dfa.NodeScores.load(source),
@@ -239,7 +239,7 @@ def doctor(
     model: Annotated[str | None, typer.Option(help="Also load this model and try what it can do.")] = None,
 ) -> None:
     """Say what is installed, what there is to compute with, and what will work."""
-    from dfa_lens import diagnosis
+    from dfa_lens import doctor as diagnosis
 
     for line in diagnosis.lines(_model(model) if model is not None else None):
         typer.echo(line)

@@ -4,7 +4,7 @@ import torch
 from helpers import unchecked
 
 import dfa_lens as dfa
-from dfa_lens.alignment import Stage, scale
+from dfa_lens.data.alignment import Stage, scale
 from dfa_lens.errors import AlignmentError, FileError, ScoreError
 
 A, B, C = dfa.NodeSet.for_sizes(2, 2), dfa.NodeSet.for_sizes(3, 3), dfa.NodeSet.for_sizes(4, 5)

@@ -116,7 +116,7 @@ def test_heatmap_slider(browser, heatmap):
 
 
 def test_report(browser, tmp_path):
-    from dfa_lens import demo
+    from dfa_lens.experiments import demo
     from dfa_lens.plots import report
 
     size = demo.Size(train=8, test=4, steps=2, curve_points=4, batch_size=8)
@@ -248,7 +248,7 @@ def page(tmp_path_factory):
     """A report with names that would be markup."""
     from dataclasses import replace
 
-    from dfa_lens import demo
+    from dfa_lens.experiments import demo
 
     size = demo.Size(train=8, test=6, steps=3, curve_points=4, batch_size=8)
     results = demo.run(families=["qwen2.5"], only=["mcqa"], size=size)
@@ -312,8 +312,8 @@ def made_up(tmp_path_factory):
     """A report of made-up results: no model, the same on every machine."""
     import torch
 
-    from dfa_lens.faithfulness import FaithfulnessCurve
-    from dfa_lens.results import Results, TaskResult
+    from dfa_lens.evaluation.faithfulness import FaithfulnessCurve
+    from dfa_lens.experiments.table import Results, TaskResult
 
     def curve(level, seed):
         rng = np.random.default_rng(seed)

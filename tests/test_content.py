@@ -16,11 +16,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import dfa_lens as dfa
-from dfa_lens.alignment import Stage
-from dfa_lens.content import fingerprint, plain, same
+from dfa_lens.data.alignment import Stage
+from dfa_lens.data.content import fingerprint, plain, same
 from dfa_lens.errors import AlignmentError, DfaError, ScoreError
-from dfa_lens.parameterisation import Full, Kernel, LowRank
-from dfa_lens.study import Setting
+from dfa_lens.experiments.study import Setting
+from dfa_lens.transfer.forms import Full, Kernel, LowRank
 
 A, B = dfa.NodeSet.for_sizes(2, 2), dfa.NodeSet.for_sizes(3, 3)
 
@@ -289,7 +289,7 @@ def test_what_nothing_tells_apart_is_refused():
 def test_fingerprints_are_those_of_every_process():
     """Python's own hashes of texts differ from process to process."""
     code = (
-        "import torch, dfa_lens as dfa\nfrom dfa_lens.content import fingerprint\n"
+        "import torch, dfa_lens as dfa\nfrom dfa_lens.data.content import fingerprint\n"
         "print(fingerprint([{'b', 'a', 'c'}, {'x': torch.arange(3.)}, dfa.controls.depth_mean, dfa.NodeSet.for_sizes(2, 2)]))"
     )
     here = fingerprint([{"b", "a", "c"}, {"x": torch.arange(3.0)}, dfa.controls.depth_mean, A])

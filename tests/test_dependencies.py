@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import dfa_lens as dfa
-from dfa_lens import diagnosis
+from dfa_lens import doctor as diagnosis
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tools"))

@@ -5,9 +5,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import dfa_lens as dfa
-from dfa_lens import diagnostics
+from dfa_lens.data.statistics import compare, holm, mean_interval
 from dfa_lens.errors import AlignmentError, DfaError, ScoreError
-from dfa_lens.statistics import compare, holm, mean_interval
+from dfa_lens.evaluation import diagnostics
 
 A, B = dfa.NodeSet.for_sizes(2, 2), dfa.NodeSet.for_sizes(3, 4)
 

@@ -4,12 +4,12 @@ import torch
 from helpers import made_curve, random_model, random_pairs, unchecked
 
 import dfa_lens as dfa
-from dfa_lens import statistics
+from dfa_lens.data import statistics
+from dfa_lens.data.statistics import StatisticsWarning
 from dfa_lens.errors import DfaError, FaithfulnessError, ScoreError
-from dfa_lens.faithfulness import area, cpr_difference, default_sizes
+from dfa_lens.evaluation.faithfulness import area, cpr_difference, default_sizes
 from dfa_lens.models import hooks
 from dfa_lens.models.runner import Runner
-from dfa_lens.statistics import StatisticsWarning
 
 NODES = dfa.NodeSet.for_sizes(3, 4)
 

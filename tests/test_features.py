@@ -4,8 +4,8 @@ import torch
 from helpers import random_model, random_pairs, state_of
 
 import dfa_lens as dfa
-from dfa_lens import features
 from dfa_lens.errors import AlignmentError, NodeError
+from dfa_lens.transfer import similarity as features
 
 
 def test_attention_features_against_the_patterns(any_model):

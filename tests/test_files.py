@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 import dfa_lens as dfa
-from dfa_lens.content import plain
+from dfa_lens.data.content import plain
+from dfa_lens.data.files import load_tensors, save_tensors, write_atomically
 from dfa_lens.errors import DfaError, FileError, ScoreError
-from dfa_lens.files import load_tensors, save_tensors, write_atomically
 
 A, B = dfa.NodeSet.for_sizes(2, 2), dfa.NodeSet.for_sizes(3, 3)
 MIB = dfa.NodeSet.for_sizes(1, 2, with_input=True)

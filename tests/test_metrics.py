@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dfa_lens import metrics
+from dfa_lens.data import metrics
 
 
 def test_divergence_is_that_of_torch_distributions():

@@ -1,8 +1,8 @@
 import pytest
 
 import dfa_lens as dfa
+from dfa_lens.data.nodes import Node
 from dfa_lens.errors import HookError, NodeError
-from dfa_lens.nodes import Node
 
 
 @pytest.mark.parametrize(

@@ -6,11 +6,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import dfa_lens as dfa
-from dfa_lens import objectives
 from dfa_lens.errors import AlignmentError
 from dfa_lens.models import hooks
 from dfa_lens.models.runner import Runner
-from dfa_lens.objectives import Matryoshka, Sparse, TargetSize, gates_of_size
+from dfa_lens.transfer import objectives
+from dfa_lens.transfer.objectives import Matryoshka, Sparse, TargetSize, gates_of_size
 
 NODES = dfa.NodeSet.for_sizes(2, 2)
 

@@ -120,7 +120,7 @@ def test_doctor(tmp_path, zoo_source):
 
 
 def test_doctor_on_a_model_without_a_tokenizer(zoo_source, monkeypatch):
-    from dfa_lens import diagnosis
+    from dfa_lens import doctor as diagnosis
     from dfa_lens.models.runner import Runner
 
     monkeypatch.setattr(zoo_source, "tokenizer", None)
@@ -139,10 +139,10 @@ def test_shell_completion():
 
 
 def test_the_demo_and_its_report(tmp_path):
-    from dfa_lens import demo
     from dfa_lens.errors import DfaError
+    from dfa_lens.experiments import demo
+    from dfa_lens.experiments.table import Results
     from dfa_lens.plots import report
-    from dfa_lens.results import Results
 
     size = demo.Size(train=8, test=4, steps=2, curve_points=3, batch_size=8)
     results = demo.run(families=["llama3"], only=["addition"], size=size)
@@ -167,9 +167,9 @@ def test_the_demo_and_its_report(tmp_path):
 def test_labels_in_the_report_are_escaped(tmp_path):
     from dataclasses import replace
 
-    from dfa_lens import demo
+    from dfa_lens.experiments import demo
+    from dfa_lens.experiments.table import Results
     from dfa_lens.plots import report
-    from dfa_lens.results import Results
 
     size = demo.Size(train=8, test=4, steps=2, curve_points=3, batch_size=8)
     result = demo.run(families=["llama3"], only=["addition"], size=size).tasks[0]

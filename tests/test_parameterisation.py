@@ -6,9 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import dfa_lens as dfa
-from dfa_lens import parameterisation as p
 from dfa_lens.errors import AlignmentError
-from dfa_lens.features import depth_gap, kind_and_depth, same_kind
+from dfa_lens.transfer import forms as p
+from dfa_lens.transfer.similarity import depth_gap, kind_and_depth, same_kind
 
 SOURCE, TARGET = dfa.NodeSet.for_sizes(2, 2), dfa.NodeSet.for_sizes(3, 4)
 

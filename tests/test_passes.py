@@ -5,10 +5,10 @@ import torch
 from helpers import BACKENDS, plain_passes, random_model, random_pairs
 
 import dfa_lens as dfa
-from dfa_lens import training
 from dfa_lens.errors import DfaError, HookError
 from dfa_lens.models import hooks, memory
 from dfa_lens.models.runner import Runner, ShortCutWarning, Start, attention_mask, stream_hooks
+from dfa_lens.transfer import trainer as training
 
 TOLERANCE = {"rtol": 1e-4, "atol": 2e-5}
 

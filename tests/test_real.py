@@ -12,7 +12,7 @@ from helpers import BACKENDS
 from scipy.stats import pearsonr
 
 import dfa_lens as dfa
-from dfa_lens.attribution import INCOMPLETE
+from dfa_lens.attribution.attribute import INCOMPLETE
 from dfa_lens.models.runner import Runner, attention_mask
 
 pytestmark = pytest.mark.real

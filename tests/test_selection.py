@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import dfa_lens as dfa
-from dfa_lens import selection
+from dfa_lens.data import selection
 from dfa_lens.errors import NodeError, PromptError
 
 N = 6

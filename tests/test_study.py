@@ -9,11 +9,11 @@ import pytest
 import torch
 
 import dfa_lens as dfa
-from dfa_lens import study
 from dfa_lens.errors import DfaError, FileError
-from dfa_lens.parameterisation import Kernel
-from dfa_lens.results import Control
-from dfa_lens.study import Cell, Setting, Size
+from dfa_lens.experiments import study
+from dfa_lens.experiments.study import Cell, Setting, Size
+from dfa_lens.experiments.table import Control
+from dfa_lens.transfer.forms import Kernel
 
 TINY = Size(train=6, test=4, steps=2, curve_points=3, batch_size=8)
 SOME = {
@@ -200,7 +200,7 @@ def test_every_setting_of_the_benchmark_runs():
 def test_processes_give_the_same(tmp_path):
     """In a process of its own, since the pool starts fresh interpreters."""
     code = (
-        "import json\nfrom dfa_lens import study\nfrom dfa_lens.study import Setting, Size\n"
+        "import json\nfrom dfa_lens import study\nfrom dfa_lens.experiments.study import Setting, Size\n"
         "if __name__ == '__main__':\n"
         "    size = Size(train=4, test=3, steps=1, curve_points=2, batch_size=8)\n"
         "    made = [study.run(None, {'random-w': Setting(control='random-w')}, seeds=[0], test_tasks=['ioi'], size=size,"

@@ -7,12 +7,12 @@ import torch
 from helpers import random_model, random_pairs, unchecked
 
 import dfa_lens as dfa
-from dfa_lens import training
 from dfa_lens.errors import AlignmentError, PromptError, ScoreError, TrainingError
 from dfa_lens.models import hooks
 from dfa_lens.models.runner import Runner
-from dfa_lens.objectives import Matryoshka, Sparse, TargetSize
-from dfa_lens.parameterisation import DepthBand, Full, Kernel, LowRank, Standardised
+from dfa_lens.transfer import trainer as training
+from dfa_lens.transfer.forms import DepthBand, Full, Kernel, LowRank, Standardised
+from dfa_lens.transfer.objectives import Matryoshka, Sparse, TargetSize
 
 SOURCE = dfa.NodeSet.for_sizes(2, 2)
 
@@ -116,7 +116,7 @@ def test_target_only(any_model):
 
 def test_a_failed_training_hands_back_what_it_had(any_model, monkeypatch):
     """The gates become NaN at step 3: the error says where, and carries the W of the steps before."""
-    from dfa_lens.objectives import Masks, Sparse
+    from dfa_lens.transfer.objectives import Masks, Sparse
 
     class Breaks(Sparse):
         def masks(self, scores, *, temperature, progress, generator):
@@ -149,7 +149,7 @@ def test_staying_near_another_alignment(any_model):
 
 
 def test_released_options_are_the_modes_by_name(any_model):
-    from dfa_lens.training import RELEASED
+    from dfa_lens.transfer.trainer import RELEASED
 
     scores, pairs = inputs()
     found = dfa.fit(any_model, scores, pairs, steps=2, **RELEASED)

@@ -14,10 +14,10 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from dfa_lens.data.nodes import NodeSet, Site
 from dfa_lens.errors import HookError, NodeError, ScoreError, unknown
 from dfa_lens.models.backend import HookedModel, HookFunction
 from dfa_lens.models.runner import WORTH_LAYING_OUT, Runner
-from dfa_lens.nodes import NodeSet, Site
 
 __all__ = [
     "Activations",
@@ -313,8 +313,8 @@ def add_hook_point(
     Returns
     -------
     str
-        The hook point's full name, for :meth:`~dfa_lens.nodes.NodeSet.from_points` and ``model.hook_dict``. It stays
-        until :func:`remove_hook_point`.
+        The hook point's full name, for :meth:`~dfa_lens.data.nodes.NodeSet.from_points` and ``model.hook_dict``. It
+        stays until :func:`remove_hook_point`.
 
     Raises
     ------

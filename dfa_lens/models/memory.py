@@ -10,12 +10,12 @@ from typing import Any, Literal, TypeVar
 import psutil
 import torch
 
+from dfa_lens.data.nodes import NodeSet
+from dfa_lens.data.pairs import PromptPairs
 from dfa_lens.errors import DfaError
 from dfa_lens.models import private
 from dfa_lens.models.backend import HookedModel
 from dfa_lens.models.runner import Runner
-from dfa_lens.nodes import NodeSet
-from dfa_lens.prompts import PromptPairs
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +50,7 @@ def run(
     Parameters
     ----------
     operation, options:
-        What of :func:`~dfa_lens.planning.estimate` tells its memory.
+        What of :func:`~dfa_lens.models.estimate.estimate` tells its memory.
     """
     if batch_size != "auto":
         if isinstance(batch_size, str) or batch_size < 1:
@@ -71,7 +71,7 @@ def run(
 
 def fitting(model: HookedModel, pairs: PromptPairs, nodes: NodeSet, operation: str, **options: Any) -> int:
     """The largest power of two whose estimated memory is free: at least 1, at most the number of pairs."""
-    from dfa_lens.planning import estimate  # it knows all operations, this one among them
+    from dfa_lens.models.estimate import estimate  # it knows all operations, this one among them
 
     one, two = (estimate(model, pairs, nodes, batch_size=n, **options)[operation].peak_bytes for n in (1, 2))
     device = Runner(model).device

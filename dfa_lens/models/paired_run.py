@@ -9,12 +9,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from dfa_lens.data.nodes import NodeSet
+from dfa_lens.data.pairs import PromptPairs
 from dfa_lens.models import hooks
 from dfa_lens.models.backend import HookFunction
 from dfa_lens.models.hooks import Activations, Intervention
 from dfa_lens.models.runner import Prefix, Runner, Start, stream_hooks, tile
-from dfa_lens.nodes import NodeSet
-from dfa_lens.prompts import PromptPairs
 
 
 class PairedRun:

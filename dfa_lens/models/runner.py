@@ -30,12 +30,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from dfa_lens.data.nodes import NodeSet
+from dfa_lens.data.pairs import PromptPairs
 from dfa_lens.errors import HookError, PromptError
 from dfa_lens.models import private, trials
 from dfa_lens.models.backend import Backend, HookFunction, KeysValues, neutral, usable
 from dfa_lens.models.trials import ShortCut, Verdict
-from dfa_lens.nodes import NodeSet
-from dfa_lens.prompts import PromptPairs
 
 logger = logging.getLogger(__name__)
 

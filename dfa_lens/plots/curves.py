@@ -9,7 +9,7 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from dfa_lens.errors import FaithfulnessError
-from dfa_lens.faithfulness import FaithfulnessCurve
+from dfa_lens.evaluation.faithfulness import FaithfulnessCurve
 from dfa_lens.plots import style as styling
 from dfa_lens.plots.picture import Picture
 from dfa_lens.plots.style import Style

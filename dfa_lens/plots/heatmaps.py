@@ -11,15 +11,15 @@ import pandas as pd
 import plotly.graph_objects as go
 import torch
 
-from dfa_lens.alignment import Alignment
+from dfa_lens.data.alignment import Alignment
+from dfa_lens.data.nodes import NodeSet
+from dfa_lens.data.scores import NodeScores
 from dfa_lens.errors import ScoreError
-from dfa_lens.faithfulness import FaithfulnessCurve
-from dfa_lens.nodes import NodeSet
+from dfa_lens.evaluation.faithfulness import FaithfulnessCurve
 from dfa_lens.plots import links as linking
 from dfa_lens.plots import style as styling
 from dfa_lens.plots.picture import Picture
 from dfa_lens.plots.style import Style
-from dfa_lens.scores import NodeScores
 
 T = TypeVar("T")
 

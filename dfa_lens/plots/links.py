@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 import plotly.graph_objects as go
 import torch
 
-from dfa_lens.alignment import Alignment
+from dfa_lens.data.alignment import Alignment
+from dfa_lens.data.scores import NodeScores
 from dfa_lens.plots import style
-from dfa_lens.scores import NodeScores
 
 POSITIVE, NEGATIVE = style.DIVERGING[-1][1], style.DIVERGING[0][1]
 

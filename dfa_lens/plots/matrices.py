@@ -8,9 +8,9 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
-from dfa_lens.alignment import Alignment
+from dfa_lens.data.alignment import Alignment
+from dfa_lens.data.nodes import NodeSet
 from dfa_lens.errors import AlignmentError, DfaError
-from dfa_lens.nodes import NodeSet
 from dfa_lens.plots import style as styling
 from dfa_lens.plots.picture import Picture
 from dfa_lens.plots.style import Style

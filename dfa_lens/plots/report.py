@@ -12,17 +12,17 @@ import plotly.graph_objects as go
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from plotly.offline import get_plotlyjs
 
+from dfa_lens.data.files import write_atomically
+from dfa_lens.data.statistics import holm
 from dfa_lens.errors import DfaError
-from dfa_lens.faithfulness import FaithfulnessCurve, cpr_difference
-from dfa_lens.files import write_atomically
+from dfa_lens.evaluation.faithfulness import FaithfulnessCurve, cpr_difference
+from dfa_lens.experiments.table import GOLD, Results, TaskResult
 from dfa_lens.plots.curves import curves
 from dfa_lens.plots.heatmaps import aligned_heatmap, scores_heatmap
 from dfa_lens.plots.matrices import alignment_explorer
 from dfa_lens.plots.picture import Picture
 from dfa_lens.plots.style import FONT
 from dfa_lens.plots.trends import recovery_bars, score_scatter, training_history
-from dfa_lens.results import GOLD, Results, TaskResult
-from dfa_lens.statistics import holm
 
 SIGNIFICANT = 0.05
 """Marks are set where p, corrected for all cells of the table, is below this."""
@@ -47,7 +47,7 @@ def report(results: Results, path: str | Path) -> Path:
     Parameters
     ----------
     results:
-        As :func:`dfa_lens.demo.run` returns them.
+        As :func:`dfa_lens.experiments.demo.run` returns them.
     path:
         The file to write; a folder gets ``index.html``.
 

@@ -9,14 +9,14 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
-from dfa_lens.alignment import Alignment
+from dfa_lens.data.alignment import Alignment
+from dfa_lens.data.scores import NodeScores
+from dfa_lens.data.statistics import correlation
 from dfa_lens.errors import DfaError
 from dfa_lens.plots import style as styling
 from dfa_lens.plots.matrices import require, summary
 from dfa_lens.plots.picture import Picture
 from dfa_lens.plots.style import Style
-from dfa_lens.scores import NodeScores
-from dfa_lens.statistics import correlation
 
 
 def recovery_bars(
@@ -40,7 +40,7 @@ def recovery_bars(
     Parameters
     ----------
     table:
-        A tidy table, as :meth:`dfa_lens.results.Results.table` gives it.
+        A tidy table, as :meth:`dfa_lens.experiments.table.Results.table` gives it.
     value:
         The column shown.
     by, group:

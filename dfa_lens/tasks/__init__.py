@@ -13,9 +13,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from dfa_lens import screening
+from dfa_lens.data import tokenization as screening
+from dfa_lens.data.pairs import LengthPolicy, PromptPairs
 from dfa_lens.errors import TaskError, unknown
-from dfa_lens.prompts import LengthPolicy, PromptPairs
 from dfa_lens.tasks import mib, offline
 from dfa_lens.tasks.offline import Example, examples, stream
 
@@ -119,7 +119,7 @@ def load(
         any of the data set's counterfactuals ("…_counterfactual", or without that ending).
     different_lengths:
         What to do with pairs whose prompts have different numbers of tokens, see
-        :data:`~dfa_lens.prompts.LengthPolicy`.
+        :data:`~dfa_lens.data.pairs.LengthPolicy`.
     allow_fewer:
         Take what there is when there are fewer than ``n``, instead of raising.
     path:
@@ -264,8 +264,8 @@ def to_dataset(
 ) -> Any:
     """An offline task as a ``datasets.Dataset``.
 
-    The columns are those that :meth:`~dfa_lens.prompts.PromptPairs.from_dataset` takes (clean, corrupt, answer, wrong,
-    and choices and corrupt_choices for the four-choice tasks), and template and key.
+    The columns are those that :meth:`~dfa_lens.data.pairs.PromptPairs.from_dataset` takes (clean, corrupt, answer,
+    wrong, and choices and corrupt_choices for the four-choice tasks), and template and key.
 
     Examples
     --------

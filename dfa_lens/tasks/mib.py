@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dfa_lens import screening
+from dfa_lens.data import tokenization as screening
 from dfa_lens.errors import TaskError, short, unknown
 from dfa_lens.tasks.offline import Example
 

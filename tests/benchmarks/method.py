@@ -20,9 +20,9 @@ from typing import Any
 import pandas as pd
 
 import dfa_lens as dfa
-from dfa_lens import study
-from dfa_lens.statistics import compare, mean_interval
-from dfa_lens.study import SETTINGS, Setting, Size
+from dfa_lens.data.statistics import compare, mean_interval
+from dfa_lens.experiments import study
+from dfa_lens.experiments.study import SETTINGS, Setting, Size
 
 RESULTS = Path(__file__).parents[2] / "docs" / "results"
 CONTROLS = ["uniform-s", "random-s", "scrambled-s", "permuted-w", "random-w", "depth-mean", "regression"]

@@ -29,7 +29,7 @@ import numpy as np
 import torch
 
 import dfa_lens as dfa
-from dfa_lens import planning
+from dfa_lens.models import estimate as planning
 from dfa_lens.models import hooks
 from dfa_lens.models.runner import Runner
 

@@ -109,7 +109,7 @@ def fingerprint(value: object) -> str:
     Examples
     --------
     >>> import torch
-    >>> from dfa_lens.content import fingerprint
+    >>> from dfa_lens.data.content import fingerprint
     >>> fingerprint({"W": torch.zeros(2), "lr": 0.1}) == fingerprint({"lr": 0.1, "W": torch.zeros(2)})
     True
     >>> fingerprint(torch.zeros(1000)) == fingerprint(torch.cat([torch.zeros(999), torch.ones(1)]))

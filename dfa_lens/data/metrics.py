@@ -9,8 +9,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from dfa_lens.data.pairs import PromptPairs
 from dfa_lens.errors import DfaError, unknown
-from dfa_lens.prompts import PromptPairs
 
 Metric = Callable[[Float[Tensor, "batch vocab"], PromptPairs, "Tensor | None"], Float[Tensor, " batch"]]
 """(logits at the last real token, the pairs, the clean run's logits) → one number per example."""

@@ -18,15 +18,15 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from dfa_lens.attribution import Method
+from dfa_lens.attribution.attribute import Method
+from dfa_lens.data.nodes import INPUT_POINT, NodeSet
+from dfa_lens.data.pairs import PromptPairs
 from dfa_lens.errors import DfaError
-from dfa_lens.faithfulness import default_sizes
+from dfa_lens.evaluation.faithfulness import default_sizes
 from dfa_lens.models import backend, hooks
 from dfa_lens.models.backend import HookedModel
 from dfa_lens.models.runner import WORTH_LAYING_OUT, Runner
-from dfa_lens.nodes import INPUT_POINT, NodeSet
-from dfa_lens.prompts import PromptPairs
-from dfa_lens.training import Cache
+from dfa_lens.transfer.trainer import Cache
 
 
 @dataclass(frozen=True)
@@ -151,12 +151,12 @@ def estimate(
     nodes:
         Default: all heads and MLP blocks.
     batch_size, method, steps:
-        As for :func:`~dfa_lens.attribution.attribute`; the batch size also as for the other two.
+        As for :func:`~dfa_lens.attribution.attribute.attribute`; the batch size also as for the other two.
     fit_steps, cache:
-        ``steps`` and ``cache`` of :func:`~dfa_lens.training.fit`, with the default intervention.
+        ``steps`` and ``cache`` of :func:`~dfa_lens.transfer.trainer.fit`, with the default intervention.
     sizes:
         How many circuit sizes the curve runs; default: those of
-        :func:`~dfa_lens.faithfulness.faithfulness_curve`.
+        :func:`~dfa_lens.evaluation.faithfulness.faithfulness_curve`.
     together:
         How many of them share a pass, as for the curve.
 

@@ -11,11 +11,11 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from dfa_lens.data.pairs import PromptPairs
 from dfa_lens.models import backend
 from dfa_lens.models.backend import HookedModel
 from dfa_lens.models.paired_run import PairedRun
 from dfa_lens.models.runner import Runner
-from dfa_lens.prompts import PromptPairs
 
 
 @dataclass(frozen=True, eq=False, repr=False)

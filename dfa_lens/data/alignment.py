@@ -15,11 +15,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from dfa_lens.content import ByContent, float_copy, plain
+from dfa_lens.data.content import ByContent, float_copy, plain
+from dfa_lens.data.files import load_tensors, made_from, parse_json, read_bytes, save_tensors
+from dfa_lens.data.nodes import HEAD_POINT, INPUT_POINT, MLP_POINT, Node, NodeSet
+from dfa_lens.data.scores import NodeScores
 from dfa_lens.errors import AlignmentError, FileError, short, unknown
-from dfa_lens.files import load_tensors, made_from, parse_json, read_bytes, save_tensors
-from dfa_lens.nodes import HEAD_POINT, INPUT_POINT, MLP_POINT, Node, NodeSet
-from dfa_lens.scores import NodeScores
 
 Scaling = Literal["unit", "raw", "rank", "signed-sqrt"]
 """What is done to source scores before W, in training and in every transfer.

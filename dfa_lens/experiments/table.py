@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal, get_args
 
-from dfa_lens.alignment import Alignment
-from dfa_lens.faithfulness import FaithfulnessCurve
-from dfa_lens.scores import NodeScores
+from dfa_lens.data.alignment import Alignment
+from dfa_lens.data.scores import NodeScores
+from dfa_lens.evaluation.faithfulness import FaithfulnessCurve
 
 GOLD = "gold"
 Control = Literal[
@@ -23,14 +23,15 @@ Control = Literal[
     "regression",
     "target-only",
 ]
-"""What is put in the place of the source's scores or of W, see :mod:`dfa_lens.controls`; "" is the method itself."""
+"""What is put in the place of the source's scores or of W, see :mod:`dfa_lens.transfer.controls`; "" is the
+method itself."""
 
 
 def row(curve: FaithfulnessCurve, gold_cpr: float) -> dict[str, Any]:
     """What a table says of one curve: CPR and its interval over examples, CMD, mean KL, recovery, floor.
 
-    Of one example there is no interval: it is NaN, with a :class:`~dfa_lens.statistics.StatisticsWarning`. Where gold's
-    CPR is 0, recovery is NaN.
+    Of one example there is no interval: it is NaN, with a :class:`~dfa_lens.data.statistics.StatisticsWarning`. Where
+    gold's CPR is 0, recovery is NaN.
     """
     low, high = curve.cpr_interval()
     return {

@@ -14,13 +14,13 @@ from typing import Any
 
 import torch
 
-from dfa_lens.alignment import Alignment, Scaling, scale
+from dfa_lens.data.alignment import Alignment, Scaling, scale
+from dfa_lens.data.nodes import Node, NodeSet
+from dfa_lens.data.pairs import PromptPairs
+from dfa_lens.data.scores import NodeScores
 from dfa_lens.errors import AlignmentError
 from dfa_lens.models.backend import HookedModel
-from dfa_lens.nodes import Node, NodeSet
-from dfa_lens.prompts import PromptPairs
-from dfa_lens.scores import NodeScores
-from dfa_lens.training import fit
+from dfa_lens.transfer.trainer import fit
 
 
 def random_w(source: NodeSet, target: NodeSet, *, seed: int = 0) -> Alignment:

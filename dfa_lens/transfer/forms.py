@@ -4,7 +4,7 @@
 
 - ``full`` (:class:`Full`): every entry of W is free (the paper).
 - ``kernel`` (:class:`Kernel`): W = Σ_f θ_f K_f + R. The K_f say how alike a source and a target node are (by default
-  kind and relative depth, from :mod:`dfa_lens.features` also how heads attend or what nodes do), R is free.
+  kind and relative depth, from :mod:`dfa_lens.transfer.similarity` also how heads attend or what nodes do), R is free.
 - ``full+bias`` (:class:`Standardised`): scores are centred and whitened over the training tasks; a bias carries what
   all tasks share, W what differs.
 - ``low-rank`` (:class:`LowRank`): W = A·B with few columns in A.
@@ -26,10 +26,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from typing_extensions import override
 
-from dfa_lens import features
-from dfa_lens.content import ByContent
+from dfa_lens.data.content import ByContent
+from dfa_lens.data.nodes import NodeSet
 from dfa_lens.errors import AlignmentError, unknown
-from dfa_lens.nodes import NodeSet
+from dfa_lens.transfer import similarity as features
 
 
 @dataclass(frozen=True, eq=False)
@@ -141,8 +141,8 @@ class Kernel(ByContent, Parameterisation):
     Attributes
     ----------
     similarities:
-        Name → [source, target] how alike two nodes are, see :mod:`dfa_lens.features`; default: equal kind and near
-        relative depth.
+        Name → [source, target] how alike two nodes are, see :mod:`dfa_lens.transfer.similarity`; default: equal kind
+        and near relative depth.
     strength:
         Every θ_f at the start.
     free:

@@ -2,8 +2,8 @@
 
 Every step takes a batch of prompt pairs, mixed over tasks. Each example is gated by the mask of its own task,
 g = sigmoid(scale(s)·W / T), and the loss is KL(P_clean ‖ P_masked) + λ·mean(g). What W is made of is in
-:mod:`~dfa_lens.parameterisation`, masks and losses are in :mod:`~dfa_lens.objectives`. Only W gets a gradient; the
-clean and corrupt runs are computed once and kept, also over several trainings (:func:`fit_many`).
+:mod:`~dfa_lens.transfer.forms`, masks and losses are in :mod:`~dfa_lens.transfer.objectives`. Only W gets a gradient;
+the clean and corrupt runs are computed once and kept, also over several trainings (:func:`fit_many`).
 """
 
 from __future__ import annotations
@@ -20,20 +20,21 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from dfa_lens import objectives, parameterisation
-from dfa_lens.alignment import Alignment, Scaling, scale
-from dfa_lens.content import ByContent, fingerprint, plain
+from dfa_lens.data.alignment import Alignment, Scaling, scale
+from dfa_lens.data.content import ByContent, fingerprint, plain
+from dfa_lens.data.nodes import NodeSet
+from dfa_lens.data.pairs import PromptPairs
+from dfa_lens.data.scores import NodeScores
 from dfa_lens.errors import AlignmentError, PromptError, TrainingError, unknown
 from dfa_lens.models import backend
 from dfa_lens.models.backend import HookedModel, KeysValues
 from dfa_lens.models.hooks import Activations, Intervention
 from dfa_lens.models.paired_run import PairedRun
 from dfa_lens.models.runner import Prefix, Runner, attention_mask
-from dfa_lens.nodes import NodeSet
-from dfa_lens.objectives import Loss, Objective
-from dfa_lens.parameterisation import Full, Parameterisation, Problem
-from dfa_lens.prompts import PromptPairs
-from dfa_lens.scores import NodeScores
+from dfa_lens.transfer import forms as parameterisation
+from dfa_lens.transfer import objectives
+from dfa_lens.transfer.forms import Full, Parameterisation, Problem
+from dfa_lens.transfer.objectives import Loss, Objective
 
 logger = logging.getLogger(__name__)
 
@@ -148,13 +149,13 @@ def fit(
     nodes:
         The target's nodes; default: all heads and MLP blocks.
     alignment:
-        What W is made of, a name or object of :mod:`~dfa_lens.parameterisation`; default: every entry is free.
+        What W is made of, a name or object of :mod:`~dfa_lens.transfer.forms`; default: every entry is free.
     objective:
-        Masks and penalty, a name or object of :mod:`~dfa_lens.objectives`; default: the paper's.
+        Masks and penalty, a name or object of :mod:`~dfa_lens.transfer.objectives`; default: the paper's.
     loss:
-        How far the masked run is from the clean one, see :data:`~dfa_lens.objectives.Loss`.
+        How far the masked run is from the clean one, see :data:`~dfa_lens.transfer.objectives.Loss`.
     scaling:
-        What is done to the scores before W, see :data:`~dfa_lens.alignment.Scaling`; kept with the alignment.
+        What is done to the scores before W, see :data:`~dfa_lens.data.alignment.Scaling`; kept with the alignment.
     temperature:
         T in g = sigmoid(ŝ/T); a pair goes geometrically from the first to the second over the steps, and the
         alignment keeps the second.

@@ -29,16 +29,16 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from dfa_lens import metrics
+from dfa_lens.data import metrics
+from dfa_lens.data.nodes import INPUT_POINT, NodeSet, Site
+from dfa_lens.data.pairs import PromptPairs
+from dfa_lens.data.scores import NodeScores
 from dfa_lens.errors import DfaError, unknown
 from dfa_lens.models import backend, hooks, memory
 from dfa_lens.models.backend import HookedModel, HookFunction
 from dfa_lens.models.hooks import Activations
 from dfa_lens.models.paired_run import PairedRun
 from dfa_lens.models.runner import Runner
-from dfa_lens.nodes import INPUT_POINT, NodeSet, Site
-from dfa_lens.prompts import PromptPairs
-from dfa_lens.scores import NodeScores
 
 logger = logging.getLogger(__name__)
 
@@ -89,7 +89,7 @@ def attribute(
     nodes:
         Which nodes; default: all attention heads and MLP blocks.
     metric:
-        See :class:`~dfa_lens.prompts.PromptPairs`; default: that of ``pairs``, the logit difference.
+        See :class:`~dfa_lens.data.pairs.PromptPairs`; default: that of ``pairs``, the logit difference.
     batch_size:
         Examples a pass; integration steps and ablated nodes share a pass where there is room in it. "auto" takes what
         fits into free memory, and half of that after an out-of-memory error. Changes memory and time, never the

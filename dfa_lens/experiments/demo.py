@@ -11,8 +11,8 @@ from tqdm.auto import tqdm
 
 import dfa_lens
 from dfa_lens import tasks, zoo
-from dfa_lens.results import GOLD, Results, TaskResult
-from dfa_lens.study import QUICK, SETTINGS, Cell, Outcome, Pair, Size, labels
+from dfa_lens.experiments.study import QUICK, SETTINGS, Cell, Outcome, Pair, Size, labels
+from dfa_lens.experiments.table import GOLD, Results, TaskResult
 
 SHOWN = {name: SETTINGS[name] for name in ("in-distribution", "zero-shot", "uniform-s", "depth-mean", "random-w")}
 FULL = Size(steps=100)  # half of fit's default: a table in minutes

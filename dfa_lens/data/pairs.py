@@ -13,12 +13,13 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from dfa_lens import screening, selection
-from dfa_lens.content import ByContent
+from dfa_lens.data import selection
+from dfa_lens.data import tokenization as screening
+from dfa_lens.data.content import ByContent
 from dfa_lens.errors import PromptError, PromptIndexError, short, unknown
 
 if TYPE_CHECKING:
-    from dfa_lens.behaviour import Behaviour
+    from dfa_lens.evaluation.check import Behaviour
 
 LengthPolicy = Literal["drop", "error", "pad-left-aligned"]
 """What to do with a pair whose prompts have different numbers of tokens.
@@ -56,7 +57,7 @@ class PromptPairs(ByContent):
 
     ``len`` counts pairs, iteration gives them one by one, and ``pairs[index]`` some of them: an integer, a slice,
     several integers, or a boolean for every pair, as lists, arrays, tensors or pandas columns (see
-    :data:`~dfa_lens.selection.Index`). Two are equal (``==``) if tokens, lengths, answers, choices and metric are.
+    :data:`~dfa_lens.data.selection.Index`). Two are equal (``==``) if tokens, lengths, answers, choices and metric are.
 
     Parameters
     ----------
@@ -68,7 +69,7 @@ class PromptPairs(ByContent):
     lengths:
         How many tokens of each prompt are real [pair]; default: all.
     metric:
-        What a run on these pairs is measured by: a name of :data:`dfa_lens.metrics.METRICS` or a function of
+        What a run on these pairs is measured by: a name of :data:`dfa_lens.data.metrics.METRICS` or a function of
         (logits [pair, vocab], pairs) that returns [pair].
     corrupt_lengths:
         As ``lengths``, of the corrupt prompts, where they differ (see :data:`LengthPolicy`); default: ``lengths``.
@@ -463,7 +464,7 @@ class PromptPairs(ByContent):
         >>> dfa.tasks.load("mcqa", model.tokenizer, n=16).check(model).summary()["right in both directions"]
         1.0
         """
-        from dfa_lens.behaviour import check
+        from dfa_lens.evaluation.check import check
 
         return check(model, self, batch_size=batch_size, progress=progress)
 

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
-from dfa_lens.content import fingerprint
+from dfa_lens.data.content import fingerprint
 from dfa_lens.errors import DfaError, FileError, short
 
 _Made = TypeVar("_Made")

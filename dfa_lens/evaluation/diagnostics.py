@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 
-from dfa_lens import controls
-from dfa_lens.alignment import Alignment
+from dfa_lens.data.alignment import Alignment
+from dfa_lens.data.scores import NodeScores
+from dfa_lens.data.statistics import Correlation, correlation
 from dfa_lens.errors import AlignmentError, ScoreError
-from dfa_lens.scores import NodeScores
-from dfa_lens.statistics import Correlation, correlation
+from dfa_lens.transfer import controls
 
 
 def depth_correlation(source: NodeScores, target: NodeScores) -> Correlation:

@@ -13,10 +13,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from dfa_lens.content import ByContent, float_copy, plain
+from dfa_lens.data.content import ByContent, float_copy, plain
+from dfa_lens.data.files import load_tensors, made_from, parse_json, read_json, save_tensors, write_atomically
+from dfa_lens.data.nodes import NodeSet
 from dfa_lens.errors import FileError, ScoreError, short, unknown
-from dfa_lens.files import load_tensors, made_from, parse_json, read_json, save_tensors, write_atomically
-from dfa_lens.nodes import NodeSet
 
 Ranking = Literal["signed", "absolute"]
 """How nodes are ordered: by score, or by its absolute value. Ties keep node order."""

@@ -9,8 +9,8 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
+from dfa_lens.data.scores import NodeScores
 from dfa_lens.errors import DfaError, ScoreError, unknown
-from dfa_lens.scores import NodeScores
 
 K = TypeVar("K")
 

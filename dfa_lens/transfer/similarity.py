@@ -1,6 +1,6 @@
 """How alike a source node and a target node are, from what any model has: kind, depth, attention, behaviour.
 
-Each function ends in a matrix [source, target] for :class:`dfa_lens.parameterisation.Kernel`. None looks at the task
+Each function ends in a matrix [source, target] for :class:`dfa_lens.transfer.forms.Kernel`. None looks at the task
 that is transferred later.
 """
 
@@ -13,14 +13,14 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from dfa_lens.content import ByContent
+from dfa_lens.data.content import ByContent
+from dfa_lens.data.nodes import NodeSet
+from dfa_lens.data.pairs import PromptPairs
 from dfa_lens.errors import AlignmentError, NodeError
 from dfa_lens.models import backend
 from dfa_lens.models.backend import HookedModel, HookFunction
 from dfa_lens.models.paired_run import PairedRun
 from dfa_lens.models.runner import Runner
-from dfa_lens.nodes import NodeSet
-from dfa_lens.prompts import PromptPairs
 
 ATTENTION = ("previous-token", "duplicate-token", "induction", "first-token", "current-token")
 """What :func:`attention_features` measures, in order."""

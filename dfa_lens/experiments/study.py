@@ -25,21 +25,24 @@ from typing import Any, Literal, get_args
 
 from tqdm.auto import tqdm
 
-from dfa_lens import controls, diagnostics, features, tasks, zoo
-from dfa_lens.alignment import Alignment
-from dfa_lens.attribution import IntegrationWarning, attribute
-from dfa_lens.content import ByContent, fingerprint, plain
+from dfa_lens import tasks, zoo
+from dfa_lens.attribution.attribute import IntegrationWarning, attribute
+from dfa_lens.data.alignment import Alignment
+from dfa_lens.data.content import ByContent, fingerprint, plain
+from dfa_lens.data.files import read_bytes, read_json, write_atomically
+from dfa_lens.data.nodes import NodeSet
+from dfa_lens.data.pairs import PromptPairs
+from dfa_lens.data.scores import NodeScores
 from dfa_lens.errors import DfaError, FileError, short, unknown
-from dfa_lens.faithfulness import FaithfulnessCurve, faithfulness_curve
-from dfa_lens.files import read_bytes, read_json, write_atomically
+from dfa_lens.evaluation import diagnostics
+from dfa_lens.evaluation.faithfulness import FaithfulnessCurve, faithfulness_curve
+from dfa_lens.experiments.table import GOLD, Control, row
 from dfa_lens.models.backend import HookedModel
-from dfa_lens.nodes import NodeSet
-from dfa_lens.parameterisation import Kernel
-from dfa_lens.planning import attribution_passes
-from dfa_lens.prompts import PromptPairs
-from dfa_lens.results import GOLD, Control, row
-from dfa_lens.scores import NodeScores
-from dfa_lens.training import RELEASED, Job, fit_many
+from dfa_lens.models.estimate import attribution_passes
+from dfa_lens.transfer import controls
+from dfa_lens.transfer import similarity as features
+from dfa_lens.transfer.forms import Kernel
+from dfa_lens.transfer.trainer import RELEASED, Job, fit_many
 
 Regime = Literal["in-distribution", "near-distribution", "zero-shot", "one-task"]
 """What W is trained on, for a test task.
@@ -67,11 +70,11 @@ class Setting(ByContent):
     Attributes
     ----------
     regime, control:
-        See :data:`Regime` and :data:`~dfa_lens.results.Control`.
+        See :data:`Regime` and :data:`~dfa_lens.experiments.table.Control`.
     options:
-        For :func:`dfa_lens.fit`: fields of :class:`~dfa_lens.training.Job`, and ``intervention``, ``positions``,
+        For :func:`dfa_lens.fit`: fields of :class:`~dfa_lens.transfer.trainer.Job`, ``intervention``, ``positions``,
         ``gate_heads``, ``loss``. ``alignment`` may also be a function of the :class:`Cell` and the training tasks. They
-        must have a :func:`~dfa_lens.content.fingerprint`: what was trained, or is in a folder, goes by it.
+        must have a :func:`~dfa_lens.data.content.fingerprint`: what was trained, or is in a folder, goes by it.
     method:
         The options' name in tables.
     """
@@ -401,7 +404,7 @@ class Cell:
 
 
 def diagnose(cell: Cell, outcome: Outcome) -> dict[str, float]:
-    """The columns of :mod:`dfa_lens.diagnostics`, for what was trained on a source's scores.
+    """The columns of :mod:`dfa_lens.evaluation.diagnostics`, for what was trained on a source's scores.
 
     ``effective_rank`` of W; ``shared``, how much of this W's scores is common to all tasks; ``depth``, Spearman
     correlation with the source's scores carried over by depth alone; ``stability`` under noise of a tenth of the
@@ -484,7 +487,7 @@ def run(
     Examples
     --------
     >>> import dfa_lens as dfa
-    >>> from dfa_lens.study import SETTINGS, Size, run
+    >>> from dfa_lens.experiments.study import SETTINGS, Size, run
     >>> size = Size(train=4, test=4, steps=2, curve_points=3)
     >>> table = run(["llama3"], {"zero-shot": SETTINGS["zero-shot"]}, seeds=(0,), test_tasks=["ioi"], size=size)
     >>> table["setting"].tolist()
@@ -606,7 +609,7 @@ def read(path: str | Path) -> Any:
     --------
     >>> import dfa_lens as dfa
     >>> import tempfile
-    >>> from dfa_lens.study import SETTINGS, Size, read, run
+    >>> from dfa_lens.experiments.study import SETTINGS, Size, read, run
     >>> folder, size = tempfile.mkdtemp(), Size(train=4, test=4, steps=2, curve_points=3)
     >>> settings = {"random-w": SETTINGS["random-w"]}
     >>> table = run(["llama3"], settings, seeds=(0,), test_tasks=["ioi"], size=size)

@@ -12,8 +12,8 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any, SupportsIndex, overload
 
-from dfa_lens import selection
-from dfa_lens.content import ByContent
+from dfa_lens.data import selection
+from dfa_lens.data.content import ByContent
 from dfa_lens.errors import NodeError, NodeIndexError, short
 
 HEAD_POINT = "blocks.{layer}.attn.hook_z"
@@ -386,8 +386,8 @@ class NodeSet(ByContent, Sequence[Node]):
     @overload
     def __getitem__(self, item: slice | str | Iterable[Any]) -> NodeSet: ...
     def __getitem__(self, item: selection.Index) -> Node | NodeSet:
-        """A node for an integer; for a name or pattern, a slice, or several of :data:`~dfa_lens.selection.Index` or
-        names, a node set."""
+        """A node for an integer; for a name or pattern, a slice, or several of names or
+        :data:`~dfa_lens.data.selection.Index`, a node set."""
         if isinstance(item, str):
             found = self._named(item)
             if not found:

@@ -20,18 +20,18 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from dfa_lens import metrics
-from dfa_lens.content import ByContent
+from dfa_lens.data import metrics
+from dfa_lens.data.content import ByContent
+from dfa_lens.data.nodes import NodeSet
+from dfa_lens.data.pairs import PromptPairs
+from dfa_lens.data.scores import NodeScores, Ranking
+from dfa_lens.data.statistics import UNDEFINED, Interval, bootstrap, enough
 from dfa_lens.errors import FaithfulnessError, ScoreError, unknown
 from dfa_lens.models import backend, memory
 from dfa_lens.models.backend import HookedModel
 from dfa_lens.models.hooks import Activations
 from dfa_lens.models.paired_run import PairedRun
 from dfa_lens.models.runner import Runner
-from dfa_lens.nodes import NodeSet
-from dfa_lens.prompts import PromptPairs
-from dfa_lens.scores import NodeScores, Ranking
-from dfa_lens.statistics import UNDEFINED, Interval, bootstrap, enough
 
 Protocol = Literal["nodes", "mib"]
 """What is ranked, and at which sizes.
@@ -334,7 +334,7 @@ def faithfulness_curve(
         How many sizes share a forward pass. More is faster for a small model on a GPU; the corrupt activations are
         repeated as often. With 1, a pass begins at the first block in which the circuit differs from the one before.
     share_prefix:
-        As in :func:`~dfa_lens.attribution.attribute`.
+        As in :func:`~dfa_lens.attribution.attribute.attribute`.
 
     Raises
     ------

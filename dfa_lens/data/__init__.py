@@ -1,0 +1,1 @@
+"""Values that travel, and know no model: node sets, prompt pairs, scores, alignments, curves, and what they share."""

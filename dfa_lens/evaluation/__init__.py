@@ -1,0 +1,1 @@
+"""Judging a circuit and a model: faithfulness curves, whether a task is solved, diagnostics of an alignment."""
