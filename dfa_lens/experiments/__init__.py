@@ -1,1 +1,5 @@
 """Many transfers at once: studies, their table, the demo."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submodules=["demo", "study"])

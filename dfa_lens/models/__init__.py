@@ -9,4 +9,6 @@
 - :mod:`~dfa_lens.models.private`: every reach into what other libraries keep to themselves.
 """
 
-from dfa_lens.models import hooks as hooks
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submodules=["hooks"])
