@@ -7,6 +7,7 @@ import subprocess
 import sys
 from importlib import import_module
 from pathlib import Path
+from textwrap import dedent
 from types import ModuleType
 
 import pytest
@@ -18,7 +19,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def python(code):
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    return subprocess.run([sys.executable, "-c", dedent(code)], capture_output=True, text=True, check=True).stdout
 
 
 def test_importing_imports_no_model_code():
@@ -35,12 +36,28 @@ def test_public_names_exist():
         dfa.nothing  # noqa: B018
 
 
+def test_any_public_name_can_be_the_first():
+    """Each is found when nothing else of the package has been imported."""
+    python(
+        """
+        import importlib, sys, dfa_lens
+        for name in dfa_lens.__all__:
+            for module in [module for module in sys.modules if module.split(".")[0] == "dfa_lens"]:
+                del sys.modules[module]
+            getattr(importlib.import_module("dfa_lens"), name)
+        """
+    )
+
+
 def test_no_module_hides_a_public_name():
     """Importing a submodule binds its name in the package: it must not be that of a function or class."""
     for module in pkgutil.walk_packages(dfa.__path__, "dfa_lens."):
         if module.name != "dfa_lens.zoo.train":
             import_module(module.name)
-    modules = set(re.findall(r"^from \. import (\w+)", (ROOT / "dfa_lens" / "__init__.pyi").read_text(), re.M))
+    package = ROOT / "dfa_lens"
+    listed = re.findall(r"^from \.([\w.]*) import (\w+)", (package / "__init__.pyi").read_text(), re.M)
+    files = {name: package / home.replace(".", "/") / name for home, name in listed}
+    modules = {name for name, path in files.items() if path.is_dir() or path.with_suffix(".py").exists()}
     assert {name for name in dfa.__all__ if isinstance(getattr(dfa, name), ModuleType)} == modules
 
 

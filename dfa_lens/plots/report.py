@@ -97,7 +97,7 @@ def _summary(results: Results, table: Any) -> dict[str, Any]:
     transferred = table[table["setting"] != GOLD]
     own = {(r.family, r.task, setting) for r in results.tasks for setting in r.curves if setting not in r.controls}
     cells = transferred[["family", "task", "setting"]].itertuples(index=False, name=None)
-    lowest = transferred[[cell in own for cell in cells]].sort_values("recovery").head(1)
+    lowest = transferred.loc[[cell in own for cell in cells]].sort_values("recovery").head(1)
     return {
         "n_tasks": len(results.tasks),
         "means": table.groupby("setting", sort=False)["cpr"].mean().to_dict(),
