@@ -13,14 +13,14 @@ from .data.nodes import NodeSet as NodeSet
 from .data.pairs import PromptPairs as PromptPairs
 from .data.scores import NodeScores as NodeScores
 from .errors import DfaError as DfaError
+from .estimate import Estimate as Estimate
+from .estimate import estimate as estimate
 from .evaluation import diagnostics as diagnostics
 from .evaluation.check import Behaviour as Behaviour
 from .evaluation.faithfulness import FaithfulnessCurve as FaithfulnessCurve
 from .evaluation.faithfulness import faithfulness_curve as faithfulness_curve
 from .experiments import study as study
 from .models import hooks as hooks
-from .models.estimate import Estimate as Estimate
-from .models.estimate import estimate as estimate
 from .models.hooks import prepared as prepared
 from .models.loading import load_model as load_model
 from .models.runner import ShortCutWarning as ShortCutWarning

@@ -78,7 +78,7 @@ def attribute(
 
     loaded = _model(model, backend)
     pairs = dfa.tasks.load(task, loaded.tokenizer, split=split, n=examples, seed=seed)
-    scores = dfa.attribute(loaded, pairs, method=method, steps=steps, progress=True)  # type: ignore[arg-type]
+    scores = dfa.attribute(loaded, pairs, method=method, steps=steps, progress=True)
     scores.save(out)
     typer.echo(scores.to_frame().nsmallest(10, "rank").to_string(index=False))
     typer.echo(f"{out} written.")

@@ -10,7 +10,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from dfa_lens.data.pairs import PromptPairs
-from dfa_lens.errors import DfaError, unknown
+from dfa_lens.data.registry import Registry
+from dfa_lens.errors import DfaError
 
 Metric = Callable[[Float[Tensor, "batch vocab"], PromptPairs, "Tensor | None"], Float[Tensor, " batch"]]
 """(logits at the last real token, the pairs, the clean run's logits) → one number per example."""
@@ -57,27 +58,33 @@ def divergence(
     return torch.nn.functional.kl_div(log_p, log_p_clean, reduction="none", log_target=True).sum(-1)
 
 
-METRICS: dict[str, Metric] = {
-    "logit-difference": logit_difference,
-    "probability-difference": probability_difference,
-    "log-probability-difference": log_probability_difference,
-    "kl": negative_kl,
-}
+METRICS: Registry[Metric] = Registry(
+    "metric",
+    entries={
+        "logit-difference": logit_difference,
+        "probability-difference": probability_difference,
+        "log-probability-difference": log_probability_difference,
+        "kl": negative_kl,
+    },
+)
+"""The metrics by name; add one of your own by ``register``, or hand the function in."""
 
-#: Those that read the logits of the answer and of the wrong answer, and no others.
-TWO_COLUMNS = ("logit-difference",)
+
+def reads_two_columns(metric: str | Callable[..., Any]) -> bool:
+    """Whether a metric reads the logits of the answer and of the wrong answer, and no others."""
+    return metric in ("logit-difference", logit_difference)
 
 
-def resolve(metric: str | Callable[..., Any]) -> Metric:
-    """The metric called ``metric``, or the user's own function; either with its result checked.
+def checked(metric: str | Callable[..., Any]) -> Metric:
+    """The metric of that name, or the user's own function; either with its result checked.
 
     A function takes (logits [batch, vocab], pairs) and returns [batch].
     """
-    if isinstance(metric, str) and metric not in METRICS:
-        raise unknown("metric", metric, METRICS)
+    named = METRICS.find(metric) if isinstance(metric, str) else None
 
-    def checked(logits: Tensor, pairs: PromptPairs, clean_logits: Tensor | None = None) -> Tensor:
-        values = METRICS[metric](logits, pairs, clean_logits) if isinstance(metric, str) else metric(logits, pairs)
+    def values_of(logits: Tensor, pairs: PromptPairs, clean_logits: Tensor | None = None) -> Tensor:
+        own = not isinstance(metric, str)
+        values = metric(logits, pairs) if own else named(logits, pairs, clean_logits)  # type: ignore[operator, misc]
         if not isinstance(values, Tensor) or values.shape != (len(pairs),):
             shape = list(values.shape) if isinstance(values, Tensor) else type(values).__name__
             raise DfaError(f"The metric returned {shape}; one number per example, [{len(pairs)}], is needed.")
@@ -89,7 +96,7 @@ def resolve(metric: str | Callable[..., Any]) -> Metric:
             )
         return values
 
-    return checked
+    return values_of
 
 
 def name_of(metric: str | Callable[..., Any]) -> str:

@@ -30,9 +30,7 @@ class Registry(Mapping[str, Thing], Generic[Thing]):
     (2, ['red', 'green'])
     """
 
-    def __init__(
-        self, what: str, error: type[DfaError] = DfaError, entries: Mapping[str, Thing] | None = None
-    ) -> None:
+    def __init__(self, what: str, error: type[DfaError] = DfaError, entries: Mapping[str, Thing] | None = None) -> None:
         self.what, self.error = what, error
         self._entries: dict[str, Thing] = dict(entries or {})
 

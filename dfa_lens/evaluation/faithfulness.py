@@ -30,6 +30,7 @@ from dfa_lens.errors import FaithfulnessError, ScoreError, unknown
 from dfa_lens.models import backend, memory
 from dfa_lens.models.backend import HookedModel
 from dfa_lens.models.hooks import Activations
+from dfa_lens.models.memory import Footprint, Need
 from dfa_lens.models.paired_run import PairedRun
 from dfa_lens.models.runner import Runner
 
@@ -378,14 +379,17 @@ def faithfulness_curve(
         with_input, nodes = torch.ones(len(run_ks), dtype=torch.bool), ranked.nodes
 
     runner.check_points(nodes.points)
-    chosen = metrics.resolve(pairs.metric if metric is None else metric)
+    chosen = metrics.checked(pairs.metric if metric is None else metric)
     if together < 1:
         raise FaithfulnessError(f"together must be at least 1, not {together}.")
 
     def work(size: int) -> _Runs:
         return _run_all(runner, pairs, nodes, keep, with_input, chosen, size, together, progress, share_prefix)
 
-    runs = memory.run(work, batch_size, model, pairs, nodes, "faithfulness_curve", sizes=len(run_ks), together=together)
+    def need(footprint: Footprint, size: int) -> Need:
+        return need_of_curve(footprint, len(pairs), size, len(run_ks), together)
+
+    runs = memory.run(work, batch_size, runner, pairs, nodes, need)
     clean, corrupt = float(runs.clean.mean()), float(runs.corrupt.mean())
     if not abs(clean - corrupt) > 1e-9 * max(abs(clean), abs(corrupt), 1e-30):
         raise FaithfulnessError(
@@ -525,6 +529,20 @@ def _run_all(
                 bar.update(len(batch))
             corrupt.clear()  # before the next batch is recorded: the gates of the last size still hold it
     return runs
+
+
+def need_of_curve(footprint: Footprint, examples: int, batch: int, sizes: int, together: int) -> Need:
+    """What a curve needs: so many examples, sizes, and sizes that share a pass."""
+    one = footprint.site_bytes + footprint.logit_bytes
+    working = footprint.working_bytes(batch)
+    held = batch * (one + footprint.stream_bytes + 2 * footprint.logit_bytes)
+    share = min(together, sizes)
+    if share > 1:  # no pass begins at a later block, and the corrupt activations are repeated
+        repeated = share * batch * one
+        held = batch * (one + footprint.logit_bytes) + repeated
+        # the next repetition is made before the last is let go
+        working = max(footprint.working_bytes(share * batch), repeated)
+    return Need("faithfulness_curve", examples * (1 + sizes), 0, held, 0, working)
 
 
 class _Circuits:

@@ -26,7 +26,7 @@ from typing import Any, Literal, get_args
 from tqdm.auto import tqdm
 
 from dfa_lens import tasks, zoo
-from dfa_lens.attribution.attribute import IntegrationWarning, attribute
+from dfa_lens.attribution.attribute import METHODS, IntegrationWarning, attribute
 from dfa_lens.data.alignment import Alignment
 from dfa_lens.data.content import ByContent, fingerprint, plain
 from dfa_lens.data.files import read_bytes, read_json, write_atomically
@@ -38,7 +38,6 @@ from dfa_lens.evaluation import diagnostics
 from dfa_lens.evaluation.faithfulness import FaithfulnessCurve, faithfulness_curve
 from dfa_lens.experiments.table import GOLD, Control, row
 from dfa_lens.models.backend import HookedModel
-from dfa_lens.models.estimate import attribution_passes
 from dfa_lens.transfer import controls
 from dfa_lens.transfer import similarity as features
 from dfa_lens.transfer.forms import Kernel
@@ -253,7 +252,7 @@ class Cell:
         return self._tests[task]
 
     def _attribute(self, model: HookedModel, pairs: PromptPairs) -> NodeScores:
-        return attribute(model, pairs, method=self.method, steps=self.steps, batch_size=self.size.batch_size)  # type: ignore[arg-type]
+        return attribute(model, pairs, method=self.method, steps=self.steps, batch_size=self.size.batch_size)
 
     @cached_property
     def scores(self) -> dict[str, NodeScores]:
@@ -374,7 +373,7 @@ class Cell:
         """
         chosen = list(test_tasks or self.tasks)
         n = self.size.train
-        attribution = n * sum(attribution_passes(self.target_nodes, self.method, self.steps))
+        attribution = n * sum(METHODS.find(self.method).passes(self.target_nodes, self.steps))
         for task in chosen:
             if skip(GOLD, task, ()):
                 continue

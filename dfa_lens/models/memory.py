@@ -1,21 +1,28 @@
-"""How many examples go through a model at a time: a number, or what fits into memory."""
+"""How many examples go through a model at a time: a number, or what fits into memory; and what passes hold in it."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+import math
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import psutil
 import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from dfa_lens.data.nodes import NodeSet
+from dfa_lens.data.nodes import INPUT_POINT, NodeSet
 from dfa_lens.data.pairs import PromptPairs
 from dfa_lens.errors import DfaError
-from dfa_lens.models import private
-from dfa_lens.models.backend import HookedModel
-from dfa_lens.models.runner import Runner
+from dfa_lens.models import hooks, private
+from dfa_lens.models.runner import WORTH_LAYING_OUT, Runner
 
 logger = logging.getLogger(__name__)
 
@@ -39,48 +46,206 @@ Result = TypeVar("Result")
 def run(
     work: Callable[[int], Result],
     batch_size: BatchSize,
-    model: HookedModel,
+    runner: Runner,
     pairs: PromptPairs,
     nodes: NodeSet,
-    operation: str,
-    **options: Any,
+    need: Callable[[Footprint, int], Need],
 ) -> Result:
     """``work`` with that batch size; for "auto", with half as much after an out-of-memory error, down to 1.
 
     Parameters
     ----------
-    operation, options:
-        What of :func:`~dfa_lens.models.estimate.estimate` tells its memory.
+    need:
+        What the work needs with so many examples a pass.
     """
     if batch_size != "auto":
         if isinstance(batch_size, str) or batch_size < 1:
             raise DfaError(f"batch_size must be a number of at least 1, or 'auto', not {batch_size!r}.")
         return work(batch_size)
-    size = fitting(model, pairs, nodes, operation, **options)
+    size = fitting(runner, pairs, nodes, need)
     while True:
         try:
             return work(size)
         except RuntimeError as error:  # torch.OutOfMemoryError is one
             if not private.out_of_memory(error) or size == 1:
                 raise
-            logger.warning("%s does not fit into memory with %d examples a pass: %d now", operation, size, size // 2)
+            logger.warning("%d examples a pass do not fit into memory: %d now", size, size // 2)
             size //= 2
         if torch.cuda.is_available():  # outside the except: the error's traceback holds tensors
             torch.cuda.empty_cache()
 
 
-def fitting(model: HookedModel, pairs: PromptPairs, nodes: NodeSet, operation: str, **options: Any) -> int:
+def fitting(runner: Runner, pairs: PromptPairs, nodes: NodeSet, need: Callable[[Footprint, int], Need]) -> int:
     """The largest power of two whose estimated memory is free: at least 1, at most the number of pairs."""
-    from dfa_lens.models.estimate import estimate  # it knows all operations, this one among them
-
-    one, two = (estimate(model, pairs, nodes, batch_size=n, **options)[operation].peak_bytes for n in (1, 2))
-    device = Runner(model).device
+    footprint = Footprint(runner, nodes, int(pairs.longest.max()))
+    one, two = (need(footprint, n).peak_bytes for n in (1, 2))
+    device = runner.device
     per_example = max(two - one, 1)
     room = int((USABLE * free_bytes(device) - (one - per_example)) / per_example)
     most = max(1, min(room, len(pairs), MOST.get(device.type, MOST["cuda"])))
     size = 1 << (most.bit_length() - 1)
-    logger.info("%s: %d examples a pass (%.0f MiB each)", operation, size, per_example / 2**20)
+    logger.info("%d examples a pass (%.0f MiB each)", size, per_example / 2**20)
     return size
+
+
+@dataclass(frozen=True)
+class Need:
+    """What one operation needs.
+
+    Attributes
+    ----------
+    operation:
+        "attribute", "fit" or "faithfulness_curve".
+    forward, backward:
+        Examples that pass forward and backward through the model. Gradients reach activations only, so a backward
+        pass costs about as much as a forward pass. A pass that begins at a later block, or after tokens that clean
+        and corrupt prompts share, is counted as a whole one: these are upper limits.
+    cache_bytes:
+        Recorded activations and logits that are kept at one time.
+    gradient_bytes:
+        What autograd keeps of one batch until its backward pass.
+    working_bytes:
+        What comes and goes within a pass.
+    """
+
+    operation: str
+    forward: int
+    backward: int
+    cache_bytes: int
+    gradient_bytes: int
+    working_bytes: int
+
+    @property
+    def peak_bytes(self) -> int:
+        """Most memory beyond the weights at any time."""
+        return self.cache_bytes + self.gradient_bytes + self.working_bytes
+
+    @property
+    def forward_equivalents(self) -> int:
+        """Forward passes of one example, a backward pass counted as one."""
+        return self.forward + self.backward
+
+
+class Footprint:
+    """What a model's passes hold in memory: it is run on a few prompts of one length and watched.
+
+    Parameters
+    ----------
+    runner, nodes:
+        What is run, and which nodes are recorded.
+    width:
+        The prompts' number of tokens.
+    """
+
+    def __init__(self, runner: Runner, nodes: NodeSet, width: int) -> None:
+        self.runner, self.nodes, self.width = runner, nodes, width
+
+    @cached_property
+    def site_bytes(self) -> int:
+        """The nodes' activations, of one example."""
+        return self._bytes_at(self.nodes.points)
+
+    @cached_property
+    def embed_bytes(self) -> int:
+        """The embedding, or the residual stream at one block, of one example."""
+        return self._bytes_at([INPUT_POINT])
+
+    @property
+    def stream_bytes(self) -> int:
+        """The residual streams that later passes begin with, of one example."""
+        return len(self.runner.restarts(self.nodes)) * self.embed_bytes
+
+    @property
+    def logit_bytes(self) -> int:
+        """The answer's logits in float32, of one example."""
+        return 4 * self.runner.d_vocab
+
+    def _bytes_at(self, names: Sequence[str]) -> int:
+        """The activations at hook points for one example."""
+        bytes_per_value = self.runner.backend.dtype.itemsize
+        total = 0
+        for shape, axes in self.runner.layout(names).values():
+            sizes = (self.width if axis in axes else size for axis, size in enumerate(shape) if axis > 0)
+            total += math.prod(sizes) * bytes_per_value
+        return total
+
+    def gradient_bytes(self, batch: int, *, gated: bool = False) -> int:
+        """What autograd keeps of one batch: under a soft mask, or with a gradient from the embedding on.
+
+        From one and from two examples: everything that is kept is constant or in proportion to the examples.
+        """
+        one, two = self._kept(1, gated), self._kept(2, gated)
+        return one + (batch - 1) * (two - one)
+
+    def working_bytes(self, batch: int) -> int:
+        """Most memory in use at one time during a gated pass without gradients."""
+        tokens, lengths, corrupt, _ = self._recorded(batch)
+        gates = hooks.gate_hooks(self.nodes, torch.full((len(self.nodes),), 0.5, dtype=torch.float32), corrupt=corrupt)
+        with torch.no_grad(), self.runner.session(passes=WORTH_LAYING_OUT), LiveBytes() as live:
+            self.runner.run(tokens, lengths, gates)
+        return live.peak
+
+    def _kept(self, batch: int, gated: bool) -> int:
+        model, nodes = self.runner.model, self.nodes
+        tokens, lengths, corrupt, logits = self._recorded(batch)
+        known: set[int] = set()
+        kept: dict[int, Tensor] = {}  # the tensors themselves, so that no address is used twice
+
+        def keep(tensor: Tensor) -> Tensor:
+            if _address(tensor) not in known:
+                kept[_address(tensor)] = tensor
+            return tensor
+
+        def start(now: Tensor) -> Tensor:
+            return now.detach().clone().requires_grad_(True)
+
+        leaf = torch.full((len(nodes),), 0.5, dtype=torch.float32, requires_grad=True)
+        taps = hooks.gate_hooks(nodes, leaf, corrupt=corrupt) if gated else [(INPUT_POINT, start)]
+        session = self.runner.session(passes=WORTH_LAYING_OUT)
+        with torch.enable_grad(), session, saved_tensors_hooks(keep, lambda tensor: tensor):
+            permanent = [*model.parameters(), *getattr(model, "buffers", list)(), *corrupt.values(), logits]
+            known.update(_address(tensor) for tensor in permanent)
+            out = self.runner.run(tokens, lengths, taps)
+            if gated:
+                log_p, log_p_clean = out.float().log_softmax(-1), logits.float().log_softmax(-1)
+                torch.nn.functional.kl_div(log_p, log_p_clean, reduction="batchmean", log_target=True)
+        return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+
+    def _recorded(self, batch: int) -> tuple[Tensor, Tensor, hooks.Activations, Tensor]:
+        tokens, lengths = torch.zeros(batch, self.width, dtype=torch.long), torch.full((batch,), self.width)
+        corrupt: hooks.Activations = {}
+        with torch.no_grad(), self.runner.session():
+            logits = self.runner.run(tokens, lengths, hooks.record_hooks(self.nodes, corrupt))
+        return tokens, lengths, corrupt, logits
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of tensors that were made inside and are still there; ``peak`` is the most at one time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self.seen: set[int] = set()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = {_address(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
+        out = function(*args, **(kwargs or {}))
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, Tensor) and _address(leaf) not in given | self.seen:
+                storage = leaf.untyped_storage()
+                self.seen.add(storage.data_ptr())
+                self.now += storage.nbytes()
+                self.peak = max(self.peak, self.now)
+                weakref.finalize(storage, self._gone, storage.data_ptr(), storage.nbytes())
+        return out
+
+    def _gone(self, address: int, size: int) -> None:
+        self.seen.discard(address)
+        self.now -= size
+
+
+def _address(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
 
 
 def free_bytes(device: torch.device) -> int:

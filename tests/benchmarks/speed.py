@@ -29,8 +29,7 @@ import numpy as np
 import torch
 
 import dfa_lens as dfa
-from dfa_lens.models import estimate as planning
-from dfa_lens.models import hooks
+from dfa_lens.models import hooks, memory
 from dfa_lens.models.runner import Runner
 
 SMALL = {"n_layers": 12, "d_model": 512, "n_heads": 8, "n_key_value_heads": 4, "d_mlp": 1408, "d_vocab": 8192}
@@ -126,14 +125,14 @@ class Bench:
             work()
             return torch.cuda.max_memory_allocated() - before
         # the weights are turned round in place of themselves: before, or they would be counted twice
-        with Runner(self.model).session(passes=9), planning._Live() as live:
+        with Runner(self.model).session(passes=9), memory.LiveBytes() as live:
             work()
         return live.peak
 
     def caches(self, pairs: dfa.PromptPairs) -> int:
         """Bytes of the clean and the corrupt activations, without the padding that the model never has here."""
         nodes = dfa.NodeSet.heads_and_mlps(self.model)
-        one = planning._Probe(self.model, nodes, pairs.clean.shape[1]).cache_bytes()
+        one = memory.Footprint(Runner(self.model), nodes, pairs.clean.shape[1]).site_bytes
         return 2 * len(pairs) * one
 
     def graph(self, pairs: dfa.PromptPairs) -> int:

@@ -1,0 +1,178 @@
+"""What an attribution method is, and what every one of them works with."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from dfa_lens.data.metrics import Metric
+from dfa_lens.data.nodes import NodeSet, Site
+from dfa_lens.data.pairs import PromptPairs
+from dfa_lens.models.hooks import Activations
+from dfa_lens.models.memory import Footprint, Need
+from dfa_lens.models.paired_run import PairedRun
+from dfa_lens.models.runner import Runner
+
+
+class Sums(NamedTuple):
+    """What a method found on a batch, summed over its examples.
+
+    ``scores`` is [node] in float64. ``values`` has the metric of the "clean" and of the "corrupt" run and, of a method
+    whose scores add up to something, what they should ("expected") and do ("explained"), and the sum of absolute
+    errors ("gap") and effects ("scale") of groups that each have a sum of their own.
+    """
+
+    scores: Float[Tensor, " node"]
+    values: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One attribution: what every batch of it has in common.
+
+    Attributes
+    ----------
+    runner, nodes, metric:
+        What is run, what is scored, by what.
+    steps:
+        Integration steps.
+    batch_size:
+        Examples a pass; steps and ablated nodes of a smaller batch share a pass.
+    share_prefix:
+        Whether a common beginning may be run once.
+    two_columns:
+        Whether the metric reads the logits of the two answers only.
+    mlp_gradient, accumulate:
+        See :func:`~dfa_lens.attribution.attribute.attribute`.
+    done:
+        Told how many examples have gone through one more unit of work.
+    """
+
+    runner: Runner
+    nodes: NodeSet
+    metric: Metric
+    steps: int
+    batch_size: int
+    share_prefix: bool
+    two_columns: bool = False
+    mlp_gradient: str = "output"
+    accumulate: str = "own"
+    done: Callable[[int], Any] = lambda n: None
+
+
+class Method(ABC):
+    """One way to score nodes; derive from it and register it in :data:`~dfa_lens.attribution.attribute.METHODS`."""
+
+    #: whether it takes integration steps
+    integrates: ClassVar[bool] = False
+    #: whether it takes gradients
+    differentiates: ClassVar[bool] = True
+
+    @abstractmethod
+    def score(self, batch: Batch) -> Sums:
+        """The scores of a batch, summed over its examples."""
+
+    @abstractmethod
+    def passes(self, nodes: NodeSet, steps: int) -> tuple[int, int]:
+        """Forward and backward passes of one example, each counted as a whole one."""
+
+    @abstractmethod
+    def units(self, nodes: NodeSet, steps: int) -> int:
+        """Steps of the progress bar for one example: how often it calls ``done``."""
+
+    def held(self, footprint: Footprint, batch: int) -> int:
+        """Bytes of recorded activations that are kept at one time."""
+        return batch * (footprint.site_bytes + footprint.stream_bytes)
+
+    def need(self, footprint: Footprint, nodes: NodeSet, *, steps: int, examples: int, batch: int) -> Need:
+        """What scoring so many examples needs."""
+        forward, backward = self.passes(nodes, steps)
+        graph = footprint.gradient_bytes(batch) if self.differentiates else 0
+        working = footprint.working_bytes(batch)
+        held = self.held(footprint, batch)
+        return Need("attribute", examples * forward, examples * backward, held, graph, working)
+
+
+class Batch(PairedRun):
+    """Some of the pairs, how the model is run on them, and the metric of what comes out."""
+
+    def __init__(self, measurement: Measurement, pairs: PromptPairs) -> None:
+        own = measurement
+        two = torch.stack([pairs.answer, pairs.wrong], 1) if own.two_columns else None
+        super().__init__(own.runner, pairs, own.nodes, share_prefix=own.share_prefix, columns=two)
+        self.measurement, self.labels = own, pairs
+        self.room = max(1, own.batch_size // len(pairs))  # how often the batch fits into one pass
+        if own.two_columns:
+            first = torch.zeros_like(pairs.answer)
+            self.labels = replace(pairs, answer=first, wrong=first + 1, choices=None, corrupt_choices=None)
+
+    @property
+    def restarts(self) -> list[int]:
+        """The blocks that passes may begin at: those with nodes, but for the first."""
+        if not self.runner.allows("start", self.pairs.clean.shape[1]):
+            return []
+        return self.runner.restarts(self.measurement.nodes)
+
+    def chunks(self, items: list[Any]) -> list[list[Any]]:
+        """As many at a time as fit into one pass."""
+        return [items[first : first + self.room] for first in range(0, len(items), self.room)]
+
+    def values(self, logits: Tensor, clean_logits: Tensor, times: int = 1) -> Float[Tensor, " row"]:
+        """The metric of every row."""
+        labels = self.labels
+        if times > 1:
+            labels = labels[torch.arange(len(labels)).repeat(times)]
+            clean_logits = clean_logits.repeat(times, 1)
+        return self.measurement.metric(logits, labels, clean_logits)
+
+    def total(self, logits: Tensor, clean_logits: Tensor) -> float:
+        """The metric summed over the batch."""
+        return float(self.values(logits, clean_logits).sum(dtype=torch.float64))
+
+    def ablated(
+        self, nodes: NodeSet, masks: Float[Tensor, "times node"], corrupt: Activations, clean_logits: Tensor
+    ) -> Float[Tensor, " times"]:
+        """The metric summed over the batch, of the clean run under every one of several masks; ``nodes``: those of
+        one layer."""
+        times = len(masks)
+        with torch.no_grad():
+            rows = masks.repeat_interleave(len(self), 0)
+            logits = self.gated(nodes, rows, corrupt=corrupt, layer=nodes[0].layer)
+            values = self.values(logits, clean_logits, times)
+        return values.unflatten(0, (times, -1)).sum(1, dtype=torch.float64).cpu()
+
+    def add(self, totals: Tensor, site: Site, delta: Tensor, gradient: Tensor) -> None:
+        """Add Σ Δ·gradient over examples, positions and width to each node of a site.
+
+        Padding needs no care here: attention is causal and the padding is on the right (or there is none), so the
+        gradient of anything read at the last real token is exactly zero there.
+        """
+        product = delta.float() * summed(gradient.float(), len(delta))
+        if site.axis is None:
+            part = product.sum(dtype=torch.float64)[None]
+        else:
+            others = [axis for axis in range(product.ndim) if axis != site.axis]
+            part = product.sum(others, dtype=torch.float64)
+            if site.by_position:
+                part = torch.nn.functional.pad(part, (0, (site.size or 0) - len(part)))
+            part = part[list(site.slices)]
+        totals[list(site.positions)] += part.cpu()
+
+    def done(self, times: int = 1) -> None:
+        """Say that every example has gone through so many more units of work."""
+        self.measurement.done(len(self) * times)
+
+    def empty_scores(self) -> Float[Tensor, " node"]:
+        """Zeros to add up scores in, in float64."""
+        return torch.zeros(len(self.measurement.nodes), dtype=torch.float64)
+
+
+def summed(gradient: Tensor, batch: int) -> Tensor:
+    """The sum over several passes of a batch that were made in one."""
+    return gradient if len(gradient) == batch else gradient.unflatten(0, (-1, batch)).sum(0)
