@@ -1,3 +1,8 @@
+import re
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
 import pytest
 import torch
 from helpers import random_pairs, unchecked, unchecked_pairs
@@ -8,6 +13,7 @@ import dfa_lens as dfa
 from dfa_lens.errors import PromptError, TaskError
 from dfa_lens.models import runner
 from dfa_lens.models.runner import Runner
+from dfa_lens.zoo.tokenizer import build
 
 
 def tensors(n=3, width=4):
@@ -228,6 +234,204 @@ def test_choices(zoo_source):
         unchecked_pairs(**tensors(1), choices=torch.tensor([[5, 6]]))
     with pytest.raises(PromptError, match=r"choices has shape \[2, 1\]"):
         unchecked_pairs(**tensors(1), choices=torch.tensor([[0], [6]]))
+
+
+# --- texts and tokenizers as people have them --------------------------------------------------------------------
+
+TEXTS = {
+    "clean": ["3 + 4 =", "3 + 5 ="],
+    "corrupt": ["3 + 5 =", "3 + 4 ="],
+    "answer": [" 7", " 8"],
+    "wrong": [" 8", " 7"],
+}
+GAPS = [None, float("nan"), np.float64("nan"), pd.NA, pd.NaT]
+NO_TEXTS = [7, 7.0, True, b"7", ["7"], {"text": "7"}, np.array(["7"]), "\ud800"]
+
+
+def from_strings(tokenizer, change=(), **options):
+    """Without the run-time type checks of the tests."""
+    return unchecked(dfa.PromptPairs.from_strings.__func__)(
+        dfa.PromptPairs, tokenizer, **(TEXTS | dict(change)), **options
+    )
+
+
+@pytest.mark.parametrize("column", TEXTS)
+@pytest.mark.parametrize("value", GAPS + NO_TEXTS, ids=repr)
+def test_what_is_no_text(zoo_source, column, value):
+    missing = any(value is gap for gap in GAPS)
+    change = {column: [TEXTS[column][0], value]}
+    message = f"Pair 1: {column} is missing" if missing else f"Pair 1: {column} (is .*not a text|holds half a char)"
+    with pytest.raises(PromptError, match=message) as caught:
+        from_strings(zoo_source.tokenizer, change)
+    assert len(str(caught.value)) < 400
+    kept = from_strings(zoo_source.tokenizer, change, misfits="drop")
+    assert len(kept) == 1 and kept.dropped == {"missing" if missing else "not a text": 1}
+    assert kept == from_strings(zoo_source.tokenizer)[:1]
+
+
+def test_gaps_in_tables(zoo_source, monkeypatch):
+    import datasets
+
+    monkeypatch.setattr(dfa.PromptPairs, "from_strings", classmethod(unchecked(dfa.PromptPairs.from_strings.__func__)))
+
+    table = pd.DataFrame(TEXTS)
+    expected = from_strings(zoo_source.tokenizer)
+    for dataset in (table, datasets.Dataset.from_pandas(table), TEXTS):
+        assert dfa.PromptPairs.from_dataset(dataset, zoo_source.tokenizer) == expected
+    table.loc[1, "answer"] = None
+    for dataset in (table, datasets.Dataset.from_pandas(table)):
+        with pytest.raises(PromptError, match="Pair 1: answer is missing"):
+            dfa.PromptPairs.from_dataset(dataset, zoo_source.tokenizer)
+    numbers = pd.DataFrame(TEXTS | {"answer": [7, 8]})
+    with pytest.raises(PromptError, match="Pair 0: answer is .*7.*, of type .*int.*not a text: write numbers as"):
+        dfa.PromptPairs.from_dataset(numbers, zoo_source.tokenizer)
+    for dataset in (None, 3, "text", [TEXTS], iter([])):
+        with pytest.raises(PromptError, match="a table or a mapping of columns is needed"):
+            dfa.PromptPairs.from_dataset(dataset, zoo_source.tokenizer)
+
+
+def test_columns_that_are_none(zoo_source):
+    for value in ("3 + 4 =", b"3", 3, None, {"a": 1}):
+        with pytest.raises(PromptError, match="clean must be a list of texts, one for each pair"):
+            from_strings(zoo_source.tokenizer, {"clean": value})
+    for column, value in (("choices", "78"), ("corrupt_choices", 3)):
+        with pytest.raises(PromptError, match=f"{column} must be a list of texts"):
+            from_strings(zoo_source.tokenizer, **{column: value})
+    for value in ("78", None, {"label": ["7", "8"]}, 3):
+        with pytest.raises(PromptError, match="choices of pair 1 must be a list of texts"):
+            from_strings(zoo_source.tokenizer, choices=[[" 7", " 8"], value])
+    for value in ([" 7", None], [" 8", 7], [""]):
+        with pytest.raises(PromptError, match="choices of pair 1 must be texts of at least one token"):
+            from_strings(zoo_source.tokenizer, choices=[[" 7", " 8"], value])
+    with pytest.raises(PromptError, match="The answer of pair 1 is not among its choices"):
+        from_strings(zoo_source.tokenizer, choices=[[" 7", " 8"], []])
+
+
+@pytest.mark.parametrize("tokenizer", ["llama3", object(), 3])
+def test_tokenizers_that_are_none(tokenizer):
+    with pytest.raises(PromptError, match="can't be called: pass model.tokenizer"):
+        from_strings(tokenizer)
+
+
+def ending(template):
+    """The shipped models' tokenizer with another template, and an end token."""
+    from tokenizers import processors
+
+    tokenizer = build(begin_of_text=True)
+    tokenizer.add_special_tokens({"eos_token": "</s>", "sep_token": "[SEP]"})
+    ids = {token: tokenizer.convert_tokens_to_ids(token) for token in (tokenizer.bos_token, "</s>", "[SEP]")}
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=template.format(begin=tokenizer.bos_token), special_tokens=list(ids.items())
+    )
+    return tokenizer
+
+
+@pytest.mark.parametrize("token", ["</s>", "[SEP]"])
+def test_a_tokenizer_that_ends_prompts_is_refused(token, zoo_source):
+    tokenizer = ending(f"{{begin}} $A {token}")
+    assert tokenizer("3 + 4 =").input_ids[-1] == tokenizer.convert_tokens_to_ids(token)
+    message = re.escape(token) + "' behind every prompt.*set tokenizer.add_eos_token = False"
+    for use in (
+        lambda: from_strings(tokenizer),
+        lambda: from_strings(tokenizer, misfits="drop"),
+        lambda: dfa.tasks.load("ioi", tokenizer, n=4),
+    ):
+        with pytest.raises(PromptError, match=message):
+            use()
+    # a tokenizer that adds nothing at the end, and a text that ends so itself
+    plain = ending("{begin} $A")
+    assert from_strings(plain) == from_strings(zoo_source.tokenizer)
+    ended = from_strings(plain, {name: [f"{text} </s>" for text in TEXTS[name]] for name in ("clean", "corrupt")})
+    assert (ended.clean[:, -1] == plain.eos_token_id).all()
+
+
+@pytest.mark.parametrize("column", ["clean", "corrupt"])
+def test_a_begin_token_twice_is_refused(zoo_source, column):
+    tokenizer = zoo_source.tokenizer
+    twice = {column: [TEXTS[column][0], f"{tokenizer.bos_token} {TEXTS[column][1]}"]}
+    assert tokenizer(twice[column][1]).input_ids[:2] == [tokenizer.bos_token_id] * 2
+    with pytest.raises(PromptError, match=f"Pair 1: {column} begins with .*which the tokenizer adds by itself"):
+        from_strings(tokenizer, twice, different_lengths="pad-left-aligned")
+    kept = from_strings(tokenizer, twice, misfits="drop")
+    assert kept.dropped == {"two begin tokens": 1} and kept == from_strings(tokenizer)[:1]
+    # where the tokenizer adds none, the text may bring one
+    bare = build(begin_of_text=False)
+    bare.add_special_tokens({"bos_token": tokenizer.bos_token})
+    assert from_strings(
+        bare, {name: [f"{bare.bos_token} {t}" for t in TEXTS[name]] for name in ("clean", "corrupt")}
+    ) == (from_strings(tokenizer))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"answer": ["1", 2]}, "answer has '1' at 0, which is no token id"),
+        ({"answer": [1.0, 2]}, "answer has 1.0 at 0"),
+        ({"answer": [True, 2]}, "answer has True at 0"),
+        ({"wrong": [None, 2]}, "wrong has None at 0"),
+        ({"wrong": [float("nan"), 2]}, "wrong has nan at 0"),
+        ({"wrong": [2**64, 2]}, "wrong has 18446744073709551616 at 0"),
+        ({"wrong": "34"}, "wrong must be a list of token ids, not '34'"),
+        ({"answer": 3}, "answer must be a list of token ids, not 3"),
+        ({"clean": "56"}, "clean must be a list of prompts, each a list of token ids"),
+        ({"clean": [5, 6]}, "clean 0 must be a list of token ids, not 5"),
+        ({"clean": [[5, "6"], [7, 8]]}, "clean 0 has '6' at 1"),
+        ({"clean": [[5, 6], "78"]}, "clean 1 must be a list of token ids, not '78'"),
+        ({"clean": torch.ones(2, 2)}, r"clean must be token ids \[pair, pos\], not \[2, 2\] of torch.float32"),
+        ({"clean": torch.ones(2, 2, dtype=torch.bool)}, "of torch.bool"),
+        ({"pad": "0"}, "pad must be a token id, not '0'"),
+        ({"pad": -1}, "pad must be a token id, not -1"),
+    ],
+)
+def test_tokens_that_are_none(change, message):
+    good = {"clean": [[5, 6], [7, 8]], "corrupt": [[5, 9], [7, 9]], "answer": [1, 2], "wrong": [3, 4]}
+    make = unchecked(dfa.PromptPairs.from_tokens.__func__)
+    expected = make(dfa.PromptPairs, **good)
+    for convert in (np.array, torch.tensor, pd.Series, lambda row: np.array(row, dtype=np.uint8)):
+        assert make(dfa.PromptPairs, **(good | {name: convert(good[name]) for name in ("answer", "wrong")})) == expected
+    with pytest.raises(PromptError, match=message):
+        make(dfa.PromptPairs, **(good | change))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"clean": [[1, 2]]}, "clean must be a tensor of token ids .integers., not list"),
+        ({"answer": np.arange(3)}, "answer must be a tensor of token ids .integers., not ndarray"),
+        ({"lengths": torch.ones(3)}, "lengths must be a tensor of token ids .integers., not torch.float32"),
+        ({"choices": torch.ones(3, 2)}, "choices must be a tensor of token ids .integers., not torch.float32"),
+        ({"choices": torch.ones(3, dtype=torch.long)}, r"choices has shape \[3\]: \[pair, choice\] is needed"),
+        ({"corrupt_choices": torch.ones(2, 2, dtype=torch.long)}, r"corrupt_choices has shape \[2, 2\]"),
+        ({"answer": torch.ones(3, 1, dtype=torch.long)}, r"answer has shape \[3, 1\]: \[pair\] is needed"),
+    ],
+)
+def test_tensors_of_another_kind(change, message):
+    with pytest.raises(PromptError, match=message):
+        unchecked_pairs(**(tensors() | change))
+
+
+def test_choices_of_another_vocabulary(any_model):
+    pairs = random_pairs(2)
+    far = replace(pairs, choices=torch.stack([pairs.answer, pairs.answer + 500], 1))
+    with pytest.raises(PromptError, match="choices of pair 0 has token id .* vocabulary has 101"):
+        far.check(any_model)
+
+
+def test_what_is_put_together_must_belong_together(zoo_source):
+    parts = [dfa.tasks.load("ioi", zoo_source.tokenizer, n=2, seed=seed) for seed in (0, 1)]
+    with pytest.raises(PromptError, match="different metrics, 'logit-difference' and 'kl': choose one for all"):
+        dfa.PromptPairs.concat([parts[0], parts[1].with_metric("kl")])
+    with pytest.raises(PromptError, match="different metrics, 'kl' and 'tensors'"):
+        dfa.PromptPairs.concat([parts[0].with_metric("kl"), parts[1].with_metric(tensors)])
+    assert dfa.PromptPairs.concat([part.with_metric("kl") for part in parts]).metric == "kl"
+    again = dfa.tasks.load("ioi", build(begin_of_text=True), n=2, seed=1)  # the same tokenizer, loaded again
+    assert dfa.PromptPairs.concat([parts[0], again]).tokenizer is zoo_source.tokenizer
+    assert dfa.PromptPairs.concat([random_pairs(2), parts[0]]).tokenizer is zoo_source.tokenizer
+    other = replace(parts[1], tokenizer=ending("{begin} $A"))
+    with pytest.raises(PromptError, match="different tokenizers"):
+        dfa.PromptPairs.concat([parts[0], other])
+    dropped = [replace(parts[0], dropped={"a": 1, "b": 2}), replace(parts[1], dropped={"b": 3}), parts[0]]
+    assert dfa.PromptPairs.concat(dropped).dropped == {"a": 1, "b": 5}
 
 
 def test_shuffle():

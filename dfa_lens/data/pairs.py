@@ -590,7 +590,7 @@ def _vocabulary(tokenizer: Any) -> Any:
     return tokenizer.get_vocab() if hasattr(tokenizer, "get_vocab") else id(tokenizer)
 
 
-def _unpadded(name: str, rows: Sequence[Sequence[int]] | Tensor, pad: int | None) -> list[list[int]]:
+def _unpadded(name: str, rows: object, pad: int | None) -> list[list[int]]:
     if not isinstance(rows, Tensor):
         if isinstance(rows, (str, bytes, Mapping)) or not isinstance(rows, Iterable):
             raise PromptError(f"{name} must be a list of prompts, each a list of token ids, not {short(repr(rows))}.")

@@ -28,6 +28,8 @@ class Screened(NamedTuple):
 
 def tokens(tokenizer: Any, texts: Sequence[str], *, special: bool) -> list[list[int]]:
     """The token ids of every text; with ``special``, and what the tokenizer adds to a prompt by itself."""
+    if not texts:
+        return []  # tokenizers stumble over nothing
     return [list(row) for row in tokenizer(list(texts), add_special_tokens=special)["input_ids"]]
 
 
@@ -40,10 +42,10 @@ def texts(name: str, column: object) -> list[Any]:
 
 def screen(
     tokenizer: Any,
-    clean: Sequence[str],
-    corrupt: Sequence[str],
-    answer: Sequence[str],
-    wrong: Sequence[str],
+    clean: Sequence[Any],
+    corrupt: Sequence[Any],
+    answer: Sequence[Any],
+    wrong: Sequence[Any],
     *,
     first_token: bool = False,
 ) -> Screened:
@@ -51,6 +53,8 @@ def screen(
 
     Parameters
     ----------
+    clean, corrupt, answer, wrong:
+        Columns of equal length; what is no text in them makes its pair a misfit.
     first_token:
         An answer of several tokens is welcome: its first token is taken.
 
