@@ -8,6 +8,7 @@ from .attribution.attribute import attribute as attribute
 from .data import metrics as metrics
 from .data import statistics as statistics
 from .data.alignment import Alignment as Alignment
+from .data.curve import FaithfulnessCurve as FaithfulnessCurve
 from .data.nodes import Node as Node
 from .data.nodes import NodeSet as NodeSet
 from .data.pairs import PromptPairs as PromptPairs
@@ -16,8 +17,8 @@ from .errors import DfaError as DfaError
 from .estimate import Estimate as Estimate
 from .estimate import estimate as estimate
 from .evaluation import diagnostics as diagnostics
-from .evaluation.check import Behaviour as Behaviour
-from .evaluation.faithfulness import FaithfulnessCurve as FaithfulnessCurve
+from .evaluation.check import TaskCheck as TaskCheck
+from .evaluation.check import check as check
 from .evaluation.faithfulness import faithfulness_curve as faithfulness_curve
 from .experiments import study as study
 from .models import hooks as hooks

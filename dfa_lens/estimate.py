@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from dfa_lens.attribution.attribute import METHODS
+from dfa_lens.data.curve import default_sizes
 from dfa_lens.data.nodes import NodeSet
 from dfa_lens.data.pairs import PromptPairs
 from dfa_lens.errors import DfaError
-from dfa_lens.evaluation.faithfulness import default_sizes, need_of_curve
+from dfa_lens.evaluation.faithfulness import need_of_curve
 from dfa_lens.models import backend
 from dfa_lens.models.backend import HookedModel
 from dfa_lens.models.memory import Footprint, Need
@@ -92,7 +93,7 @@ def estimate(
     fit_steps: int = 200,
     sizes: int | None = None,
     cache: Cache = "device",
-    together: int = 1,
+    sizes_per_pass: int = 1,
 ) -> Estimate:
     """What attribution, training and a faithfulness curve on these pairs would need.
 
@@ -111,7 +112,7 @@ def estimate(
     sizes:
         How many circuit sizes the curve runs; default: those of
         :func:`~dfa_lens.evaluation.faithfulness.faithfulness_curve`.
-    together:
+    sizes_per_pass:
         How many of them share a pass, as for the curve.
 
     Returns
@@ -131,8 +132,8 @@ def estimate(
     nodes = nodes if nodes is not None else NodeSet.heads_and_mlps(model)
     if batch_size < 1:
         raise DfaError(f"batch_size must be at least 1, not {batch_size}.")
-    if together < 1:
-        raise DfaError(f"together must be at least 1, not {together}.")
+    if sizes_per_pass < 1:
+        raise DfaError(f"sizes_per_pass must be at least 1, not {sizes_per_pass}.")
     runner = Runner(model)
     runner.check_points(nodes.points)
     scoring = METHODS.find(method)
@@ -147,7 +148,7 @@ def estimate(
         needs=(
             scoring.need(footprint, nodes, steps=steps, examples=n, batch=batch),
             _need_of_fit(footprint, n, batch, fit_steps, cache),
-            need_of_curve(footprint, n, batch, n_sizes, together),
+            need_of_curve(footprint, n, batch, n_sizes, sizes_per_pass),
         ),
     )
 

@@ -85,7 +85,7 @@ def made_curve(
         corrupt_values=np.asarray(corrupt, dtype=float),
         kl=np.zeros(len(sizes)),
         protocol="nodes",
-        rank="signed",
+        ranking="signed",
         n_nodes=n_nodes,
         **more,
     )

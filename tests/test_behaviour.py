@@ -21,7 +21,7 @@ def with_choices(pairs):
 def test_every_number_is_what_it_says(model, ragged, unchanged):
     pairs = with_choices(ragged)
     with unchanged(model):
-        found = pairs.check(model, batch_size=4)
+        found = dfa.check(model, pairs, batch_size=4)
     for i in range(len(pairs)):
         one = pairs[i]
         with torch.no_grad():
@@ -45,17 +45,17 @@ def test_every_number_is_what_it_says(model, ragged, unchanged):
 
 
 def test_where_keeps_what_is_solved(model, pairs):
-    solved = pairs.check(model).right_in_both
+    solved = dfa.check(model, pairs).right_in_both
     if solved.any():
-        assert torch.equal(pairs.where(model).answer, pairs.answer[solved])
-    assert torch.equal(pairs.where(model, correct=False).answer, pairs.answer[~solved])
+        assert torch.equal(dfa.check(model, pairs).solved.answer, pairs.answer[solved])
+    assert torch.equal(dfa.check(model, pairs).unsolved.answer, pairs.answer[~solved])
 
 
 def test_where_nothing_is_left(zoo_source):
     pairs = dfa.tasks.load("ioi", zoo_source.tokenizer, n=8)
-    assert len(pairs.where(zoo_source)) == 8
+    assert len(dfa.check(zoo_source, pairs).solved) == 8
     with pytest.raises(PromptError, match="The model solves all of the 8 pairs"):
-        pairs.where(zoo_source, correct=False)
+        _ = dfa.check(zoo_source, pairs).unsolved
 
 
 def test_answer_above_wrong_flatters_with_symbol_counterfactuals(any_model):
@@ -79,7 +79,7 @@ def test_answer_above_wrong_flatters_with_symbol_counterfactuals(any_model):
                 logits[..., tokenizer(letter, add_special_tokens=False)["input_ids"][0]] = 9.0 - rank
             return logits
 
-    found = pairs.check(Letters())
+    found = dfa.check(Letters(), pairs)
     assert found.summary()["answer above wrong"] == 1.0
     assert found.summary()["best of the choices"] < 0.5
     assert found.summary()["right in both directions"] < 0.5
@@ -87,7 +87,7 @@ def test_answer_above_wrong_flatters_with_symbol_counterfactuals(any_model):
 
 @pytest.mark.parametrize("task", dfa.tasks.names())
 def test_the_shipped_models_solve_their_tasks(task, zoo_source):
-    found = dfa.tasks.load(task, zoo_source.tokenizer, split="test", n=32).check(zoo_source)
+    found = dfa.check(zoo_source, dfa.tasks.load(task, zoo_source.tokenizer, split="test", n=32))
     assert found.summary()["right in both directions"] >= 0.95
     assert found.summary()["logit difference"] > 3 > -3 > found.summary()["logit difference, corrupt"]
     assert "right in both directions 1" in repr(found) or "right in both directions 9" in repr(found)
@@ -98,4 +98,4 @@ def test_the_shipped_models_solve_their_tasks(task, zoo_source):
 
 def test_pairs_of_another_model_are_refused(any_model):
     with pytest.raises(PromptError, match="the model's vocabulary has 101 tokens"):
-        random_pairs(vocabulary=500).check(any_model)
+        dfa.check(any_model, random_pairs(vocabulary=500))

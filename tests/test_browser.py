@@ -312,7 +312,7 @@ def made_up(tmp_path_factory):
     """A report of made-up results: no model, the same on every machine."""
     import torch
 
-    from dfa_lens.evaluation.faithfulness import FaithfulnessCurve
+    from dfa_lens.data.curve import FaithfulnessCurve
     from dfa_lens.experiments.table import Results, TaskResult
 
     def curve(level, seed):

@@ -88,11 +88,11 @@ def test_memory_within_a_fifth(setting, method, batch_size):
 @pytest.mark.parametrize("together", [2, 3])
 def test_memory_of_sizes_that_share_a_pass(setting, together):
     model, pairs = setting
-    need = dfa.estimate(model, pairs, batch_size=4, sizes=len(SIZES), together=together)["faithfulness_curve"]
+    need = dfa.estimate(model, pairs, batch_size=4, sizes=len(SIZES), sizes_per_pass=together)["faithfulness_curve"]
     flat = dfa.controls.uniform(dfa.NodeSet.heads_and_mlps(model))
 
     def work():
-        dfa.faithfulness_curve(model, pairs, flat, sizes=SIZES, batch_size=4, together=together)
+        dfa.faithfulness_curve(model, pairs, flat, sizes=SIZES, batch_size=4, sizes_per_pass=together)
 
     work()
     with Runner(model).session(passes=9):
@@ -113,8 +113,8 @@ def test_it_reads(setting, unchanged):
         found["train"]
     with pytest.raises(DfaError, match="batch_size must be at least 1"):
         dfa.estimate(model, pairs, batch_size=0)
-    with pytest.raises(DfaError, match="together must be at least 1, not 0"):
-        dfa.estimate(model, pairs, together=0)
+    with pytest.raises(DfaError, match="sizes_per_pass must be at least 1, not 0"):
+        dfa.estimate(model, pairs, sizes_per_pass=0)
 
 
 def test_other_nodes(setting):

@@ -5,9 +5,9 @@ from helpers import made_curve, random_model, random_pairs, unchecked
 
 import dfa_lens as dfa
 from dfa_lens.data import statistics
+from dfa_lens.data.curve import area, cpr_difference, default_sizes
 from dfa_lens.data.statistics import StatisticsWarning
 from dfa_lens.errors import DfaError, FaithfulnessError, ScoreError
-from dfa_lens.evaluation.faithfulness import area, cpr_difference, default_sizes
 from dfa_lens.models import hooks
 from dfa_lens.models.runner import Runner
 
@@ -58,7 +58,7 @@ def test_only_the_ranking_matters(any_model, pairs, scores):
     moved = dfa.NodeScores(scores.values * 7 + 100, NODES)
     first, second = (dfa.faithfulness_curve(any_model, pairs, s) for s in (scores, moved))
     np.testing.assert_array_equal(first.faithfulness, second.faithfulness)
-    assert dfa.faithfulness_curve(any_model, pairs, scores, rank="absolute").cpr != first.cpr
+    assert dfa.faithfulness_curve(any_model, pairs, scores, ranking="absolute").cpr != first.cpr
 
 
 def test_mib_of_scores_without_input(any_model, pairs):
@@ -136,7 +136,7 @@ def test_the_floor_is_that_of_the_empty_circuit(any_model, ragged, scores):
     assert abs(empty - whole.faithfulness[3]) > 0.02  # else the test would say nothing
     for sizes in ([3, 7, 15], [0, 7, 15], [2, 5], [0, 5]):
         for together in (1, 4):
-            part = dfa.faithfulness_curve(any_model, ragged, scores, sizes=sizes, together=together)
+            part = dfa.faithfulness_curve(any_model, ragged, scores, sizes=sizes, sizes_per_pass=together)
             assert part.sizes.tolist() == sizes
             np.testing.assert_allclose(part.per_example, whole.per_example[sizes], atol=1e-4)
             np.testing.assert_allclose(part.kl, whole.kl[sizes], atol=1e-5)

@@ -8,7 +8,9 @@ import torch
 from helpers import random_model, random_pairs
 
 import dfa_lens as dfa
+from dfa_lens.evaluation.faithfulness import need_of_curve
 from dfa_lens.models import memory
+from dfa_lens.models.runner import Runner
 
 GIB = 2**30
 CPU = torch.device("cpu")
@@ -108,11 +110,11 @@ def test_a_curve_of_the_size_that_fits(small, monkeypatch, together):
     model, pairs, nodes = small
 
     def peak(n):
-        need = dfa.estimate(model, pairs, nodes, batch_size=n, sizes=8, together=together)["faithfulness_curve"]
+        need = dfa.estimate(model, pairs, nodes, batch_size=n, sizes=8, sizes_per_pass=together)["faithfulness_curve"]
         return need.peak_bytes / memory.USABLE
 
     monkeypatch.setattr(memory, "free_bytes", lambda device: int(1.5 * peak(8)))
-    assert memory.fitting(model, pairs, nodes, "faithfulness_curve", sizes=8, together=together) == 8
+    assert memory.fitting(Runner(model), pairs, nodes, lambda f, n: need_of_curve(f, len(pairs), n, 8, together)) == 8
 
 
 def test_sizes_that_share_a_pass_take_fewer_examples(small, monkeypatch):
@@ -125,6 +127,6 @@ def test_sizes_that_share_a_pass_take_fewer_examples(small, monkeypatch):
     monkeypatch.setattr(dfa.PromptPairs, "batches", lambda pairs, size: batches.append(size) or whole(pairs, size))
     flat, sizes = dfa.controls.uniform(nodes), list(range(8))
     for together in (1, 6):
-        dfa.faithfulness_curve(model, pairs, flat, sizes=sizes, batch_size="auto", together=together)
+        dfa.faithfulness_curve(model, pairs, flat, sizes=sizes, batch_size="auto", sizes_per_pass=together)
     assert batches[0] == 16
     assert batches[1] <= 4

@@ -5,6 +5,7 @@ import torch
 from helpers import BACKENDS, plain_passes, random_model, random_pairs
 
 import dfa_lens as dfa
+from dfa_lens.attribution.attribute import METHODS
 from dfa_lens.errors import DfaError, HookError
 from dfa_lens.models import hooks, memory
 from dfa_lens.models.runner import Runner, ShortCutWarning, Start, attention_mask, stream_hooks
@@ -260,7 +261,7 @@ def test_auto_batch_size(any_model, monkeypatch, caplog):
     torch.testing.assert_close(found.values, expected.values, **TOLERANCE)
     assert sizes[:2] == [8, 4]
     assert max(sizes[2:]) == 2
-    assert "does not fit into memory with 8 examples a pass: 4 now" in caplog.text
+    assert "8 examples a pass do not fit into memory: 4 now" in caplog.text
     monkeypatch.setattr(Runner, "run", lambda *args, **options: (_ for _ in ()).throw(torch.OutOfMemoryError("no")))
     with pytest.raises(torch.OutOfMemoryError):
         dfa.attribute(any_model, pairs, method="nap", batch_size="auto")
@@ -271,10 +272,14 @@ def test_auto_batch_size(any_model, monkeypatch, caplog):
 def test_the_batch_size_that_fits(any_model, monkeypatch):
     pairs, nodes = alike(n=40), dfa.NodeSet.heads_and_mlps(any_model)
     one, two = (dfa.estimate(any_model, pairs, batch_size=n)["attribute"].peak_bytes for n in (1, 2))
+
+    def need(footprint, n):
+        return METHODS["nap-ig-inputs"].need(footprint, nodes, steps=5, examples=len(pairs), batch=n)
+
     for room, expected in ((1, 1), (5, 4), (1000, 32)):
         free = (one + (room - 1) * (two - one)) / memory.USABLE + 1000
         monkeypatch.setattr(memory, "free_bytes", lambda device, free=free: int(free))
-        assert memory.fitting(any_model, pairs, nodes, "attribute") == expected
+        assert memory.fitting(Runner(any_model), pairs, nodes, need) == expected
     monkeypatch.undo()
     assert memory.free_bytes(torch.device("cpu")) > 0
     curve = dfa.faithfulness_curve(any_model, pairs, dfa.controls.uniform(nodes), sizes=[0, 5, 15], batch_size="auto")

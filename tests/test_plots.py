@@ -386,7 +386,7 @@ def test_a_widget_follows_the_dropdown(drawn):
 
 
 def made_up_results(n_tasks, settings=("gold", "zero-shot")):
-    from dfa_lens.evaluation.faithfulness import FaithfulnessCurve
+    from dfa_lens.data.curve import FaithfulnessCurve
     from dfa_lens.experiments.table import Results, TaskResult
 
     fractions, ones = np.linspace(0, 1, 3), np.ones(4)
@@ -404,8 +404,8 @@ def made_up_results(n_tasks, settings=("gold", "zero-shot")):
 @pytest.fixture
 def differences(monkeypatch):
     """Let the comparisons of curves give these differences and p-values, in turn; what they were asked is kept."""
+    from dfa_lens.data.curve import Difference
     from dfa_lens.data.statistics import Interval
-    from dfa_lens.evaluation.faithfulness import Difference
 
     def give(*found):
         asked = []

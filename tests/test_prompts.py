@@ -169,7 +169,7 @@ def test_misfits_are_dropped_and_counted(zoo_source):
         "answer": [" 7", " 7 8", " 7", " 7", " 8", " 7"],
         "wrong": [" 8", " 8", " 8", " 8", " 8", " 8"],
     }
-    pairs = dfa.PromptPairs.from_strings(zoo_source.tokenizer, **texts, misfits="drop")
+    pairs = dfa.PromptPairs.from_strings(zoo_source.tokenizer, **texts, unusable="drop")
     assert len(pairs) == 1
     assert pairs.dropped == {
         "answer of several tokens": 1,
@@ -182,7 +182,7 @@ def test_misfits_are_dropped_and_counted(zoo_source):
     with pytest.raises(
         PromptError, match=r"None of 5 pairs can be used with this tokenizer \(answer of several tokens: 1"
     ):
-        dfa.PromptPairs.from_strings(zoo_source.tokenizer, **bad, misfits="drop")
+        dfa.PromptPairs.from_strings(zoo_source.tokenizer, **bad, unusable="drop")
     first = dfa.PromptPairs.from_strings(
         zoo_source.tokenizer, **{name: values[1:2] for name, values in texts.items()}, first_token=True
     )
@@ -264,7 +264,7 @@ def test_what_is_no_text(zoo_source, column, value):
     with pytest.raises(PromptError, match=message) as caught:
         from_strings(zoo_source.tokenizer, change)
     assert len(str(caught.value)) < 400
-    kept = from_strings(zoo_source.tokenizer, change, misfits="drop")
+    kept = from_strings(zoo_source.tokenizer, change, unusable="drop")
     assert len(kept) == 1 and kept.dropped == {"missing" if missing else "not a text": 1}
     assert kept == from_strings(zoo_source.tokenizer)[:1]
 
@@ -333,7 +333,7 @@ def test_a_tokenizer_that_ends_prompts_is_refused(token, zoo_source):
     message = re.escape(token) + "' behind every prompt.*set tokenizer.add_eos_token = False"
     for use in (
         lambda: from_strings(tokenizer),
-        lambda: from_strings(tokenizer, misfits="drop"),
+        lambda: from_strings(tokenizer, unusable="drop"),
         lambda: dfa.tasks.load("ioi", tokenizer, n=4),
     ):
         with pytest.raises(PromptError, match=message):
@@ -352,7 +352,7 @@ def test_a_begin_token_twice_is_refused(zoo_source, column):
     assert tokenizer(twice[column][1]).input_ids[:2] == [tokenizer.bos_token_id] * 2
     with pytest.raises(PromptError, match=f"Pair 1: {column} begins with .*which the tokenizer adds by itself"):
         from_strings(tokenizer, twice, different_lengths="pad-left-aligned")
-    kept = from_strings(tokenizer, twice, misfits="drop")
+    kept = from_strings(tokenizer, twice, unusable="drop")
     assert kept.dropped == {"two begin tokens": 1} and kept == from_strings(tokenizer)[:1]
     # where the tokenizer adds none, the text may bring one
     bare = build(begin_of_text=False)
@@ -490,7 +490,7 @@ def test_all_phases_see_the_same_tokens(zoo_source, monkeypatch):
             lambda: dfa.faithfulness_curve(
                 zoo_source, pairs, dfa.controls.uniform(dfa.NodeSet.heads_and_mlps(zoo_source)), sizes=[0, 54]
             ),
-            lambda: pairs.check(zoo_source),
+            lambda: dfa.check(zoo_source, pairs),
         ):
             seen.clear()
             work()

@@ -61,7 +61,7 @@ def test_shape_and_tokenizer(smollm2):
 
 
 def test_it_solves_ioi(smollm2):
-    found = pairs_of(smollm2, "test", 60).check(smollm2).summary()
+    found = dfa.check(smollm2, pairs_of(smollm2, "test", 60)).summary()
     assert found["answer above wrong"] >= 0.95
     assert found["answer above wrong, corrupt"] >= 0.95
     assert 4 < found["logit difference"] < 6

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 import dfa_lens as dfa
-from dfa_lens.evaluation.faithfulness import MIB_FRACTIONS
+from dfa_lens.data.curve import MIB_FRACTIONS
 from dfa_lens.models.loading import transformer_lens_major
 from dfa_lens.models.runner import Runner
 

@@ -63,7 +63,7 @@ def operations(model: Any, pairs: dfa.PromptPairs) -> dict[str, Callable[[], tor
         return lambda: dfa.attribute(model, pairs, method=method, steps=2).values
 
     def curve(together: int) -> Callable[[], torch.Tensor]:
-        options: dict[str, Any] = {"sizes": sizes, "together": together}
+        options: dict[str, Any] = {"sizes": sizes, "sizes_per_pass": together}
         return lambda: torch.tensor(dfa.faithfulness_curve(model, pairs, ranking, **options).per_example)
 
     def fit(**options: Any) -> Callable[[], torch.Tensor]:
@@ -78,7 +78,7 @@ def operations(model: Any, pairs: dfa.PromptPairs) -> dict[str, Callable[[], tor
         "curve, together": curve(3),
         "fit": fit(),
         "fit, restore": fit(intervention="restore", cache="recompute"),
-        "check": lambda: pairs.check(model).difference,
+        "check": lambda: dfa.check(model, pairs).difference,
         "behaviour": lambda: dfa.features.behaviour_similarity(model, pairs, model, pairs),
     }
 

@@ -138,7 +138,7 @@ def test_what_is_no_model_is_one_error_everywhere(kind, capsys):
         lambda: dfa.attribute(model, pairs),
         lambda: dfa.fit(model, {"a": scores}, {"a": pairs}),
         lambda: dfa.faithfulness_curve(model, pairs, scores),
-        lambda: pairs.check(model),
+        lambda: dfa.check(model, pairs),
         lambda: dfa.estimate(model, pairs),
         lambda: dfa.features.attention_features(model),
         lambda: dfa.NodeSet.from_points(model, {"hook_embed": None}),

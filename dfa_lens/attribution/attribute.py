@@ -66,7 +66,7 @@ def attribute(
     method: str = "nap-ig-inputs",
     steps: int | Literal["auto"] = 5,
     nodes: NodeSet | None = None,
-    metric: str | Callable[..., Tensor] | None = None,
+    metric: str | Callable[..., Tensor] = "logit-difference",
     batch_size: int | Literal["auto"] = 16,
     progress: bool = False,
     mlp_gradient: Literal["output", "input"] = "output",
@@ -92,7 +92,8 @@ def attribute(
     nodes:
         Which nodes; default: all attention heads and MLP blocks.
     metric:
-        See :class:`~dfa_lens.data.pairs.PromptPairs`; default: that of ``pairs``, the logit difference.
+        A name of :data:`~dfa_lens.data.metrics.METRICS`, or a function of (logits [batch, vocab], pairs) that returns
+        [batch].
     batch_size:
         Examples a pass; integration steps and ablated nodes share a pass where there is room in it. "auto" takes what
         fits into free memory, and half of that after an out-of-memory error. Changes memory and time, never the
@@ -151,7 +152,6 @@ def attribute(
         )
     runner = Runner(model)
     nodes = nodes if nodes is not None else NodeSet.heads_and_mlps(model)
-    chosen = pairs.metric if metric is None else metric
     runner.require(pairs)
     runner.check_points(nodes.points)
 
@@ -167,11 +167,11 @@ def attribute(
             measurement = Measurement(
                 runner,
                 nodes,
-                metrics.checked(chosen),
+                metrics.checked(metric),
                 steps=n,
                 batch_size=size,
                 share_prefix=share_prefix,
-                two_columns=metrics.reads_two_columns(chosen),
+                two_columns=metrics.reads_two_columns(metric),
                 mlp_gradient=mlp_gradient,
                 accumulate=accumulate,
                 done=bar.update,
@@ -185,7 +185,7 @@ def attribute(
         means = {key: value / len(pairs) for key, value in sums.items()}
         meta: dict[str, Any] = {
             "method": method,
-            "metric": metrics.name_of(chosen),
+            "metric": metrics.name_of(metric),
             "examples": len(pairs),
             "model": runner.name,
         }

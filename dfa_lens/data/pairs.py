@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import zip_longest
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from jaxtyping import Int
@@ -17,9 +17,6 @@ from dfa_lens.data import selection
 from dfa_lens.data import tokenization as screening
 from dfa_lens.data.content import ByContent
 from dfa_lens.errors import PromptError, PromptIndexError, short, unknown
-
-if TYPE_CHECKING:
-    from dfa_lens.evaluation.check import Behaviour
 
 LengthPolicy = Literal["drop", "error", "pad-left-aligned"]
 """What to do with a pair whose prompts have different numbers of tokens.
@@ -33,7 +30,7 @@ LengthPolicy = Literal["drop", "error", "pad-left-aligned"]
   see whether dropping biases a result, not to get one.
 """
 
-Misfits = Literal["error", "drop"]
+Unusable = Literal["error", "drop"]
 """What to do with a pair that can't be used for another reason (several tokens where one is needed, an unknown word,
 equal answers, equal prompts): raise, naming it, or leave it out and count it in ``.dropped``."""
 
@@ -57,7 +54,7 @@ class PromptPairs(ByContent):
 
     ``len`` counts pairs, iteration gives them one by one, and ``pairs[index]`` some of them: an integer, a slice,
     several integers, or a boolean for every pair, as lists, arrays, tensors or pandas columns (see
-    :data:`~dfa_lens.data.selection.Index`). Two are equal (``==``) if tokens, lengths, answers, choices and metric are.
+    :data:`~dfa_lens.data.selection.Index`). Two are equal (``==``) if tokens, lengths, answers and choices are.
 
     Parameters
     ----------
@@ -68,14 +65,11 @@ class PromptPairs(ByContent):
         corrupt prompt, in most tasks).
     lengths:
         How many tokens of each prompt are real [pair]; default: all.
-    metric:
-        What a run on these pairs is measured by: a name of :data:`dfa_lens.data.metrics.METRICS` or a function of
-        (logits [pair, vocab], pairs) that returns [pair].
     corrupt_lengths:
         As ``lengths``, of the corrupt prompts, where they differ (see :data:`LengthPolicy`); default: ``lengths``.
     choices, corrupt_choices:
         Token ids [pair, choice] among which the clean and the corrupt prompt ask to choose, -1 where a pair has
-        fewer; only :meth:`check` and :meth:`where` use them. Default: the answer and the wrong answer.
+        fewer; only :func:`dfa_lens.check` uses them. Default: the answer and the wrong answer.
 
     Raises
     ------
@@ -98,7 +92,6 @@ class PromptPairs(ByContent):
     answer: Int[Tensor, " pair"]
     wrong: Int[Tensor, " pair"]
     lengths: Int[Tensor, " pair"] = None  # type: ignore[assignment]
-    metric: str | Callable[..., Tensor] = "logit-difference"
     #: made the tokens; only used to show them
     tokenizer: Any = field(default=None, compare=False)
     #: reason → number of pairs left out when these were made
@@ -196,9 +189,8 @@ class PromptPairs(ByContent):
         choices: Sequence[Sequence[str]] | None = None,
         corrupt_choices: Sequence[Sequence[str]] | None = None,
         different_lengths: LengthPolicy = "drop",
-        misfits: Misfits = "error",
+        unusable: Unusable = "error",
         first_token: bool = False,
-        metric: str | Callable[..., Tensor] = "logit-difference",
     ) -> PromptPairs:
         """Prompt pairs from four lists of strings.
 
@@ -211,11 +203,11 @@ class PromptPairs(ByContent):
         tokenizer:
             A Hugging Face tokenizer.
         choices, corrupt_choices:
-            What the clean and the corrupt prompt ask to choose among, for :meth:`check`.
+            What the clean and the corrupt prompt ask to choose among, for :func:`dfa_lens.check`.
         different_lengths:
             What to do with pairs whose prompts have different numbers of tokens, see :data:`LengthPolicy`.
         misfits:
-            What to do with pairs that can't be used for another reason, see :data:`Misfits`.
+            What to do with pairs that can't be used for another reason, see :data:`Unusable`.
         first_token:
             Take the first token of an answer of several.
 
@@ -247,7 +239,7 @@ class PromptPairs(ByContent):
             raise PromptError("There are no prompt pairs.")
         for name, value, valid in (
             ("policy for different lengths", different_lengths, get_args(LengthPolicy)),
-            ("policy for misfits", misfits, get_args(Misfits)),
+            ("policy for unusable pairs", unusable, get_args(Unusable)),
         ):
             if value not in valid:
                 raise unknown(name, value, valid, PromptError)
@@ -255,7 +247,7 @@ class PromptPairs(ByContent):
         kept: list[int] = []
         dropped: dict[str, int] = {}
         for i, misfit in enumerate(screened.misfits):
-            policy = different_lengths if misfit and misfit.reason == screening.DIFFERENT_LENGTHS else misfits
+            policy = different_lengths if misfit and misfit.reason == screening.DIFFERENT_LENGTHS else unusable
             if misfit is None or policy == "pad-left-aligned":
                 kept.append(i)
             elif policy == "error":
@@ -282,7 +274,6 @@ class PromptPairs(ByContent):
             choices=firsts("choices"),
             corrupt_choices=firsts("corrupt_choices"),
             different_lengths=different_lengths,
-            metric=metric,
             tokenizer=tokenizer,
             dropped=dropped,
         )
@@ -396,7 +387,7 @@ class PromptPairs(ByContent):
         Raises
         ------
         PromptError
-            If there are none, or they have different metrics or tokenizers.
+            If there are none, or they have different tokenizers.
         """
         if not parts:
             raise PromptError("There are no prompt pairs to put together.")
@@ -416,7 +407,7 @@ class PromptPairs(ByContent):
             choices=_stacked([part.choices for part in parts]),
             corrupt_choices=_stacked([part.corrupt_choices for part in parts]),
             dropped=dict(sum((Counter(part.dropped) for part in parts), Counter())),
-            **_common(parts),
+            tokenizer=_common_tokenizer(parts),
         )
 
     # --- reading them ----------------------------------------------------------------------------------------
@@ -453,31 +444,6 @@ class PromptPairs(ByContent):
     def shuffle(self, seed: int = 0) -> PromptPairs:
         """The pairs in random order. The global random state is neither read nor changed."""
         return self[torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))]
-
-    def check(self, model: Any, *, batch_size: int = 16, progress: bool = False) -> Behaviour:
-        """What a model does on these pairs: is it worth looking for a circuit? See :class:`Behaviour`.
-
-        Examples
-        --------
-        >>> import dfa_lens as dfa
-        >>> model = dfa.zoo.load("llama3-tiny-source")
-        >>> dfa.tasks.load("mcqa", model.tokenizer, n=16).check(model).summary()["right in both directions"]
-        1.0
-        """
-        from dfa_lens.evaluation.check import check
-
-        return check(model, self, batch_size=batch_size, progress=progress)
-
-    def where(self, model: Any, *, correct: bool = True, batch_size: int = 16, progress: bool = False) -> PromptPairs:
-        """The pairs that the model solves in both directions (or, with ``correct=False``, the others).
-
-        Solved: the answer is the best of the choices on the clean prompt, and the wrong answer on the corrupt one.
-        """
-        solved = self.check(model, batch_size=batch_size, progress=progress).right_in_both
-        rows = (solved if correct else ~solved).nonzero()[:, 0]
-        if len(rows) == 0:
-            raise PromptError(f"The model solves {'none' if correct else 'all'} of the {len(self)} pairs.")
-        return self[rows]
 
     def show(self, n: int = 5) -> None:
         """Print the first ``n`` pairs, clean above corrupt, with the tokens in which they differ marked."""
@@ -534,10 +500,6 @@ class PromptPairs(ByContent):
                     "were these pairs made with another model's tokenizer?"
                 )
 
-    def with_metric(self, metric: str | Callable[..., Tensor]) -> PromptPairs:
-        """The same pairs, measured by another metric."""
-        return replace(self, metric=metric)
-
     def __repr__(self) -> str:
         low, high = int(self.lengths.min()), int(self.lengths.max())
         tokens = f"{high} tokens" if low == high else f"{low} to {high} tokens"
@@ -572,18 +534,14 @@ def _ids(name: str, values: object) -> list[int]:
     return found
 
 
-def _common(parts: Sequence[PromptPairs]) -> dict[str, Any]:
-    """The metric and the tokenizer of all parts; a :class:`PromptError` if they have different ones."""
-    other = next((part.metric for part in parts if part.metric != parts[0].metric), None)
-    if other is not None:
-        shown = " and ".join(repr(getattr(metric, "__name__", metric)) for metric in (parts[0].metric, other))
-        raise PromptError(f"The pairs have different metrics, {shown}: choose one for all, pairs.with_metric(…).")
+def _common_tokenizer(parts: Sequence[PromptPairs]) -> Any:
+    """The tokenizer of all parts; a :class:`PromptError` if they have different ones."""
     known = [part.tokenizer for part in parts if part.tokenizer is not None]
     for tokenizer in known[1:]:
         # loaded twice, a tokenizer is two objects
         if tokenizer is not known[0] and _vocabulary(tokenizer) != _vocabulary(known[0]):
             raise PromptError("The pairs were made with different tokenizers: their token ids mean different words.")
-    return {"metric": parts[0].metric, "tokenizer": known[0] if known else None}
+    return known[0] if known else None
 
 
 def _vocabulary(tokenizer: Any) -> Any:

@@ -71,24 +71,24 @@ class NodeScores(ByContent):
 
     # --- reading ---------------------------------------------------------------------------------------------
 
-    def order(self, rank: Ranking = "signed") -> Int[Tensor, " node"]:
+    def order(self, ranking: Ranking = "signed") -> Int[Tensor, " node"]:
         """The nodes' positions, best first; ties keep node order."""
-        if rank not in ("signed", "absolute"):
-            raise unknown("ranking", rank, ("signed", "absolute"), ScoreError)
-        key = self.values if rank == "signed" else self.values.abs()
+        if ranking not in ("signed", "absolute"):
+            raise unknown("ranking", ranking, ("signed", "absolute"), ScoreError)
+        key = self.values if ranking == "signed" else self.values.abs()
         return torch.argsort(key, descending=True, stable=True)
 
-    def ranks(self, rank: Ranking = "signed") -> Int[Tensor, " node"]:
+    def ranks(self, ranking: Ranking = "signed") -> Int[Tensor, " node"]:
         """Each node's rank: 1 for the best."""
         out = torch.empty(len(self), dtype=torch.long)
-        out[self.order(rank)] = torch.arange(1, len(self) + 1)
+        out[self.order(ranking)] = torch.arange(1, len(self) + 1)
         return out
 
-    def top(self, k: int, *, rank: Ranking = "signed") -> dict[str, float]:
+    def top(self, k: int, *, ranking: Ranking = "signed") -> dict[str, float]:
         """The ``k`` best nodes, best first, with their scores."""
         if not 0 <= k <= len(self):
             raise ScoreError(f"k must be between 0 and the number of nodes, {len(self)}, not {k}.")
-        return {self.nodes.names[i]: float(self.values[i]) for i in self.order(rank)[:k].tolist()}
+        return {self.nodes.names[i]: float(self.values[i]) for i in self.order(ranking)[:k].tolist()}
 
     def to_frame(self) -> Any:
         """A pandas table, a row per node: node, kind, layer, index, score, rank."""

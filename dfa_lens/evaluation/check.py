@@ -12,6 +12,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from dfa_lens.data.pairs import PromptPairs
+from dfa_lens.errors import PromptError
 from dfa_lens.models import backend
 from dfa_lens.models.backend import HookedModel
 from dfa_lens.models.paired_run import PairedRun
@@ -19,7 +20,7 @@ from dfa_lens.models.runner import Runner
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Behaviour:
+class TaskCheck:
     """What a model does on prompt pairs, pair by pair.
 
     "Right" on the clean prompt is the answer, on the corrupt prompt the wrong answer. There are three ways to ask
@@ -47,7 +48,7 @@ class Behaviour:
     >>> import dfa_lens as dfa
     >>> model = dfa.zoo.load("llama3-tiny-source")
     >>> pairs = dfa.tasks.load("ioi", model.tokenizer, n=8)
-    >>> pairs.check(model).right_in_both.all().item()
+    >>> dfa.check(model, pairs).right_in_both.all().item()
     True
     """
 
@@ -83,6 +84,33 @@ class Behaviour:
     def right_in_both(self) -> Bool[Tensor, " pair"]:
         """Best of the choices on the clean and on the corrupt prompt: the model solves the pair."""
         return self.best & self.corrupt_best & self.above & self.corrupt_above
+
+    @property
+    def solved(self) -> PromptPairs:
+        """The pairs that the model solves in both directions.
+
+        Raises
+        ------
+        PromptError
+            If there are none.
+        """
+        return self._chosen(self.right_in_both, "none")
+
+    @property
+    def unsolved(self) -> PromptPairs:
+        """The other pairs.
+
+        Raises
+        ------
+        PromptError
+            If there are none.
+        """
+        return self._chosen(~self.right_in_both, "all")
+
+    def _chosen(self, rows: Bool[Tensor, " pair"], otherwise: str) -> PromptPairs:
+        if not rows.any():
+            raise PromptError(f"The model solves {otherwise} of the {len(self.pairs)} pairs.")
+        return self.pairs[rows]
 
     def summary(self) -> dict[str, float]:
         """The parts that are right, and the mean logit differences."""
@@ -133,15 +161,37 @@ class Behaviour:
     def __repr__(self) -> str:
         found = self.summary()
         return (
-            f"Behaviour({len(self.pairs)} pairs: right in both directions {found['right in both directions']:.1%}, "
+            f"TaskCheck({len(self.pairs)} pairs: right in both directions {found['right in both directions']:.1%}, "
             f"mean logit difference {found['logit difference']:.2f} clean, "
             f"{found['logit difference, corrupt']:.2f} corrupt)"
         ).replace("%", " %")
 
 
 @backend.runs("model")
-def check(model: HookedModel, pairs: PromptPairs, *, batch_size: int = 16, progress: bool = False) -> Behaviour:
-    """What ``model`` does on ``pairs``; see :class:`Behaviour`."""
+def check(model: HookedModel, pairs: PromptPairs, *, batch_size: int = 16, progress: bool = False) -> TaskCheck:
+    """Whether a model solves a task, before anybody looks for the circuit that does.
+
+    Parameters
+    ----------
+    model:
+        A HookedTransformer or TransformerBridge; left as it was.
+    pairs:
+        Prompts of the task; with their choices, where it asks to choose.
+    batch_size, progress:
+        Examples a pass, and whether a progress bar is shown.
+
+    Raises
+    ------
+    ModelError, PromptError
+        If the model can't be run, or not on these pairs.
+
+    Examples
+    --------
+    >>> import dfa_lens as dfa
+    >>> model = dfa.zoo.load("llama3-tiny-source")
+    >>> dfa.check(model, dfa.tasks.load("mcqa", model.tokenizer, n=16)).summary()["right in both directions"]
+    1.0
+    """
     runner = Runner(model)
     runner.require(pairs)
     n = len(pairs)
@@ -168,4 +218,4 @@ def check(model: HookedModel, pairs: PromptPairs, *, batch_size: int = 16, progr
                 into[1][rows] = among.gather(1, offered.argmax(1, keepdim=True))[:, 0] == right
                 into[2][rows] = logits.argmax(1)
             bar.update(len(batch))
-    return Behaviour(pairs, difference, corrupt_difference, best, corrupt_best, prediction, corrupt_prediction)
+    return TaskCheck(pairs, difference, corrupt_difference, best, corrupt_best, prediction, corrupt_prediction)

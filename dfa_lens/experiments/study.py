@@ -29,13 +29,14 @@ from dfa_lens import tasks, zoo
 from dfa_lens.attribution.attribute import METHODS, IntegrationWarning, attribute
 from dfa_lens.data.alignment import Alignment
 from dfa_lens.data.content import ByContent, fingerprint, plain
+from dfa_lens.data.curve import FaithfulnessCurve
 from dfa_lens.data.files import read_bytes, read_json, write_atomically
 from dfa_lens.data.nodes import NodeSet
 from dfa_lens.data.pairs import PromptPairs
 from dfa_lens.data.scores import NodeScores
 from dfa_lens.errors import DfaError, FileError, short, unknown
 from dfa_lens.evaluation import diagnostics
-from dfa_lens.evaluation.faithfulness import FaithfulnessCurve, faithfulness_curve
+from dfa_lens.evaluation.faithfulness import faithfulness_curve
 from dfa_lens.experiments.table import GOLD, Control, row
 from dfa_lens.models.backend import HookedModel
 from dfa_lens.transfer import controls
@@ -350,7 +351,7 @@ class Cell:
             circuit,
             sizes=sizes,
             batch_size=self.size.batch_size,
-            together=1 if self.device == "cpu" else 16,
+            sizes_per_pass=1 if self.device == "cpu" else 16,
         )
 
     def run(

@@ -8,8 +8,8 @@ from functools import cached_property
 from typing import Any, Literal, get_args
 
 from dfa_lens.data.alignment import Alignment
+from dfa_lens.data.curve import FaithfulnessCurve
 from dfa_lens.data.scores import NodeScores
-from dfa_lens.evaluation.faithfulness import FaithfulnessCurve
 
 GOLD = "gold"
 Control = Literal[

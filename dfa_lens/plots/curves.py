@@ -8,8 +8,8 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
+from dfa_lens.data.curve import FaithfulnessCurve
 from dfa_lens.errors import FaithfulnessError
-from dfa_lens.evaluation.faithfulness import FaithfulnessCurve
 from dfa_lens.plots import style as styling
 from dfa_lens.plots.picture import Picture
 from dfa_lens.plots.style import Style

@@ -12,10 +12,10 @@ import plotly.graph_objects as go
 import torch
 
 from dfa_lens.data.alignment import Alignment
+from dfa_lens.data.curve import FaithfulnessCurve
 from dfa_lens.data.nodes import NodeSet
 from dfa_lens.data.scores import NodeScores
 from dfa_lens.errors import ScoreError
-from dfa_lens.evaluation.faithfulness import FaithfulnessCurve
 from dfa_lens.plots import links as linking
 from dfa_lens.plots import style as styling
 from dfa_lens.plots.picture import Picture

@@ -12,10 +12,10 @@ import plotly.graph_objects as go
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from plotly.offline import get_plotlyjs
 
+from dfa_lens.data.curve import FaithfulnessCurve, cpr_difference
 from dfa_lens.data.files import write_atomically
 from dfa_lens.data.statistics import holm
 from dfa_lens.errors import DfaError
-from dfa_lens.evaluation.faithfulness import FaithfulnessCurve, cpr_difference
 from dfa_lens.experiments.table import GOLD, Results, TaskResult
 from dfa_lens.plots.curves import curves
 from dfa_lens.plots.heatmaps import aligned_heatmap, scores_heatmap

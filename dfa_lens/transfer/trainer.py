@@ -649,7 +649,7 @@ class _Data:
         self.runner, self.nodes, self.intervention, self.cache = runner, nodes, intervention, cache
         self.tasks = tasks
         # the loss is measured here, whatever metric the pairs are otherwise measured by
-        self.pairs = PromptPairs.concat([pairs[task].with_metric("logit-difference") for task in tasks])
+        self.pairs = PromptPairs.concat([pairs[task] for task in tasks])
         if positions == "all-padded":  # padding is taken for real tokens
             full = torch.full_like(self.pairs.lengths, self.pairs.clean.shape[1])
             self.pairs = replace(self.pairs, lengths=full, corrupt_lengths=full)

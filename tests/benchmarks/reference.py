@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from test_reference import KINDS, NAMES, RELEASED_TRAINING, SCORES, setting
 
 import dfa_lens as dfa
-from dfa_lens.evaluation.faithfulness import MIB_FRACTIONS
+from dfa_lens.data.curve import MIB_FRACTIONS
 
 
 def deviation(found: torch.Tensor, expected: torch.Tensor, *, relative: bool = True) -> float:

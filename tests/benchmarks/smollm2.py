@@ -39,7 +39,7 @@ def main() -> None:
     test = dfa.tasks.load("ioi", model.tokenizer, split="test", n=32, templates=TEMPLATES)
     found = timed(
         "check, 60 pairs",
-        lambda: dfa.tasks.load("ioi", model.tokenizer, split="test", n=60, templates=TEMPLATES).check(model),
+        lambda: dfa.check(model, dfa.tasks.load("ioi", model.tokenizer, split="test", n=60, templates=TEMPLATES)),
     )
     print(pd.Series(found.summary()).round(3).to_string())
 
