@@ -92,6 +92,7 @@ lock-tl3 lock-tl4: lock-%:
 lint: $(VENV)/.installed
 	$(RUN) ruff check .
 	$(RUN) ruff format --check .
+	$(VENV)/bin/lint-imports --no-cache
 
 types: $(VENV)/.installed
 	$(RUN) mypy

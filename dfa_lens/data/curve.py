@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 
 from dfa_lens.data.content import ByContent
 from dfa_lens.data.scores import Ranking
-from dfa_lens.data.statistics import UNDEFINED, Interval, bootstrap, enough
+from dfa_lens.data.statistics import UNDEFINED, Interval, enough, resampled
 from dfa_lens.errors import FaithfulnessError
 
 Protocol = Literal["nodes", "mib"]
@@ -163,12 +163,8 @@ class FaithfulnessCurve(ByContent):
         if not enough(len(self.clean_values), "a band", confidence, resamples):
             nothing = np.full(len(self.sizes), np.nan)
             return nothing, nothing.copy()
-        rng = np.random.default_rng(seed)
-        index = rng.integers(len(self.clean_values), size=(resamples, len(self.clean_values)))
-        f = self._resampled(index)
-        tail = (1 - confidence) / 2
-        low, high = np.quantile(f, [tail, 1 - tail], axis=1)
-        return low, high
+        limits, _ = self._bootstrap(lambda f: f, confidence, resamples, seed)
+        return limits
 
     def _resampled(self, index: Int[np.ndarray, "*resample example"]) -> Float[np.ndarray, "size ..."]:
         """f for resampled examples: [size, ...], one for each row of ``index``."""
@@ -176,12 +172,19 @@ class FaithfulnessCurve(ByContent):
             self.per_example[:, index].mean(-1), self.clean_values[index].mean(-1), self.corrupt_values[index].mean(-1)
         )
 
-    def _interval(self, of: Callable[[Any], Any], confidence: float, resamples: int, seed: int) -> Interval:
-        def statistic(index: np.ndarray, axis: int = -1) -> np.ndarray:
-            f = self._resampled(np.moveaxis(index, axis, -1).astype(int))
-            return np.trapezoid(of(f), self.fractions, axis=0)
+    def _bootstrap(self, of: Callable[[Any], Any], confidence: float, resamples: int, seed: int) -> Any:
+        """Limits and values of a function of f, [size, resample], over resampled examples."""
 
-        return bootstrap(np.arange(len(self.clean_values)), statistic, confidence, resamples, seed)
+        def statistic(index: np.ndarray, axis: int = -1) -> np.ndarray:
+            return of(self._resampled(np.moveaxis(index, axis, -1).astype(int)))
+
+        return resampled(np.arange(len(self.clean_values)), statistic, confidence, resamples, seed)
+
+    def _interval(self, of: Callable[[Any], Any], confidence: float, resamples: int, seed: int) -> Interval:
+        if not enough(len(self.clean_values), "an interval", confidence, resamples):
+            return UNDEFINED
+        (low, high), _ = self._bootstrap(lambda f: area(self.fractions, of(f)), confidence, resamples, seed)
+        return Interval(float(low), float(high))
 
     def at(self, k: int) -> float:
         """f for k nodes, linear between the sizes that were run, the empty circuit and the whole model (f = 1)."""
@@ -246,22 +249,21 @@ def cpr_difference(
         raise FaithfulnessError("The two curves are of different examples: their difference can't be resampled.")
     if not enough(n, "a difference's interval", confidence, resamples):
         return Difference(first.cpr - second.cpr, UNDEFINED, float("nan"))
-    index = np.random.default_rng(seed).integers(n, size=(resamples, n))
-    gaps = area_of(first, index) - area_of(second, index)
-    tail = (1 - confidence) / 2
-    low, high = np.quantile(gaps, [tail, 1 - tail])
+
+    def gap(index: np.ndarray, axis: int = -1) -> np.ndarray:
+        rows = np.moveaxis(index, axis, -1).astype(int)
+        areas = [area(curve.fractions, curve._resampled(rows)) for curve in (first, second)]
+        return areas[0] - areas[1]
+
+    (low, high), gaps = resampled(np.arange(n), gap, confidence, resamples, seed)
     p = 2 * min((gaps <= 0).mean(), (gaps >= 0).mean())
     return Difference(first.cpr - second.cpr, Interval(float(low), float(high)), float(min(1.0, max(p, 1 / resamples))))
 
 
-def area_of(curve: FaithfulnessCurve, index: Int[np.ndarray, "resample example"]) -> Float[np.ndarray, " resample"]:
-    """The CPR of resampled examples, one for each row of ``index``."""
-    return np.trapezoid(curve._resampled(index), curve.fractions, axis=0)
-
-
-def area(fractions: Float[np.ndarray, " size"], values: Float[np.ndarray, " size"]) -> float:
-    """The area under ``values`` by trapezoids on a linear axis."""
-    return float(np.trapezoid(values, fractions))
+def area(fractions: Float[np.ndarray, " size"], values: Float[np.ndarray, "size ..."]) -> Any:
+    """The area under ``values`` by trapezoids on a linear axis: a number, or one for every resample."""
+    found = np.trapezoid(values, fractions, axis=0)
+    return float(found) if np.ndim(found) == 0 else found
 
 
 def default_sizes(n_nodes: int) -> list[int]:

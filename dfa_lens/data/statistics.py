@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
+from jaxtyping import Float
 
 from dfa_lens.data.scores import NodeScores
 from dfa_lens.errors import DfaError, ScoreError, unknown
@@ -65,10 +66,26 @@ def bootstrap(
     >>> interval.low < 9.5 < interval.high
     True
     """
-    from scipy import stats
-
     if not enough(len(data), "an interval", confidence, resamples):
         return UNDEFINED
+    (low, high), _ = resampled(data, statistic, confidence, resamples, seed)
+    return Interval(float(low), float(high))
+
+
+def resampled(
+    data: np.ndarray, statistic: Callable[..., np.ndarray], confidence: float, resamples: int, seed: int
+) -> tuple[tuple[np.ndarray, np.ndarray], Float[np.ndarray, "*value resample"]]:
+    """The limits of a percentile bootstrap, and the statistic of every resample behind them.
+
+    Parameters
+    ----------
+    data:
+        [example], at least two.
+    statistic:
+        Of (examples, axis=…); it may give several values, on axes before that of the resamples.
+    """
+    from scipy import stats
+
     found = stats.bootstrap(
         (data,),
         statistic,
@@ -77,8 +94,9 @@ def bootstrap(
         method="percentile",
         vectorized=True,
         rng=np.random.default_rng(seed),
-    ).confidence_interval
-    return Interval(float(found.low), float(found.high))
+    )
+    limits = found.confidence_interval
+    return (limits.low, limits.high), found.bootstrap_distribution
 
 
 UNDEFINED = Interval(float("nan"), float("nan"))

@@ -224,8 +224,8 @@ class _Runs:
     ) -> None:
         """Write down what the circuit of size number ``i`` gives on the examples ``rows``."""
         self.circuits[i, rows] = metric(logits, batch, clean).double().cpu()
-        log_p, log_p_clean = logits.float().log_softmax(-1), clean.float().log_softmax(-1)
-        self.kl[i, rows] = (log_p_clean.exp() * (log_p_clean - log_p)).sum(-1).double().cpu()
+        log_p_clean, log_p = clean.float().log_softmax(-1), logits.float().log_softmax(-1)
+        self.kl[i, rows] = metrics.divergence(log_p_clean, log_p).double().cpu()
 
 
 def _run_all(

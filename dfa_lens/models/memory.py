@@ -18,6 +18,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from dfa_lens.data.metrics import divergence
 from dfa_lens.data.nodes import INPUT_POINT, NodeSet
 from dfa_lens.data.pairs import PromptPairs
 from dfa_lens.errors import DfaError
@@ -207,8 +208,7 @@ class Footprint:
             known.update(_address(tensor) for tensor in permanent)
             out = self.runner.run(tokens, lengths, taps)
             if gated:
-                log_p, log_p_clean = out.float().log_softmax(-1), logits.float().log_softmax(-1)
-                torch.nn.functional.kl_div(log_p, log_p_clean, reduction="batchmean", log_target=True)
+                divergence(logits.float().log_softmax(-1), out.float().log_softmax(-1)).mean()
         return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
 
     def _recorded(self, batch: int) -> tuple[Tensor, Tensor, hooks.Activations, Tensor]:

@@ -66,9 +66,7 @@ def describe(name: str) -> str:
     >>> dfa.tasks.describe("ioi")[:40]
     'Indirect object identification: two name'
     """
-    if name not in offline.TASKS:
-        raise unknown("task", name, offline.TASKS, TaskError)
-    return offline.TASKS[name].summary
+    return offline.TASKS.find(name).summary
 
 
 def card(name: str) -> str:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from dfa_lens.data import tokenization as screening
+from dfa_lens.data.registry import Registry
 from dfa_lens.errors import TaskError, short, unknown
 from dfa_lens.tasks.offline import Example
 
@@ -113,64 +114,68 @@ _RANDOM = "random_counterfactual"
 _CHOICE_COLUMNS = ("choices", "answerKey")
 _ARITHMETIC_COLUMNS = ("label", "operator")
 
-TASKS: dict[str, MibTask] = {
-    task.name: task
-    for task in (
-        MibTask(
-            "ioi",
-            "Indirect object identification in natural templates.",
-            "mib-bench/ioi",
-            "s2_io_flip_counterfactual",
-            ("metadata",),
-            _ioi,
-            revision="e5f3468f3af4c0883be35cd3bced8c711c95d286",
-        ),
-        MibTask(
-            "mcqa",
-            "Copy-colours: a stated colour among four lettered options.",
-            "mib-bench/copycolors_mcqa",
-            _SYMBOL,
-            _CHOICE_COLUMNS,
-            _choice,
-            revision="682676b0e80d3a80e847a21810157710c1f23e27",
-            config="4_answer_choices",
-        ),
-        MibTask(
-            "addition",
-            "Addition of two numbers.",
-            "mib-bench/arithmetic_addition",
-            _RANDOM,
-            _ARITHMETIC_COLUMNS,
-            _arithmetic("+"),
-            revision="d56d68b7b1d8f9c7e9a262ec1f89331ed52c7516",
-        ),
-        MibTask(
-            "subtraction",
-            "Subtraction of two numbers.",
-            "mib-bench/arithmetic_subtraction",
-            _RANDOM,
-            _ARITHMETIC_COLUMNS,
-            _arithmetic("-"),
-        ),
-        MibTask(
-            "arc-easy",
-            "School science with four lettered options, the easy set.",
-            "mib-bench/arc_easy",
-            _SYMBOL,
-            _CHOICE_COLUMNS,
-            _choice,
-            revision="be6999b975e8348387cc9a21f3c8b6be8021e7d6",
-        ),
-        MibTask(
-            "arc-challenge",
-            "School science with four lettered options, the hard set.",
-            "mib-bench/arc_challenge",
-            _SYMBOL,
-            _CHOICE_COLUMNS,
-            _choice,
-        ),
-    )
-}
+TASKS: Registry[MibTask] = Registry(
+    "task",
+    TaskError,
+    {
+        task.name: task
+        for task in (
+            MibTask(
+                "ioi",
+                "Indirect object identification in natural templates.",
+                "mib-bench/ioi",
+                "s2_io_flip_counterfactual",
+                ("metadata",),
+                _ioi,
+                revision="e5f3468f3af4c0883be35cd3bced8c711c95d286",
+            ),
+            MibTask(
+                "mcqa",
+                "Copy-colours: a stated colour among four lettered options.",
+                "mib-bench/copycolors_mcqa",
+                _SYMBOL,
+                _CHOICE_COLUMNS,
+                _choice,
+                revision="682676b0e80d3a80e847a21810157710c1f23e27",
+                config="4_answer_choices",
+            ),
+            MibTask(
+                "addition",
+                "Addition of two numbers.",
+                "mib-bench/arithmetic_addition",
+                _RANDOM,
+                _ARITHMETIC_COLUMNS,
+                _arithmetic("+"),
+                revision="d56d68b7b1d8f9c7e9a262ec1f89331ed52c7516",
+            ),
+            MibTask(
+                "subtraction",
+                "Subtraction of two numbers.",
+                "mib-bench/arithmetic_subtraction",
+                _RANDOM,
+                _ARITHMETIC_COLUMNS,
+                _arithmetic("-"),
+            ),
+            MibTask(
+                "arc-easy",
+                "School science with four lettered options, the easy set.",
+                "mib-bench/arc_easy",
+                _SYMBOL,
+                _CHOICE_COLUMNS,
+                _choice,
+                revision="be6999b975e8348387cc9a21f3c8b6be8021e7d6",
+            ),
+            MibTask(
+                "arc-challenge",
+                "School science with four lettered options, the hard set.",
+                "mib-bench/arc_challenge",
+                _SYMBOL,
+                _CHOICE_COLUMNS,
+                _choice,
+            ),
+        )
+    },
+)
 
 
 def rows(
@@ -189,11 +194,9 @@ def rows(
     TaskError
         If a name is unknown, the data set can't be read, or a column is missing.
     """
-    if name not in TASKS:
-        raise unknown("task", name, TASKS, TaskError)
+    task = TASKS.find(name)
     if split not in SPLITS:
         raise unknown("split", split, SPLITS, TaskError)
-    task = TASKS[name]
     dataset, where = _read(task, split, path)
     offered = [column for column in dataset.column_names if column.endswith("_counterfactual")]
     chosen = counterfactual or task.counterfactual

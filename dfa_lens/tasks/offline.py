@@ -20,6 +20,7 @@ from functools import partial
 from itertools import islice
 from typing import Any, NamedTuple
 
+from dfa_lens.data.registry import Registry
 from dfa_lens.errors import TaskError, unknown
 from dfa_lens.tasks import world
 
@@ -337,53 +338,58 @@ def _arithmetic(
     )
 
 
-TASKS: dict[str, OfflineTask] = {
-    task.name: task
-    for task in (
-        OfflineTask(
-            "ioi",
-            "Indirect object identification: two names, one of them acts; the other one receives.",
-            ("s2_io_flip", "abc"),
-            _ioi,
-            ("templates", "distractors"),
-        ),
-        OfflineTask(
-            "mcqa",
-            "Copy-colours: a stated colour has to be found among four lettered options.",
-            ("symbol", "answer_position"),
-            _mcqa,
-            ("templates", "n_choices"),
-        ),
-        OfflineTask(
-            "addition",
-            "Two-operand addition with one worked example; results up to 99, one token each.",
-            ("random", "operand1"),
-            partial(_arithmetic, operation="addition"),
-            ("templates", "shots", "max_number", "carry"),
-        ),
-        OfflineTask(
-            "subtraction",
-            "Two-operand subtraction with one worked example; results from 0, one token each.",
-            ("random", "operand1"),
-            partial(_arithmetic, operation="subtraction"),
-            ("templates", "shots", "max_number", "carry"),
-        ),
-        OfflineTask(
-            "arc-easy",
-            "One fact of the small world, four lettered options.",
-            ("symbol", "answer_position"),
-            _arc_easy,
-            ("templates", "n_choices"),
-        ),
-        OfflineTask(
-            "arc-challenge",
-            "Two facts of the small world in a row (an animal's home, then that home's colour), four lettered options.",
-            ("symbol", "answer_position"),
-            _arc_challenge,
-            ("templates", "n_choices"),
-        ),
-    )
-}
+TASKS: Registry[OfflineTask] = Registry(
+    "task",
+    TaskError,
+    {
+        task.name: task
+        for task in (
+            OfflineTask(
+                "ioi",
+                "Indirect object identification: two names, one of them acts; the other one receives.",
+                ("s2_io_flip", "abc"),
+                _ioi,
+                ("templates", "distractors"),
+            ),
+            OfflineTask(
+                "mcqa",
+                "Copy-colours: a stated colour has to be found among four lettered options.",
+                ("symbol", "answer_position"),
+                _mcqa,
+                ("templates", "n_choices"),
+            ),
+            OfflineTask(
+                "addition",
+                "Two-operand addition with one worked example; results up to 99, one token each.",
+                ("random", "operand1"),
+                partial(_arithmetic, operation="addition"),
+                ("templates", "shots", "max_number", "carry"),
+            ),
+            OfflineTask(
+                "subtraction",
+                "Two-operand subtraction with one worked example; results from 0, one token each.",
+                ("random", "operand1"),
+                partial(_arithmetic, operation="subtraction"),
+                ("templates", "shots", "max_number", "carry"),
+            ),
+            OfflineTask(
+                "arc-easy",
+                "One fact of the small world, four lettered options.",
+                ("symbol", "answer_position"),
+                _arc_easy,
+                ("templates", "n_choices"),
+            ),
+            OfflineTask(
+                "arc-challenge",
+                "Two facts of the small world in a row (an animal's home, then that home's colour), four "
+                "lettered options.",
+                ("symbol", "answer_position"),
+                _arc_challenge,
+                ("templates", "n_choices"),
+            ),
+        )
+    },
+)
 
 
 def stream(
@@ -399,11 +405,9 @@ def stream(
     >>> next(dfa.tasks.stream("mcqa")).answer
     ' C'
     """
-    if task not in TASKS:
-        raise unknown("task", task, TASKS, TaskError)
+    known = TASKS.find(task)
     if split not in SPLITS:
         raise unknown("split", split, SPLITS, TaskError)
-    known = TASKS[task]
     counterfactual = counterfactual or known.counterfactuals[0]
     if counterfactual not in known.counterfactuals:
         raise unknown(f"counterfactual for {task!r}", counterfactual, known.counterfactuals, TaskError)
