@@ -128,7 +128,7 @@ def planted(backend="auto"):
     alive = {(0, 2), (2, 1)}
     with torch.no_grad():
         for layer in range(3):
-            if hasattr(model, "blocks") and hasattr(model.blocks[layer].attn, "W_O") and not backend.is_bridge(model):
+            if hasattr(model, "blocks") and hasattr(model.blocks[layer].attn, "W_O") and not is_bridge(model):
                 for head in range(4):
                     if (layer, head) not in alive:
                         model.blocks[layer].attn.W_O[head] = 0

@@ -19,8 +19,8 @@ CPU = torch.device("cpu")
 @pytest.fixture
 def system(tmp_path, monkeypatch):
     """A system with 8 GiB available, 1 GiB of it free; its control groups are those that a test writes."""
-    memory = SimpleNamespace(total=16 * GIB, available=8 * GIB, free=1 * GIB)
-    monkeypatch.setattr(psutil, "virtual_memory", lambda: memory)
+    virtual = SimpleNamespace(total=16 * GIB, available=8 * GIB, free=1 * GIB)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: virtual)
     monkeypatch.setattr(memory, "CGROUPS_OF_PROCESS", tmp_path / "self")
     monkeypatch.setattr(memory, "CGROUPS", tmp_path / "cgroup")
 
