@@ -51,8 +51,8 @@ def demo(
     from dfa_lens.experiments import demo as module
     from dfa_lens.plots import report as write_report
 
-    size = module.QUICK if quick else module.FULL
-    results = module.run(families=family, only=task, seed=seed, size=size, progress=True)
+    budget = module.QUICK if quick else module.FULL
+    results = module.run(families=family, only=task, seed=seed, budget=budget, progress=True)
     out.mkdir(parents=True, exist_ok=True)
     results.table().to_csv(out / "results.csv", index=False)
     page = write_report(results, out / "index.html")
@@ -102,8 +102,8 @@ def fit(
     scores: Annotated[list[str], typer.Option(help="TASK=FILE, source scores of a training task; repeat for several.")],
     out: OutOption,
     steps: Annotated[int, typer.Option(help="Optimiser steps.")] = 200,
-    sparsity: Annotated[float, typer.Option(help="The weight of the mean mask in the loss.")] = 10.0,
-    alignment: Annotated[
+    sparsity_weight: Annotated[float, typer.Option(help="The weight of the mean mask in the loss.")] = 10.0,
+    form: Annotated[
         str, typer.Option(help="full, kernel, full+bias, low-rank, block or depth-band: what W is made of.")
     ] = "full",
     objective: Annotated[str, typer.Option(help="sparse, target-size or matryoshka.")] = "sparse",
@@ -122,8 +122,8 @@ def fit(
         loaded_scores,
         pairs,
         steps=steps,
-        sparsity=sparsity,
-        alignment=alignment,
+        sparsity_weight=sparsity_weight,
+        form=form,
         objective=objective,
         seed=seed,
         progress=True,
@@ -156,7 +156,7 @@ def study(
         {name: module.SETTINGS[name] for name in setting} if setting else None,
         seeds=seed or (0, 1, 2),
         test_tasks=task,
-        size=module.QUICK if quick else module.FULL,
+        budget=module.QUICK if quick else module.FULL,
         out=out,
         workers=workers,
         device=device,

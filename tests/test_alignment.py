@@ -4,7 +4,7 @@ import torch
 from helpers import unchecked
 
 import dfa_lens as dfa
-from dfa_lens.data.alignment import Stage, scale
+from dfa_lens.data.alignment import LinearMap, scale
 from dfa_lens.errors import AlignmentError, FileError, ScoreError
 
 A, B, C = dfa.NodeSet.for_sizes(2, 2), dfa.NodeSet.for_sizes(3, 3), dfa.NodeSet.for_sizes(4, 5)
@@ -52,7 +52,7 @@ def test_bias_and_chains_with_it(tmp_path):
     assert not torch.equal(shuffled, first.transfer(s).values)
     torch.testing.assert_close(shuffled.sort().values, first.transfer(s).values.sort().values)
     with pytest.raises(AlignmentError, match=r"The bias has shape \[2\] for 12"):
-        unchecked(Stage.__init__)(object.__new__(Stage), torch.ones(6, 12), A, B, "unit", torch.ones(2))
+        unchecked(LinearMap.__init__)(object.__new__(LinearMap), torch.ones(6, 12), A, B, "unit", torch.ones(2))
     with pytest.raises(AlignmentError, match="bias has entries that are not finite"):
         alignment(A, B, bias=torch.full((12,), float("nan")))
     with pytest.raises(AlignmentError, match="can't be split over source nodes"):
@@ -111,7 +111,7 @@ def test_bad_input():
         unchecked(scale)(torch.ones(4), "unity")
     with pytest.raises(AlignmentError, match="at least one stage"):
         dfa.Alignment(())
-    assert isinstance(alignment(A, B).stages[0], Stage)
+    assert isinstance(alignment(A, B).stages[0], LinearMap)
 
 
 def test_controls():

@@ -7,6 +7,7 @@ from helpers import float64_model, random_model, random_pairs, unchecked
 import dfa_lens as dfa
 from dfa_lens.errors import DfaError, PromptError
 from dfa_lens.models import hooks
+from dfa_lens.models.backend import is_bridge
 from dfa_lens.models.runner import Runner
 
 METHODS = ("nap", "nap-ig-inputs", "nap-ig-activations", "exact")
@@ -155,7 +156,7 @@ def test_a_planted_circuit_is_found_by_training():
     model = planted()
     nodes = dfa.NodeSet.heads_and_mlps(model)
     source = dfa.controls.random_scores(dfa.NodeSet.for_sizes(2, 2))
-    alignment = dfa.fit(model, {"task": source}, {"task": random_pairs(16, seed=5)}, sparsity=0.3, steps=120)
+    alignment = dfa.fit(model, {"task": source}, {"task": random_pairs(16, seed=5)}, sparsity_weight=0.3, steps=120)
     mask = alignment.mask(source)
     kept = {nodes.names[i] for i in (mask > 0.5).nonzero()[:, 0].tolist()}
     assert kept == {"a0.h2", "a2.h1"}

@@ -119,8 +119,8 @@ def test_report(browser, tmp_path):
     from dfa_lens.experiments import demo
     from dfa_lens.plots import report
 
-    size = demo.Size(train=8, test=4, steps=2, curve_points=4, batch_size=8)
-    results = demo.run(families=["llama3"], only=["addition"], size=size)
+    budget = demo.Budget(train=8, test=4, steps=2, curve_points=4, batch_size=8)
+    results = demo.run(families=["llama3"], only=["addition"], budget=budget)
     open_page(browser, report(results, tmp_path))
     graphs = "return [...document.querySelectorAll('.plotly-graph-div')].map(g => g.data.length)"
     # recovery (five settings); curves (floor, and line and band for each of six settings), two aligned heatmaps, gold;
@@ -213,7 +213,7 @@ def test_the_dropdown_changes_the_task(browser, tmp_path):
 def test_other_figures_open(browser, tmp_path):
     import pandas as pd
 
-    history = [{"step": i, "loss": 1.0, "kl": 1 / (i + 1), "sparsity": 0.4} for i in range(9)]
+    history = [{"step": i, "loss": 1.0, "divergence": 1 / (i + 1), "mask_mean": 0.4} for i in range(9)]
     alignment = dfa.Alignment.of(dfa.controls.random_w(A, B).W, A, B, history=history)
     t = alignment.transfer(dfa.controls.random_scores(A))
     table = pd.DataFrame(
@@ -250,8 +250,8 @@ def page(tmp_path_factory):
 
     from dfa_lens.experiments import demo
 
-    size = demo.Size(train=8, test=6, steps=3, curve_points=4, batch_size=8)
-    results = demo.run(families=["qwen2.5"], only=["mcqa"], size=size)
+    budget = demo.Budget(train=8, test=6, steps=3, curve_points=4, batch_size=8)
+    results = demo.run(families=["qwen2.5"], only=["mcqa"], budget=budget)
     results.tasks[0] = replace(results.tasks[0], task="<script>document.title = 'broken'</script>", family="a & b")
     folder = tmp_path_factory.mktemp("report")
     return dfa.plots.report(results, folder)
@@ -328,7 +328,7 @@ def made_up(tmp_path_factory):
     def scores(nodes, seed):
         return dfa.NodeScores(torch.sin(torch.arange(len(nodes)) * (1.3 + seed)) ** 3, nodes, {"method": "made up"})
 
-    history = [{"step": i, "loss": 1.0, "kl": 1 / (i + 1), "sparsity": 0.4} for i in range(9)]
+    history = [{"step": i, "loss": 1.0, "divergence": 1 / (i + 1), "mask_mean": 0.4} for i in range(9)]
     W = torch.sin(torch.arange(len(A) * len(B), dtype=torch.float32)).reshape(len(A), len(B))
     alignment = dfa.Alignment.of(W, A, B, history=history)
     tasks = [

@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import dfa_lens as dfa
-from dfa_lens.data.alignment import Stage
+from dfa_lens.data.alignment import LinearMap
 from dfa_lens.data.content import fingerprint, plain, same
 from dfa_lens.errors import AlignmentError, DfaError, ScoreError
 from dfa_lens.experiments.study import Setting
@@ -135,12 +135,12 @@ def own(kind, *values):
 )
 def test_scores_and_alignments_are_copies(convert):
     given = [convert(torch.ones(shape)) for shape in ((6,), (6, 12), (12,))]
-    scores, stage = own(dfa.NodeScores, given[0], A), own(Stage, given[1], A, B, "raw", given[2])
+    scores, stage = own(dfa.NodeScores, given[0], A), own(LinearMap, given[1], A, B, "raw", given[2])
     for theirs in given:
         theirs[...] = 5
     assert scores == dfa.controls.uniform(A)
     assert scores.values.dtype == stage.W.dtype == stage.bias.dtype == torch.float32
-    assert stage == Stage(torch.ones(6, 12), A, B, "raw", torch.ones(12))
+    assert stage == LinearMap(torch.ones(6, 12), A, B, "raw", torch.ones(12))
 
 
 def test_alignments_are_copies():
@@ -170,7 +170,7 @@ def test_what_is_no_number_is_refused(values):
     with pytest.raises(ScoreError, match=r"Scores (must be|of shape)"):
         own(dfa.NodeScores, values, A)
     with pytest.raises(AlignmentError, match="W (must be|has shape)"):
-        own(Stage, values, A, B)
+        own(LinearMap, values, A, B)
 
 
 # --- fingerprints ------------------------------------------------------------------------------------------------

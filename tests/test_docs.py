@@ -94,7 +94,7 @@ INNER = {"attention_kernel", "behaviour_kernel", "diagnose", "labels"}
 
 
 def test_functions_of_public_modules_have_examples():
-    for module in ("controls", "diagnostics", "features", "hooks", "plots", "statistics", "tasks", "zoo", "study"):
+    for module in ("controls", "diagnostics", "similarity", "hooks", "plots", "statistics", "tasks", "zoo", "study"):
         loaded = import_module(f"dfa_lens.{module}")
         own = [
             value

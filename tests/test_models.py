@@ -245,7 +245,7 @@ def test_from_llama_to_qwen_and_on(unchanged):
         assert torch.equal(ours.lengths, pairs[task].lengths + 1)  # Llama's begin-of-text token
         scores[task] = dfa.attribute(source, ours, method="nap")
     with unchanged(target):
-        first = dfa.fit(target, scores, pairs, steps=40, sparsity=1.0)
+        first = dfa.fit(target, scores, pairs, steps=40, sparsity_weight=1.0)
     transferred = first.transfer(scores["ioi"])
     assert transferred.nodes == dfa.NodeSet.heads_and_mlps(target)
     test = dfa.tasks.load("ioi", target.tokenizer, split="test", n=16)

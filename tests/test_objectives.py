@@ -62,7 +62,7 @@ def test_matryoshka_draws_sizes_and_can_be_hard():
     best = scores.argsort(1, descending=True)
     ordered = hard.gather(1, best)
     assert bool((ordered[:, :-1] >= ordered[:, 1:] - 1e-4).all())  # always the best k
-    warm = masks(Matryoshka(sparsity=3.0), scores, progress=0.2)
+    warm = masks(Matryoshka(sparsity_weight=3.0), scores, progress=0.2)
     torch.testing.assert_close(warm.gates, torch.sigmoid(scores))
 
 
@@ -98,14 +98,14 @@ def test_other_losses_are_their_equations(model, loss):
             )
     m, m0, q, q0 = np.array(rows).T
     expected = (((m - m0) / np.abs(m0).mean()) ** 2).mean() if loss == "logit-difference" else ((q - q0) ** 2).mean()
-    assert found.history[0]["kl"] == pytest.approx(expected, rel=1e-3)
+    assert found.history[0]["divergence"] == pytest.approx(expected, rel=1e-3)
     assert found.meta["loss"] == loss
 
 
 @pytest.mark.parametrize("objective", objectives.KNOWN)
 def test_every_objective_trains(any_model, objective):
     scores, pairs = inputs()
-    found = dfa.fit(any_model, scores, pairs, steps=8, objective=objective, sparsity=1.0)
+    found = dfa.fit(any_model, scores, pairs, steps=8, objective=objective, sparsity_weight=1.0)
     assert found.meta["objective"] == objective
     assert len(found.history) == 8
 

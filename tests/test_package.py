@@ -161,9 +161,9 @@ def test_the_demo_and_its_report(tmp_path):
     from dfa_lens.experiments.table import Results
     from dfa_lens.plots import report
 
-    size = demo.Size(train=8, test=4, steps=2, curve_points=3, batch_size=8)
-    results = demo.run(families=["llama3"], only=["addition"], size=size)
-    again = demo.run(families=["llama3"], only=["addition"], size=size)
+    budget = demo.Budget(train=8, test=4, steps=2, curve_points=3, batch_size=8)
+    results = demo.run(families=["llama3"], only=["addition"], budget=budget)
+    again = demo.run(families=["llama3"], only=["addition"], budget=budget)
     table = results.table()
     assert table["setting"].tolist() == ["gold", "in-distribution", "zero-shot", "uniform-s", "depth-mean", "random-w"]
     assert table["control"].tolist() == ["", "", "", "uniform-s", "depth-mean", "random-w"]
@@ -188,8 +188,8 @@ def test_labels_in_the_report_are_escaped(tmp_path):
     from dfa_lens.experiments.table import Results
     from dfa_lens.plots import report
 
-    size = demo.Size(train=8, test=4, steps=2, curve_points=3, batch_size=8)
-    result = demo.run(families=["llama3"], only=["addition"], size=size).tasks[0]
+    budget = demo.Budget(train=8, test=4, steps=2, curve_points=3, batch_size=8)
+    result = demo.run(families=["llama3"], only=["addition"], budget=budget).tasks[0]
     bad = replace(result, task="<script>alert(1)</script>", curves={"gold": result.curves["gold"]}, alignments={})
     page = report(Results([bad]), tmp_path / "bad.html").read_text()
     assert "<script>alert(1)" not in page

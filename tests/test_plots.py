@@ -178,7 +178,10 @@ def test_every_figure_carries_its_numbers(drawn, several, tmp_path):
 
     s, alignment, t = drawn
     trained = dfa.Alignment.of(
-        alignment.W, A, B, history=[{"step": i, "loss": 1.0, "kl": 1.0 / (i + 1), "sparsity": 0.4} for i in range(5)]
+        alignment.W,
+        A,
+        B,
+        history=[{"step": i, "loss": 1.0, "divergence": 1.0 / (i + 1), "mask_mean": 0.4} for i in range(5)],
     )
     table = pd.DataFrame(
         {

@@ -38,7 +38,7 @@ RELEASED_TRAINING = {
     "intervention": "restore",
     "positions": "all-padded",
     "scaling": "raw",
-    "sparsity": 0.1,
+    "sparsity_weight": 0.1,
     "lr": 0.1,
     "batch_size": 3,
     "shuffle": False,
@@ -160,7 +160,7 @@ def test_released_training(name, kind, heads):
         return dfa.fit(model, {"task": source}, {"task": pairs}, steps=steps, **options)
 
     trained = after(5)
-    losses = torch.tensor([[r["loss"], r["kl"], r["sparsity"]] for r in trained.history])
+    losses = torch.tensor([[r["loss"], r["divergence"], r["mask_mean"]] for r in trained.history])
     torch.testing.assert_close(losses, expected["losses"], atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(trained.W, expected["W_final"], atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(trained.transfer(source).values, tensors[f"{heads}.scores_final"], atol=1e-4, rtol=1e-4)

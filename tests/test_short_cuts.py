@@ -79,7 +79,7 @@ def operations(model: Any, pairs: dfa.PromptPairs) -> dict[str, Callable[[], tor
         "fit": fit(),
         "fit, restore": fit(intervention="restore", cache="recompute"),
         "check": lambda: dfa.check(model, pairs).difference,
-        "behaviour": lambda: dfa.features.behaviour_similarity(model, pairs, model, pairs),
+        "behaviour": lambda: dfa.similarity.cka_similarity(model, pairs, model, pairs),
     }
 
 

@@ -11,11 +11,11 @@ import torch
 import dfa_lens as dfa
 from dfa_lens.errors import DfaError, FileError
 from dfa_lens.experiments import study
-from dfa_lens.experiments.study import Cell, Setting, Size
+from dfa_lens.experiments.study import Budget, Experiment, Setting
 from dfa_lens.experiments.table import Control
 from dfa_lens.transfer.forms import Kernel
 
-TINY = Size(train=6, test=4, steps=2, curve_points=3, batch_size=8)
+TINY = Budget(train=6, test=4, steps=2, curve_points=3, batch_size=8)
 SOME = {
     "zero-shot": Setting("zero-shot"),
     "near-distribution": Setting("near-distribution"),
@@ -28,7 +28,7 @@ SOME = {
 @pytest.fixture(scope="module")
 def table(tmp_path_factory):
     folder = tmp_path_factory.mktemp("study")
-    found = study.run(["llama3"], SOME, seeds=[1], test_tasks=["addition", "ioi"], size=TINY, out=folder)
+    found = study.run(["llama3"], SOME, seeds=[1], test_tasks=["addition", "ioi"], budget=TINY, out=folder)
     return folder, found
 
 
@@ -72,16 +72,16 @@ def test_a_study_goes_on_where_it_stopped(table, monkeypatch):
     runs = []
     run = study.faithfulness_curve
     monkeypatch.setattr(study, "faithfulness_curve", lambda *args, **kw: runs.append(1) or run(*args, **kw))
-    again = study.run(["llama3"], SOME, seeds=[1], test_tasks=["addition", "ioi"], size=TINY, out=folder)
+    again = study.run(["llama3"], SOME, seeds=[1], test_tasks=["addition", "ioi"], budget=TINY, out=folder)
     assert len(runs) == len(lines) - 5
     np.testing.assert_allclose(again["cpr"], found["cpr"])
     assert dict(again.dtypes) == dict(found.dtypes)  # what was read and what is new are of one kind
     runs.clear()
-    study.run(["llama3"], SOME, seeds=[1], test_tasks=["addition", "ioi"], size=TINY, out=folder)
+    study.run(["llama3"], SOME, seeds=[1], test_tasks=["addition", "ioi"], budget=TINY, out=folder)
     assert not runs
     path.write_text('"broken\n1,2')
     with pytest.raises(FileError, match="is not a table of a study"):
-        study.run(["llama3"], SOME, seeds=[1], test_tasks=["ioi"], size=TINY, out=folder)
+        study.run(["llama3"], SOME, seeds=[1], test_tasks=["ioi"], budget=TINY, out=folder)
     path.write_text(whole)
 
 
@@ -89,16 +89,16 @@ def test_a_folder_keeps_what_its_rows_were_made_with(tmp_path, monkeypatch):
     monkeypatch.setattr(
         study, "_run_plan", lambda plan: pd.DataFrame({"family": [plan.pair.name], "seed": [plan.seed]})
     )
-    study.run(["llama3"], {"a": Setting()}, seeds=[0], size=TINY, out=tmp_path)
-    study.run(["llama3"], {"b": Setting("in-distribution")}, seeds=[0], size=TINY, out=tmp_path)  # another name
+    study.run(["llama3"], {"a": Setting()}, seeds=[0], budget=TINY, out=tmp_path)
+    study.run(["llama3"], {"b": Setting("in-distribution")}, seeds=[0], budget=TINY, out=tmp_path)  # another name
     assert set(json.loads((tmp_path / "study.json").read_text())["settings"]) == {"a", "b"}
     with pytest.raises(DfaError, match="made with another setting 'a'"):
-        study.run(["llama3"], {"a": Setting(options={"lr": 0.2})}, seeds=[0], size=TINY, out=tmp_path)
-    with pytest.raises(DfaError, match="made with another size and collection"):
+        study.run(["llama3"], {"a": Setting(options={"lr": 0.2})}, seeds=[0], budget=TINY, out=tmp_path)
+    with pytest.raises(DfaError, match="made with another budget and collection"):
         study.run(["llama3"], {"a": Setting()}, seeds=[0], collection="mib", out=tmp_path)
     (tmp_path / "study.json").write_text("[")
     with pytest.raises(FileError, match="is not the description of a study"):
-        study.run(["llama3"], {"a": Setting()}, seeds=[0], size=TINY, out=tmp_path)
+        study.run(["llama3"], {"a": Setting()}, seeds=[0], budget=TINY, out=tmp_path)
 
 
 def kernel_of(value):
@@ -111,20 +111,20 @@ def kernel_of(value):
 def test_what_was_trained_is_known_by_its_content():
     """Two forms of W whose texts are alike give two alignments, and two that hold the same are trained once."""
     assert repr(kernel_of(1.0)) == repr(kernel_of(2.0))
-    cell = Cell("llama3", 0, Size(train=4, test=4, steps=1, curve_points=2))
-    options = [kernel_of(1.0), kernel_of(0.0), kernel_of(1.0), lambda cell, trained: kernel_of(1.0)]
-    settings = {str(i): Setting("in-distribution", options={"alignment": form}) for i, form in enumerate(options)}
+    experiment = Experiment("llama3", 0, Budget(train=4, test=4, steps=1, curve_points=2))
+    options = [kernel_of(1.0), kernel_of(0.0), kernel_of(1.0), lambda experiment, trained: kernel_of(1.0)]
+    settings = {str(i): Setting("in-distribution", options={"form": form}) for i, form in enumerate(options)}
     runs = []
     fit_many = study.fit_many
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(study, "fit_many", lambda *args, **kw: runs.append(len(args[1])) or fit_many(*args, **kw))
         with pytest.warns(dfa.IntegrationWarning):
-            found = [outcome.alignment for outcome in cell.run(settings, ["ioi"]) if outcome.setting]
+            found = [outcome.alignment for outcome in experiment.run(settings, ["ioi"]) if outcome.setting]
     assert runs == [1, 1, 0, 1]
     assert found[0] != found[1] and not found[1].W.any()
     assert found[0] is found[2] and found[0] == found[3]
     with pytest.raises(DfaError, match="Nothing tells two objects"):
-        list(cell.run({"x": Setting(options={"towards": object()})}, ["ioi"]))
+        list(experiment.run({"x": Setting(options={"anchor": object()})}, ["ioi"]))
 
 
 def test_a_folder_knows_settings_and_models_by_their_content(tmp_path, monkeypatch):
@@ -134,10 +134,10 @@ def test_a_folder_knows_settings_and_models_by_their_content(tmp_path, monkeypat
 
     def run(value=1.0, target="llama3-tiny-target"):
         setting, pair = (
-            Setting(options={"alignment": kernel_of(value)}),
-            study.Pair("own", "llama3-tiny-source", target),
+            Setting(options={"form": kernel_of(value)}),
+            study.ModelPair("own", "llama3-tiny-source", target),
         )
-        study.run([pair], {"a": setting}, seeds=[0], size=TINY, out=tmp_path)
+        study.run([pair], {"a": setting}, seeds=[0], budget=TINY, out=tmp_path)
 
     run()
     run()
@@ -146,9 +146,9 @@ def test_a_folder_knows_settings_and_models_by_their_content(tmp_path, monkeypat
     with pytest.raises(DfaError, match="made with another pair 'own'"):
         run(target="llama3-tiny-source")
     with pytest.raises(DfaError, match="Two pairs of models are called 'own'"):
-        study.run([study.Pair("own", x, x) for x in ("llama3-tiny-source", "llama3-tiny-target")], out=tmp_path)
+        study.run([study.ModelPair("own", x, x) for x in ("llama3-tiny-source", "llama3-tiny-target")], out=tmp_path)
     written = json.loads((tmp_path / "study.json").read_text())["settings"]["a"]
-    assert written["options"]["alignment"]["free"] is False
+    assert written["options"]["form"]["free"] is False
 
 
 @pytest.mark.parametrize(
@@ -157,9 +157,9 @@ def test_a_folder_knows_settings_and_models_by_their_content(tmp_path, monkeypat
         b"[" * 100_000,
         b"\xff\xfe",
         b"[]",
-        b'"size"',
-        b'{"size": 1}',
-        b'{"settings": [], "size": {}}',
+        b'"budget"',
+        b'{"budget": 1}',
+        b'{"settings": [], "budget": {}}',
         b"",
         b"\0" * 9,
         b"NaN",
@@ -168,7 +168,7 @@ def test_a_folder_knows_settings_and_models_by_their_content(tmp_path, monkeypat
 def test_broken_descriptions_of_a_study(tmp_path, content):
     (tmp_path / "study.json").write_bytes(content)
     with pytest.raises(FileError, match=r"study\.json (is not|does not) .*descri") as caught:
-        study.run(["llama3"], {"a": Setting()}, seeds=[0], size=TINY, out=tmp_path)
+        study.run(["llama3"], {"a": Setting()}, seeds=[0], budget=TINY, out=tmp_path)
     assert len(str(caught.value)) < 300
 
 
@@ -186,9 +186,9 @@ def test_broken_tables(tmp_path):
 
 
 def test_every_setting_of_the_benchmark_runs():
-    cell = Cell("qwen2.5", 0, Size(train=4, test=3, steps=1, curve_points=2, batch_size=8))
+    experiment = Experiment("qwen2.5", 0, Budget(train=4, test=3, steps=1, curve_points=2, batch_size=8))
     with pytest.warns(dfa.IntegrationWarning):
-        found = list(cell.run(study.SETTINGS, ["subtraction"]))
+        found = list(experiment.run(study.SETTINGS, ["subtraction"]))
     names = [outcome.name for outcome in found]
     assert set(names) == {"gold", *study.SETTINGS}
     assert names.count("one-task") == 5
@@ -200,10 +200,10 @@ def test_every_setting_of_the_benchmark_runs():
 def test_processes_give_the_same(tmp_path):
     """In a process of its own, since the pool starts fresh interpreters."""
     code = (
-        "import json\nfrom dfa_lens import study\nfrom dfa_lens.experiments.study import Setting, Size\n"
+        "import json\nfrom dfa_lens import study\nfrom dfa_lens.experiments.study import Setting, Budget\n"
         "if __name__ == '__main__':\n"
-        "    size = Size(train=4, test=3, steps=1, curve_points=2, batch_size=8)\n"
-        "    made = [study.run(None, {'random-w': Setting(control='random-w')}, seeds=[0], test_tasks=['ioi'], size=size,"
+        "    budget = Budget(train=4, test=3, steps=1, curve_points=2, batch_size=8)\n"
+        "    made = [study.run(None, {'random-w': Setting(control='random-w')}, seeds=[0], test_tasks=['ioi'], budget=budget,"
         " workers=w) for w in (1, 2)]\n"
         "    print(json.dumps([table['cpr'].tolist() for table in made]))\n"
     )

@@ -62,7 +62,7 @@ def test_every_form_of_w_is_float32_there(model, name, form):
     def train() -> Any:
         source = dfa.NodeSet.for_sizes(3, 2)
         scores = {task: dfa.controls.random_scores(source, seed=seed) for seed, task in enumerate(pairs)}
-        return dfa.fit(model, scores, pairs, steps=2, batch_size=4, alignment=form)
+        return dfa.fit(model, scores, pairs, steps=2, batch_size=4, form=form)
 
     expected = train()
     with SURROUNDINGS[name]():
@@ -140,7 +140,7 @@ def test_what_is_no_model_is_one_error_everywhere(kind, capsys):
         lambda: dfa.faithfulness_curve(model, pairs, scores),
         lambda: dfa.check(model, pairs),
         lambda: dfa.estimate(model, pairs),
-        lambda: dfa.features.attention_features(model),
+        lambda: dfa.similarity.attention_features(model),
         lambda: dfa.NodeSet.from_points(model, {"hook_embed": None}),
         lambda: next(unchecked(dfa.hooks.record)(model, nodes)),
         lambda: unchecked(dfa.hooks.add_hook_point)(model, "blocks.0"),

@@ -28,7 +28,7 @@ def inputs(n=6, tasks=("a", "b")):
 def test_the_loss_is_its_equation(model, intervention, positions):
     """The first step's loss, computed again example by example from the definition."""
     scores, pairs = inputs()
-    options = {"intervention": intervention, "positions": positions, "sparsity": 0.7, "seed": 3}
+    options = {"intervention": intervention, "positions": positions, "sparsity_weight": 0.7, "seed": 3}
     alignment = dfa.fit(model, scores, pairs, steps=1, batch_size=12, initial_scale=0.5, **options)
     record = alignment.history[0]
     W0 = 0.5 * torch.randn(6, 15, generator=torch.Generator().manual_seed(3))
@@ -57,14 +57,14 @@ def test_the_loss_is_its_equation(model, intervention, positions):
             p, q = expected.log_softmax(-1), found.log_softmax(-1)
             each = (p.exp() * (p - q)).sum(-1)[0]
             kl += float(each[-1] if positions == "answer" else each.sum())
-    assert record["kl"] == pytest.approx(kl / 12, rel=1e-4)
-    assert record["sparsity"] == pytest.approx(mean_mask / 12, rel=1e-5)
+    assert record["divergence"] == pytest.approx(kl / 12, rel=1e-4)
+    assert record["mask_mean"] == pytest.approx(mean_mask / 12, rel=1e-5)
     assert record["loss"] == pytest.approx(kl / 12 + 0.7 * mean_mask / 12, rel=1e-4)
 
 
 def test_training_lowers_the_loss(any_model):
     scores, pairs = inputs(tasks=("a",))
-    history = dfa.fit(any_model, scores, pairs, steps=60, sparsity=1.0).history
+    history = dfa.fit(any_model, scores, pairs, steps=60, sparsity_weight=1.0).history
     assert history[-1]["loss"] < 0.8 * history[0]["loss"]
     assert [record["step"] for record in history] == list(range(60))
 
@@ -128,7 +128,7 @@ def test_a_failed_training_hands_back_what_it_had(any_model, monkeypatch):
         dfa.fit(any_model, scores, pairs, steps=6, objective=Breaks(1.0), lr=0.05)
     good = caught.value.alignment
     assert len(good.history) == 3
-    expected = dfa.fit(any_model, scores, pairs, steps=2, sparsity=1.0, lr=0.05)  # W before the third step
+    expected = dfa.fit(any_model, scores, pairs, steps=2, sparsity_weight=1.0, lr=0.05)  # W before the third step
     torch.testing.assert_close(good.W, expected.W)
     with pytest.raises(TrainingError) as caught:
         dfa.fit(any_model, scores, pairs, steps=6, initial=torch.full((6, 15), float("inf")))
@@ -138,14 +138,16 @@ def test_a_failed_training_hands_back_what_it_had(any_model, monkeypatch):
 def test_staying_near_another_alignment(any_model):
     scores, pairs = inputs()
     near = dfa.controls.depth_mean(SOURCE, dfa.NodeSet.heads_and_mlps(any_model))
-    free, pulled = (dfa.fit(any_model, scores, pairs, steps=30, towards=near, pull=pull) for pull in (0.0, 1000.0))
+    free, pulled = (
+        dfa.fit(any_model, scores, pairs, steps=30, anchor=near, anchor_weight=pull) for pull in (0.0, 1000.0)
+    )
     distance = [float((each.W - near.W).norm()) for each in (free, pulled)]
     assert distance[1] < 0.3 * distance[0]
-    assert pulled.meta["pull"] == 1000.0
-    record = dfa.fit(any_model, scores, pairs, steps=1, towards=near, pull=2.0, initial=2 * near.W).history[0]
-    assert record["loss"] == pytest.approx(record["kl"] + 10 * record["sparsity"] + 2.0, rel=1e-4)
+    assert pulled.meta["anchor_weight"] == 1000.0
+    record = dfa.fit(any_model, scores, pairs, steps=1, anchor=near, anchor_weight=2.0, initial=2 * near.W).history[0]
+    assert record["loss"] == pytest.approx(record["divergence"] + 10 * record["mask_mean"] + 2.0, rel=1e-4)
     with pytest.raises(AlignmentError, match="between the same source and target nodes"):
-        dfa.fit(any_model, scores, pairs, towards=dfa.controls.depth_mean(SOURCE, SOURCE))
+        dfa.fit(any_model, scores, pairs, anchor=dfa.controls.depth_mean(SOURCE, SOURCE))
 
 
 def test_released_options_are_the_modes_by_name(any_model):
@@ -154,10 +156,10 @@ def test_released_options_are_the_modes_by_name(any_model):
     scores, pairs = inputs()
     found = dfa.fit(any_model, scores, pairs, steps=2, **RELEASED)
     assert found.stages[0].scaling == "raw"
-    assert {k: found.meta[k] for k in ("intervention", "positions", "sparsity", "gate_heads")} == {
+    assert {k: found.meta[k] for k in ("intervention", "positions", "sparsity_weight", "gate_heads")} == {
         "intervention": "restore",
         "positions": "all-padded",
-        "sparsity": 0.1,
+        "sparsity_weight": 0.1,
         "gate_heads": False,
     }
 
@@ -169,9 +171,9 @@ def test_metadata_hold_all_that_was_asked_for(any_model):
     alike = torch.rand(6, 15, generator=torch.Generator().manual_seed(0))
     changes = {
         "scores": scores | {"a": dfa.NodeScores(scores["a"].values + 1, SOURCE)},
-        "sparsity": 2.0, "lr": 0.2, "steps": 2, "batch_size": 3, "seed": 1, "scaling": "rank", "temperature": (1.0, 0.5),
-        "initial": torch.ones(6, 15), "initial_scale": 0.02, "towards": near, "shuffle": False,
-        "alignment": Kernel({"x": alike}), "objective": TargetSize(0.4),
+        "sparsity_weight": 2.0, "lr": 0.2, "steps": 2, "batch_size": 3, "seed": 1, "scaling": "rank", "temperature": (1.0, 0.5),
+        "initial": torch.ones(6, 15), "initial_scale": 0.02, "anchor": near, "shuffle": False,
+        "form": Kernel({"x": alike}), "objective": TargetSize(0.4),
     }  # fmt: skip
     forms = (
         Kernel({"x": alike}), Kernel({"x": alike + 1e-6}), Kernel({"y": alike}), Kernel({"x": alike}, strength=0.5),
@@ -180,24 +182,24 @@ def test_metadata_hold_all_that_was_asked_for(any_model):
     )  # fmt: skip
     targets = (
         TargetSize(0.3), TargetSize(0.5), TargetSize(0.3, 5.0), Matryoshka(), Matryoshka(0.2), Matryoshka(sizes="log-uniform"),
-        Matryoshka(warm_up=0.25), Matryoshka(straight_through=True), Matryoshka(sparsity=1.0), Sparse(3.0),
+        Matryoshka(warm_up=0.25), Matryoshka(straight_through=True), Matryoshka(sparsity_weight=1.0), Sparse(3.0),
     )  # fmt: skip
     jobs = {name: dfa.Job(**({"scores": scores, "steps": 1, name: value})) for name, value in changes.items()}
     jobs["nothing"] = dfa.Job(scores, steps=1)
-    jobs["pull"] = dfa.Job(scores, steps=1, towards=near, pull=2.0)
-    jobs |= {f"form {i}": dfa.Job(scores, steps=1, alignment=form) for i, form in enumerate(forms)}
+    jobs["anchor_weight"] = dfa.Job(scores, steps=1, anchor=near, anchor_weight=2.0)
+    jobs |= {f"form {i}": dfa.Job(scores, steps=1, form=form) for i, form in enumerate(forms)}
     jobs |= {f"objective {i}": dfa.Job(scores, steps=1, objective=each) for i, each in enumerate(targets)}
-    assert {field.name for field in fields(dfa.Job)} == changes.keys() | {"pull"}
+    assert {field.name for field in fields(dfa.Job)} == changes.keys() | {"anchor_weight"}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", dfa.TrainingWarning)  # two ranks for two tasks, and masks of ones
         found = {name: alignment.meta for name, alignment in dfa.fit_many(any_model, jobs, pairs).items()}
     written = {name: json.dumps(meta, sort_keys=True) for name, meta in found.items()}
     assert len(set(written.values())) == len(jobs) - 1  # one form is there twice
-    assert written["form 0"] == written["alignment"]
+    assert written["form 0"] == written["form"]
     for name, key in (("lr", "lr"), ("temperature", "temperature"), ("shuffle", "shuffle"), ("steps", "steps")):
         assert {k for k in found[name] if found[name][k] != found["nothing"][k]} == {key}
-    assert found["form 7"]["alignment_options"] == {"rank": 1}
-    assert found["objective"]["objective_options"] == {"fraction": 0.4, "sparsity": 10.0}
+    assert found["form 7"]["form_options"] == {"rank": 1}
+    assert found["objective"]["objective_options"] == {"fraction": 0.4, "sparsity_weight": 10.0}
     assert found["temperature"]["temperature"] == [1.0, 0.5]
 
 
@@ -223,11 +225,11 @@ def test_trainings_together_give_what_they_give_alone(any_model, loss):
     pairs = {t: random_pairs(5, 8 + i, seed=i, ragged=True) for i, t in enumerate("abc")}
     jobs = {
         "one": dfa.Job({"a": scores["a"]}, steps=4, seed=1, batch_size=3),
-        "two": dfa.Job({t: scores[t] for t in "bc"}, steps=6, objective="matryoshka", alignment="kernel"),
-        "three": dfa.Job(scores, steps=3, seed=2, alignment="full+bias", sparsity=2.0),
+        "two": dfa.Job({t: scores[t] for t in "bc"}, steps=6, objective="matryoshka", form="kernel"),
+        "three": dfa.Job(scores, steps=3, seed=2, form="full+bias", sparsity_weight=2.0),
     }
-    for together in (1, 2, 3):
-        found = dfa.fit_many(any_model, jobs, pairs, together=together, loss=loss)
+    for jobs_per_pass in (1, 2, 3):
+        found = dfa.fit_many(any_model, jobs, pairs, jobs_per_pass=jobs_per_pass, loss=loss)
         for name, job in jobs.items():
             alone = dfa.fit(
                 any_model,
@@ -237,8 +239,8 @@ def test_trainings_together_give_what_they_give_alone(any_model, loss):
                 seed=job.seed,
                 batch_size=job.batch_size,
                 objective=job.objective,
-                alignment=job.alignment,
-                sparsity=job.sparsity,
+                form=job.form,
+                sparsity_weight=job.sparsity_weight,
                 loss=loss,
             )
             torch.testing.assert_close(found[name].W, alone.W, atol=2e-3, rtol=1e-3)
@@ -269,7 +271,7 @@ def test_bad_input(any_model):
         dfa.fit(any_model, {}, {})
     with pytest.raises(ScoreError, match="scores of task 'b' belong to 12 nodes"):
         dfa.fit(any_model, scores | {"b": dfa.controls.random_scores(dfa.NodeSet.for_sizes(3, 3))}, pairs)
-    for name, value in (("lr", 0.0), ("temperature", -1.0), ("sparsity", -0.1), ("steps", 0), ("batch_size", 0)):
+    for name, value in (("lr", 0.0), ("temperature", -1.0), ("sparsity_weight", -0.1), ("steps", 0), ("batch_size", 0)):
         with pytest.raises(AlignmentError, match=f"{name} must be"):
             dfa.fit(any_model, scores, pairs, **{name: value})
     with pytest.raises(AlignmentError, match="Unknown positions 'last'"):

@@ -54,10 +54,10 @@ def scale(values: Float[Tensor, "*task node"], scaling: Scaling) -> Float[Tensor
 
 
 @dataclass(frozen=True, eq=False)
-class Stage(ByContent):
+class LinearMap(ByContent):
     """One step of an alignment: scale the scores, multiply by W, add the bias.
 
-    W and the bias are copied, as float32 on the CPU. Stages are equal (``==``) if all that they hold is.
+    W and the bias are copied, as float32 on the CPU. Linear maps are equal (``==``) if all that they hold is.
     """
 
     W: Float[Tensor, "source target"]
@@ -104,7 +104,7 @@ class Alignment(ByContent):
     temperature:
         T in the soft mask g = sigmoid(ŝ/T).
     history:
-        One record per training step (step, loss, kl, sparsity); empty when it was not trained.
+        One record per training step (step, loss, divergence, mask_mean); empty when it was not trained.
     meta:
         How it was trained: JSON-like.
 
@@ -117,7 +117,7 @@ class Alignment(ByContent):
     (torch.Size([110]), True)
     """
 
-    stages: tuple[Stage, ...]
+    stages: tuple[LinearMap, ...]
     temperature: float = 1.0
     history: tuple[Mapping[str, float | int], ...] = field(default=(), compare=False)
     meta: Mapping[str, Any] = field(default_factory=dict, compare=False)
@@ -151,7 +151,7 @@ class Alignment(ByContent):
         meta: Mapping[str, Any] | None = None,
     ) -> Alignment:
         """An alignment of one matrix, with an added vector if ``bias`` is given; both are copied."""
-        return cls((Stage(W, source, target, scaling, bias),), temperature, tuple(history), meta or {})
+        return cls((LinearMap(W, source, target, scaling, bias),), temperature, tuple(history), meta or {})
 
     @property
     def W(self) -> Float[Tensor, "source target"]:
@@ -255,7 +255,7 @@ class Alignment(ByContent):
         if wrong is not None:
             raise AlignmentError(f"{wrong} is {tensors[wrong].dtype}")
         stages = tuple(
-            Stage(
+            LinearMap(
                 tensors[f"W.{i}"],
                 NodeSet.from_records(record["source"]),
                 NodeSet.from_records(record["target"]),

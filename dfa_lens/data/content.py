@@ -237,7 +237,7 @@ def plain(value: object) -> Any:
     Examples
     --------
     >>> import dfa_lens as dfa
-    >>> dfa.content.plain(dfa.parameterisation.LowRank(rank=2))
+    >>> dfa.content.plain(dfa.forms.LowRank(rank=2))
     {'type': 'LowRank', 'rank': 2}
     """
     if isinstance(value, np.generic):

@@ -11,13 +11,13 @@ from tqdm.auto import tqdm
 
 import dfa_lens
 from dfa_lens import tasks, zoo
-from dfa_lens.experiments.study import QUICK, SETTINGS, Cell, Outcome, Pair, Size, labels
+from dfa_lens.experiments.study import QUICK, SETTINGS, Budget, Experiment, ModelPair, Outcome, labels
 from dfa_lens.experiments.table import GOLD, Results, TaskResult
 
 SHOWN = {name: SETTINGS[name] for name in ("in-distribution", "zero-shot", "uniform-s", "depth-mean", "random-w")}
-FULL = Size(steps=100)  # half of fit's default: a table in minutes
+FULL = Budget(steps=100)  # half of fit's default: a table in minutes
 
-__all__ = ["FULL", "QUICK", "SHOWN", "Size", "run"]
+__all__ = ["FULL", "QUICK", "SHOWN", "Budget", "run"]
 
 
 def run(
@@ -25,7 +25,7 @@ def run(
     families: Sequence[str] | None = None,
     only: Sequence[str] | None = None,
     seed: int = 0,
-    size: Size = FULL,
+    budget: Budget = FULL,
     progress: bool = False,
 ) -> Results:
     """Transfer circuits in the shipped families, and measure them.
@@ -43,10 +43,10 @@ def run(
         The tasks to evaluate; default: all six. Zero-shot training uses all others in any case.
     seed:
         Of the prompts, of training, of the controls.
-    size:
+    budget:
         How much to run.
     """
-    pairs = [Pair.of(family) for family in families or zoo.pairs()]
+    pairs = [ModelPair.of(family) for family in families or zoo.pairs()]
     names = list(only or tasks.names())
     for name in names:
         tasks.describe(name)  # an unknown name is an error here, not after minutes
@@ -54,15 +54,15 @@ def run(
     results = Results()
     with tqdm(total=len(pairs) * len(names) * (1 + len(SHOWN)), desc="demo", unit="curve", disable=not progress) as bar:
         for pair in pairs:
-            cell, found = Cell(pair, seed, size), dict[str, list[Outcome]]()
-            for outcome in cell.run(SHOWN, names):
+            experiment, found = Experiment(pair, seed, budget), dict[str, list[Outcome]]()
+            for outcome in experiment.run(SHOWN, names):
                 found.setdefault(outcome.task, []).append(outcome)
                 bar.set_postfix_str(f"{pair.name} {outcome.task}: {outcome.name}")
                 bar.update()
-            results.tasks += [task_result(cell, outcomes) for outcomes in found.values()]
+            results.tasks += [task_result(experiment, outcomes) for outcomes in found.values()]
     results.provenance = {
-        "command": f"dfa-lens demo, seed {seed}, {size.train} training and {size.test} test pairs a task, "
-        f"{size.steps} training steps",
+        "command": f"dfa-lens demo, seed {seed}, {budget.train} training and {budget.test} test pairs a task, "
+        f"{budget.steps} training steps",
         "versions": f"dfa_lens {dfa_lens.__version__}, "
         + ", ".join(f"{package} {version(package)}" for package in ("transformer-lens", "torch")),
         "machine": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
@@ -71,17 +71,17 @@ def run(
     return results
 
 
-def task_result(cell: Cell, outcomes: Sequence[Outcome]) -> TaskResult:
+def task_result(experiment: Experiment, outcomes: Sequence[Outcome]) -> TaskResult:
     """What a report needs of one task: gold's outcome and those of the settings."""
     task = outcomes[0].task
     return TaskResult(
-        cell.pair.name,
+        experiment.pair.name,
         task,
-        cell.scores[task],
-        cell.gold_of(task),
+        experiment.scores[task],
+        experiment.gold_of(task),
         {each.name: each.alignment for each in outcomes if each.alignment is not None},
         {each.name: each.circuit for each in outcomes if each.name != GOLD},
         {each.name: each.curve for each in outcomes},
-        cell.seed,
+        experiment.seed,
         {each.name: labels(each) for each in outcomes},
     )

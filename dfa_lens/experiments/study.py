@@ -39,8 +39,7 @@ from dfa_lens.evaluation import diagnostics
 from dfa_lens.evaluation.faithfulness import faithfulness_curve
 from dfa_lens.experiments.table import GOLD, Control, row
 from dfa_lens.models.backend import HookedModel
-from dfa_lens.transfer import controls
-from dfa_lens.transfer import similarity as features
+from dfa_lens.transfer import controls, similarity
 from dfa_lens.transfer.forms import Kernel
 from dfa_lens.transfer.trainer import RELEASED, Job, fit_many
 
@@ -73,8 +72,8 @@ class Setting(ByContent):
         See :data:`Regime` and :data:`~dfa_lens.experiments.table.Control`.
     options:
         For :func:`dfa_lens.fit`: fields of :class:`~dfa_lens.transfer.trainer.Job`, ``intervention``, ``positions``,
-        ``gate_heads``, ``loss``. ``alignment`` may also be a function of the :class:`Cell` and the training tasks. They
-        must have a :func:`~dfa_lens.data.content.fingerprint`: what was trained, or is in a folder, goes by it.
+        ``gate_heads``, ``loss``. ``form`` may also be a function of the :class:`Experiment` and the training tasks.
+        They must have a :func:`~dfa_lens.data.content.fingerprint`: what was trained, or is in a folder, goes by it.
     method:
         The options' name in tables.
     """
@@ -92,7 +91,7 @@ class Setting(ByContent):
 
 
 @dataclass(frozen=True)
-class Size:
+class Budget:
     """How much is run for every task."""
 
     train: int = 64  #: training pairs a task, also those of attribution
@@ -102,12 +101,12 @@ class Size:
     batch_size: int = 32  #: of attribution and curves
 
 
-FULL = Size()
-QUICK = Size(train=8, test=8, steps=10, curve_points=6)
+FULL = Budget()
+QUICK = Budget(train=8, test=8, steps=10, curve_points=6)
 
 
 @dataclass(frozen=True)
-class Pair:
+class ModelPair:
     """A source and a target model.
 
     Attributes
@@ -124,9 +123,9 @@ class Pair:
     target: str | Callable[[], HookedModel]
 
     @classmethod
-    def of(cls, family: str | Pair) -> Pair:
-        """The shipped pair of a family; a pair is handed back."""
-        if isinstance(family, Pair):
+    def of(cls, family: str | ModelPair) -> ModelPair:
+        """The shipped pair of a family; an instance is returned unchanged."""
+        if isinstance(family, ModelPair):
             return family
         known = zoo.pairs()
         if family not in known:
@@ -134,21 +133,21 @@ class Pair:
         return cls(family, *known[family])
 
 
-def attention_kernel(cell: Cell, trained: tuple[str, ...]) -> Kernel:
+def attention_kernel(experiment: Experiment, trained: tuple[str, ...]) -> Kernel:
     """Like nodes by kind, depth and how heads attend to random repeated tokens."""
-    return Kernel(cell.attention_similarities)
+    return Kernel(experiment.attention_similarities)
 
 
-def behaviour_kernel(cell: Cell, trained: tuple[str, ...]) -> Kernel:
+def behaviour_kernel(experiment: Experiment, trained: tuple[str, ...]) -> Kernel:
     """As :func:`attention_kernel`, and by what nodes do at the answers of the *training* tasks (CKA)."""
-    alike = features.behaviour_similarity(
-        cell.source,
-        PromptPairs.concat([cell.on_source[task] for task in trained]),
-        cell.target,
-        PromptPairs.concat([cell.train[task] for task in trained]),
+    alike = similarity.cka_similarity(
+        experiment.source,
+        PromptPairs.concat([experiment.on_source[task] for task in trained]),
+        experiment.target,
+        PromptPairs.concat([experiment.train[task] for task in trained]),
     )
-    depth = features.kind_and_depth(cell.source_nodes, cell.target_nodes)
-    return Kernel({**cell.attention_similarities, "behaviour": alike, "behaviour and depth": alike * depth})
+    depth = similarity.kind_and_depth(experiment.source_nodes, experiment.target_nodes)
+    return Kernel({**experiment.attention_similarities, "behaviour": alike, "behaviour and depth": alike * depth})
 
 
 @dataclass(frozen=True)
@@ -166,16 +165,16 @@ class Outcome:
     forwards: int  #: passes of one example through the target to get the circuit; a backward pass counts as one
 
 
-class Cell:
+class Experiment:
     """One pair of models with one seed: scores, prompts and trained alignments, each made once and when needed.
 
     Parameters
     ----------
     pair:
-        See :class:`Pair`; a family's name will do.
+        See :class:`ModelPair`; a family's name will do.
     seed:
         Of prompts, training and controls.
-    size:
+    budget:
         How much to run.
     method, steps:
         Of attribution, on the source and for gold.
@@ -187,16 +186,16 @@ class Cell:
 
     def __init__(
         self,
-        pair: str | Pair,
+        pair: str | ModelPair,
         seed: int = 0,
-        size: Size = FULL,
+        budget: Budget = FULL,
         *,
         method: str = "nap-ig-inputs",
         steps: int = 5,
         device: str = "cpu",
         collection: str = "offline",
     ) -> None:
-        self.pair, self.seed, self.size = Pair.of(pair), seed, size
+        self.pair, self.seed, self.budget = ModelPair.of(pair), seed, budget
         self.method, self.steps, self.device, self.collection = method, steps, device, collection
         self.tasks = tuple(tasks.names())
         self._trained: dict[Any, tuple[Alignment, float]] = {}
@@ -239,21 +238,21 @@ class Cell:
     @cached_property
     def train(self) -> dict[str, PromptPairs]:
         """Task → training pairs for the target."""
-        return {task: self._load(task, self.target, "train", self.size.train) for task in self.tasks}
+        return {task: self._load(task, self.target, "train", self.budget.train) for task in self.tasks}
 
     @cached_property
     def on_source(self) -> dict[str, PromptPairs]:
         """Task → training pairs for the source: the same examples."""
-        return {task: self._load(task, self.source, "train", self.size.train) for task in self.tasks}
+        return {task: self._load(task, self.source, "train", self.budget.train) for task in self.tasks}
 
     def test(self, task: str) -> PromptPairs:
         """Test pairs for the target."""
         if task not in self._tests:
-            self._tests[task] = self._load(task, self.target, "test", self.size.test)
+            self._tests[task] = self._load(task, self.target, "test", self.budget.test)
         return self._tests[task]
 
     def _attribute(self, model: HookedModel, pairs: PromptPairs) -> NodeScores:
-        return attribute(model, pairs, method=self.method, steps=self.steps, batch_size=self.size.batch_size)
+        return attribute(model, pairs, method=self.method, steps=self.steps, batch_size=self.budget.batch_size)
 
     @cached_property
     def scores(self) -> dict[str, NodeScores]:
@@ -269,10 +268,10 @@ class Cell:
     @cached_property
     def attention_similarities(self) -> dict[str, Any]:
         """Similarity by kind and depth, and by how heads attend, anywhere and at near depth."""
-        ours = features.attention_features(self.source, self.source_nodes)
-        theirs = features.attention_features(self.target, self.target_nodes)
-        alike = features.attention_similarity(ours, theirs)
-        depth = features.kind_and_depth(self.source_nodes, self.target_nodes)
+        ours = similarity.attention_features(self.source, self.source_nodes)
+        theirs = similarity.attention_features(self.target, self.target_nodes)
+        alike = similarity.attention_similarity(ours, theirs)
+        depth = similarity.kind_and_depth(self.source_nodes, self.target_nodes)
         return {"kind and depth": depth, "attention": alike, "attention and depth": alike * depth}
 
     # --- settings ------------------------------------------------------------------------------------------------
@@ -297,7 +296,7 @@ class Cell:
         return self.scores[task]
 
     def _key(self, setting: Setting, trained: tuple[str, ...]) -> Any:
-        """What a trained alignment depends on, within one cell; options by what they hold."""
+        """What a trained alignment depends on, within one experiment; options by what they hold."""
         kind = setting.control if setting.control in _OTHER_SCORES else ""
         return kind, fingerprint(setting.options), trained
 
@@ -312,10 +311,10 @@ class Cell:
         missing = [trained for trained in dict.fromkeys(sets) if self._key(setting, trained) not in self._trained]
         for trained in missing:
             own = {name: value for name, value in setting.options.items() if name not in shared}
-            if callable(own.get("alignment")):
-                own["alignment"] = own["alignment"](self, trained)
+            if callable(own.get("form")):
+                own["form"] = own["form"](self, trained)
             job = Job(scores={task: self.stand_in(setting, task) for task in trained}, seed=self.seed, **own)
-            jobs[" ".join(trained)] = job if self.size.steps is None else replace(job, steps=self.size.steps)
+            jobs[" ".join(trained)] = job if self.budget.steps is None else replace(job, steps=self.budget.steps)
         started = time.perf_counter()
         found = fit_many(self.target, jobs, self.train, **shared)
         seconds = (time.perf_counter() - started) / max(len(jobs), 1)
@@ -343,14 +342,14 @@ class Cell:
 
     def curve(self, task: str, circuit: NodeScores) -> FaithfulnessCurve:
         """The circuit's faithfulness on the task's test pairs."""
-        n, points = len(circuit), self.size.curve_points
+        n, points = len(circuit), self.budget.curve_points
         sizes = sorted({round(i * n / points) for i in range(points + 1)})
         return faithfulness_curve(
             self.target,
             self.test(task),
             circuit,
             sizes=sizes,
-            batch_size=self.size.batch_size,
+            batch_size=self.budget.batch_size,
             sizes_per_pass=1 if self.device == "cpu" else 16,
         )
 
@@ -373,7 +372,7 @@ class Cell:
             Of a setting's name, a test task and the training tasks: whether it is known already.
         """
         chosen = list(test_tasks or self.tasks)
-        n = self.size.train
+        n = self.budget.train
         attribution = n * sum(METHODS.find(self.method).passes(self.target_nodes, self.steps))
         for task in chosen:
             if skip(GOLD, task, ()):
@@ -403,7 +402,7 @@ class Cell:
                 yield Outcome(task, name, setting, trained, alignment, circuit, curve, seconds, forwards)
 
 
-def diagnose(cell: Cell, outcome: Outcome) -> dict[str, float]:
+def diagnose(experiment: Experiment, outcome: Outcome) -> dict[str, float]:
     """The columns of :mod:`dfa_lens.evaluation.diagnostics`, for what was trained on a source's scores.
 
     ``effective_rank`` of W; ``shared``, how much of this W's scores is common to all tasks; ``depth``, Spearman
@@ -413,11 +412,11 @@ def diagnose(cell: Cell, outcome: Outcome) -> dict[str, float]:
     alignment, setting = outcome.alignment, outcome.setting
     if alignment is None or setting is None or not alignment.history or setting.control not in ("", "random-s"):
         return {}
-    s = {task: cell.stand_in(setting, task) for task in cell.tasks}
+    s = {task: experiment.stand_in(setting, task) for task in experiment.tasks}
     found = {
         "effective_rank": diagnostics.effective_rank(alignment),
         "shared": diagnostics.shared_part({task: alignment.transfer(each) for task, each in s.items()}),
-        "depth": diagnostics.depth_correlation(cell.scores[outcome.task], outcome.circuit).spearman,
+        "depth": diagnostics.depth_correlation(experiment.scores[outcome.task], outcome.circuit).spearman,
         "stability": diagnostics.stability(alignment, s[outcome.task]),
     }
     return {name: round(value, 4) for name, value in found.items()}
@@ -442,12 +441,12 @@ _WORDS = ("family", "task", "setting", "regime", "method", "control", "trained_o
 
 
 def run(
-    families: Sequence[str | Pair] | None = None,
+    families: Sequence[str | ModelPair] | None = None,
     settings: Mapping[str, Setting] | None = None,
     *,
     seeds: Sequence[int] = (0, 1, 2),
     test_tasks: Sequence[str] | None = None,
-    size: Size = FULL,
+    budget: Budget = FULL,
     out: str | Path | None = None,
     workers: int = 1,
     device: str = "cpu",
@@ -459,7 +458,7 @@ def run(
     Parameters
     ----------
     families:
-        Pairs of models, see :class:`Pair`; default: the shipped ones.
+        Pairs of models, see :class:`ModelPair`; default: the shipped ones.
     settings:
         Default: :data:`SETTINGS`.
     seeds:
@@ -481,22 +480,22 @@ def run(
     Raises
     ------
     DfaError
-        If a pair, task or setting is unknown, or the folder holds rows of another size, or of other settings or models
-        by the same names.
+        If a pair, task or setting is unknown, or the folder holds rows of another budget, or of other settings or
+        models by the same names.
 
     Examples
     --------
     >>> import dfa_lens as dfa
-    >>> from dfa_lens.experiments.study import SETTINGS, Size, run
-    >>> size = Size(train=4, test=4, steps=2, curve_points=3)
-    >>> table = run(["llama3"], {"zero-shot": SETTINGS["zero-shot"]}, seeds=(0,), test_tasks=["ioi"], size=size)
+    >>> from dfa_lens.experiments.study import SETTINGS, Budget, run
+    >>> budget = Budget(train=4, test=4, steps=2, curve_points=3)
+    >>> table = run(["llama3"], {"zero-shot": SETTINGS["zero-shot"]}, seeds=(0,), test_tasks=["ioi"], budget=budget)
     >>> table["setting"].tolist()
     ['gold', 'zero-shot']
     """
     import pandas as pd
 
     settings = SETTINGS if settings is None else settings
-    pairs = [Pair.of(family) for family in (families or zoo.pairs())]
+    pairs = [ModelPair.of(family) for family in (families or zoo.pairs())]
     for task in test_tasks or ():
         tasks.describe(task)
     double = next((pair.name for i, pair in enumerate(pairs) if pair.name in [p.name for p in pairs[:i]]), None)
@@ -504,14 +503,14 @@ def run(
         raise DfaError(f"Two pairs of models are called {double!r}: their rows could not be told apart.")
     folder = None if out is None else Path(out)
     if folder is not None:
-        _check_folder(folder, pairs, settings, size, collection)
+        _check_folder(folder, pairs, settings, budget, collection)
     plans = [
-        _Plan(pair, seed, dict(settings), tuple(test_tasks or ()), size, folder, device, collection)
+        _Plan(pair, seed, dict(settings), tuple(test_tasks or ()), budget, folder, device, collection)
         for seed in seeds
         for pair in pairs
     ]
     frames = []
-    with tqdm(total=len(plans), desc="study", unit="cell", disable=not progress) as bar:
+    with tqdm(total=len(plans), desc="study", unit="experiment", disable=not progress) as bar:
         if workers <= 1:
             for plan in plans:
                 frames.append(_run_plan(plan))
@@ -528,12 +527,12 @@ def run(
 
 
 def _check_folder(
-    folder: Path, pairs: Sequence[Pair], settings: Mapping[str, Setting], size: Size, collection: str
+    folder: Path, pairs: Sequence[ModelPair], settings: Mapping[str, Setting], budget: Budget, collection: str
 ) -> None:
     """Rows that are there already must have been made in the same way; then what is to come is noted, too."""
     path = folder / "study.json"
     ours: dict[str, Any] = {
-        "size": asdict(size),
+        "budget": asdict(budget),
         "collection": collection,
         "pairs": {pair.name: fingerprint(pair) for pair in pairs},
         "settings": {name: _described(setting) for name, setting in settings.items()},
@@ -544,7 +543,7 @@ def _check_folder(
             raise FileError(
                 f"{path} does not describe a study: it lacks what rows were made with. Take another folder."
             )
-        changed = [name for name in ("size", "collection") if theirs[name] != ours[name]]
+        changed = [name for name in ("budget", "collection") if theirs[name] != ours[name]]
         for what, name in (("setting", "settings"), ("pair", "pairs")):
             known = theirs[name]
             changed += [f"{what} {key!r}" for key, value in ours[name].items() if known.get(key, value) != value]
@@ -564,11 +563,11 @@ def _described(setting: Setting) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class _Plan:
-    pair: Pair
+    pair: ModelPair
     seed: int
     settings: dict[str, Setting]
     test_tasks: tuple[str, ...]
-    size: Size
+    budget: Budget
     folder: Path | None
     device: str
     collection: str
@@ -609,10 +608,10 @@ def read(path: str | Path) -> Any:
     --------
     >>> import dfa_lens as dfa
     >>> import tempfile
-    >>> from dfa_lens.experiments.study import SETTINGS, Size, read, run
-    >>> folder, size = tempfile.mkdtemp(), Size(train=4, test=4, steps=2, curve_points=3)
+    >>> from dfa_lens.experiments.study import SETTINGS, Budget, read, run
+    >>> folder, budget = tempfile.mkdtemp(), Budget(train=4, test=4, steps=2, curve_points=3)
     >>> settings = {"random-w": SETTINGS["random-w"]}
-    >>> table = run(["llama3"], settings, seeds=(0,), test_tasks=["ioi"], size=size)
+    >>> table = run(["llama3"], settings, seeds=(0,), test_tasks=["ioi"], budget=budget)
     >>> table.to_csv(f"{folder}/table.csv", index=False)
     >>> len(read(f"{folder}/table.csv"))
     2
@@ -638,12 +637,12 @@ def _run_plan(plan: _Plan) -> Any:
 
     known = _read(plan.path)
     done = set() if known.empty else set(map(tuple, known[_KEY].to_numpy().tolist()))
-    cell = Cell(plan.pair, plan.seed, plan.size, device=plan.device, collection=plan.collection)
+    experiment = Experiment(plan.pair, plan.seed, plan.budget, device=plan.device, collection=plan.collection)
     gold = {} if known.empty else dict(known.loc[known["setting"] == GOLD, ["task", "cpr"]].to_numpy().tolist())
     rows = []
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", IntegrationWarning)  # gold is what it is; the tables show it
-        for outcome in cell.run(
+        for outcome in experiment.run(
             plan.settings,
             plan.test_tasks or None,
             skip=lambda name, task, trained: (name, task, " ".join(trained)) in done,
@@ -659,7 +658,7 @@ def _run_plan(plan: _Plan) -> Any:
                 "forwards": outcome.forwards,
                 "seconds": round(outcome.seconds, 2),
                 **{name: float("nan") for name in ("effective_rank", "shared", "depth", "stability")},
-                **diagnose(cell, outcome),
+                **diagnose(experiment, outcome),
             }
             rows.append(record)
             if plan.path is not None:
@@ -691,12 +690,12 @@ SETTINGS: dict[str, Setting] = {
     "in-distribution, released": Setting("in-distribution", "", RELEASED, "released"),
     "zero-shot, released": Setting("zero-shot", "", RELEASED, "released"),
     "zero-shot, matryoshka": Setting("zero-shot", "", {"objective": "matryoshka"}, "matryoshka"),
-    "zero-shot, kernel": Setting("zero-shot", "", {"alignment": "kernel"}, "kernel: depth"),
-    "zero-shot, attention kernel": Setting("zero-shot", "", {"alignment": attention_kernel}, "kernel: attention"),
-    "zero-shot, behaviour kernel": Setting("zero-shot", "", {"alignment": behaviour_kernel}, "kernel: behaviour"),
-    "zero-shot, full+bias": Setting("zero-shot", "", {"alignment": "full+bias"}, "full+bias"),
-    "zero-shot, low-rank": Setting("zero-shot", "", {"alignment": "low-rank"}, "low-rank"),
-    "zero-shot, block": Setting("zero-shot", "", {"alignment": "block"}, "block"),
-    "zero-shot, depth-band": Setting("zero-shot", "", {"alignment": "depth-band"}, "depth-band"),
+    "zero-shot, kernel": Setting("zero-shot", "", {"form": "kernel"}, "kernel: depth"),
+    "zero-shot, attention kernel": Setting("zero-shot", "", {"form": attention_kernel}, "kernel: attention"),
+    "zero-shot, behaviour kernel": Setting("zero-shot", "", {"form": behaviour_kernel}, "kernel: behaviour"),
+    "zero-shot, full+bias": Setting("zero-shot", "", {"form": "full+bias"}, "full+bias"),
+    "zero-shot, low-rank": Setting("zero-shot", "", {"form": "low-rank"}, "low-rank"),
+    "zero-shot, block": Setting("zero-shot", "", {"form": "block"}, "block"),
+    "zero-shot, depth-band": Setting("zero-shot", "", {"form": "depth-band"}, "depth-band"),
 }
 """The settings of the method benchmark: four regimes, all controls, and the named objectives and alignments."""

@@ -163,7 +163,7 @@ def training_history(
         history = pd.DataFrame(alignment.history)
         parts.append(history.assign(alignment=label))
         color = styling.LINES[i % len(styling.LINES)]
-        for column, axis, words in (("kl", "", "KL"), ("sparsity", "2", "mean mask")):
+        for column, axis, words in (("divergence", "", "KL"), ("mask_mean", "2", "mean mask")):
             figure.add_trace(
                 go.Scatter(
                     x=history["step"],
@@ -174,7 +174,7 @@ def training_history(
                     line={"color": color, "width": 1.8},
                     name=styling.text(label) or words,
                     legendgroup=label,
-                    showlegend=bool(label) and column == "kl",
+                    showlegend=bool(label) and column == "divergence",
                     hovertemplate=f"{styling.text(label)}<br>step %{{x}}<br>{words} %{{y:.4g}}<extra></extra>",
                 )
             )

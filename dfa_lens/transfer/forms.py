@@ -1,6 +1,6 @@
 """What is trained: W itself, or fewer numbers that W is made of.
 
-:func:`dfa_lens.fit` takes one of these as ``alignment``, by name with its defaults or as an object:
+:func:`dfa_lens.fit` takes one of these as ``form``, by name with its defaults or as an instance:
 
 - ``full`` (:class:`Full`): every entry of W is free (the paper).
 - ``kernel`` (:class:`Kernel`): W = Σ_f θ_f K_f + R. The K_f say how alike a source and a target node are (by default
@@ -29,12 +29,12 @@ from typing_extensions import override
 from dfa_lens.data.content import ByContent
 from dfa_lens.data.nodes import NodeSet
 from dfa_lens.errors import AlignmentError, unknown
-from dfa_lens.transfer import similarity as features
+from dfa_lens.transfer import similarity
 
 
 @dataclass(frozen=True, eq=False)
 class Problem:
-    """What a parameterisation is started from.
+    """What a form is started from.
 
     Attributes
     ----------
@@ -69,7 +69,7 @@ class Parameters(nn.Module):
         raise NotImplementedError
 
 
-class Parameterisation(ABC):
+class Form(ABC):
     """How W is made of trained numbers; derive from it for one of your own, best as a frozen dataclass.
 
     Its fields are then part of an alignment's provenance, and a study knows one from another.
@@ -97,7 +97,7 @@ class _Masked(Parameters):
 
 
 @dataclass(frozen=True, eq=False)
-class Full(ByContent, Parameterisation):
+class Full(ByContent, Form):
     """Every entry of W is free.
 
     Attributes
@@ -132,7 +132,7 @@ class _Kernel(Parameters):
 
 
 @dataclass(frozen=True, eq=False)
-class Kernel(ByContent, Parameterisation):
+class Kernel(ByContent, Form):
     """W = Σ_f θ_f K_f + R: like nodes are connected from the start, and R learns what that misses.
 
     A new task's importance then reaches target nodes that resemble its source nodes, also those that no training task
@@ -159,15 +159,15 @@ class Kernel(ByContent, Parameterisation):
         shape = (len(problem.source), len(problem.target))
         given = self.similarities
         if given is None:
-            given = {"kind and depth": features.kind_and_depth(problem.source, problem.target)}
+            given = {"kind and depth": similarity.kind_and_depth(problem.source, problem.target)}
         if not given:
             raise AlignmentError("Kernel needs at least one similarity.")
-        for name, similarity in given.items():
-            if tuple(similarity.shape) != shape or not bool(torch.isfinite(similarity).all()):
+        for name, alike in given.items():
+            if tuple(alike.shape) != shape or not bool(torch.isfinite(alike).all()):
                 raise AlignmentError(
-                    f"The similarity {name!r} must be finite and of shape {list(shape)}, not {list(similarity.shape)}."
+                    f"The similarity {name!r} must be finite and of shape {list(shape)}, not {list(alike.shape)}."
                 )
-        kernels = torch.stack([similarity.float() for similarity in given.values()]).to(problem.s.device)
+        kernels = torch.stack([alike.float() for alike in given.values()]).to(problem.s.device)
         kernels = kernels / kernels.norm(dim=1, keepdim=True).clamp_min(1e-9)
         return _Kernel(kernels, self.strength, problem.noise(*shape) if self.free else None)
 
@@ -185,7 +185,7 @@ class _Standardised(Parameters):
 
 
 @dataclass(frozen=True)
-class Standardised(Parameterisation):
+class Standardised(Form):
     """ŝ = b + z·A with z the source scores, centred and whitened over the training tasks.
 
     The scores of different tasks on one model are nearly parallel; what tells tasks apart is in small components.
@@ -229,7 +229,7 @@ class _Product(Parameters):
 
 
 @dataclass(frozen=True)
-class LowRank(Parameterisation):
+class LowRank(Form):
     """W = A·B, with A [source, rank] and B [rank, target]: as many directions of scores as the rank matter.
 
     A and B start with the square root of the initial scale, so that their product starts at about that scale.
@@ -259,19 +259,19 @@ def _connected(allowed: Tensor, what: str) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Block(Parameterisation):
+class Block(Form):
     """Only nodes of the same kind are connected: heads to heads, MLP blocks to MLP blocks."""
 
     name: ClassVar[str] = "block"
 
     @override
     def start(self, problem: Problem) -> Parameters:
-        allowed = _connected(features.same_kind(problem.source, problem.target), "kind").to(problem.s.device)
+        allowed = _connected(similarity.same_kind(problem.source, problem.target), "kind").to(problem.s.device)
         return _Masked(problem.noise(*allowed.shape), allowed)
 
 
 @dataclass(frozen=True)
-class DepthBand(Parameterisation):
+class DepthBand(Form):
     """Only nodes whose relative depths (0 the first layer, 1 the last) differ by at most ``width`` are connected."""
 
     name: ClassVar[str] = "depth-band"
@@ -281,20 +281,18 @@ class DepthBand(Parameterisation):
     def start(self, problem: Problem) -> Parameters:
         if not self.width > 0:
             raise AlignmentError(f"width must be positive, not {self.width}.")
-        gap = features.depth_gap(problem.source, problem.target).abs()
+        gap = similarity.depth_gap(problem.source, problem.target).abs()
         allowed = _connected((gap <= self.width).float(), f"a depth band of {self.width}").to(problem.s.device)
         return _Masked(problem.noise(*allowed.shape), allowed)
 
 
-KNOWN: dict[str, type[Parameterisation]] = {
-    kind.name: kind for kind in (Full, Kernel, Standardised, LowRank, Block, DepthBand)
-}
+KNOWN: dict[str, type[Form]] = {kind.name: kind for kind in (Full, Kernel, Standardised, LowRank, Block, DepthBand)}
 
 
-def resolve(alignment: str | Parameterisation) -> Parameterisation:
-    """The parameterisation of that name with its defaults; an object is handed back."""
-    if isinstance(alignment, Parameterisation):
-        return alignment
-    if alignment not in KNOWN:
-        raise unknown("alignment", alignment, KNOWN, AlignmentError)
-    return KNOWN[alignment]()
+def resolve(form: str | Form) -> Form:
+    """The form of that name with its defaults; an instance is returned unchanged."""
+    if isinstance(form, Form):
+        return form
+    if form not in KNOWN:
+        raise unknown("form", form, KNOWN, AlignmentError)
+    return KNOWN[form]()

@@ -58,17 +58,17 @@ class Objective(ABC):
             The only source of randomness.
         """
 
-    def weighted(self, sparsity: float) -> Objective:
-        """The same objective with another weight λ of sparsity.
+    def weighted(self, sparsity_weight: float) -> Objective:
+        """The same objective with another λ.
 
         Raises
         ------
         AlignmentError
-            If the objective has no field ``sparsity``.
+            If the objective has no field ``sparsity_weight``.
         """
-        if not hasattr(self, "sparsity"):
-            raise AlignmentError(f"The objective {self.name!r} has no sparsity to be weighted.")
-        return replace(self, sparsity=sparsity)  # type: ignore[type-var]
+        if not hasattr(self, "sparsity_weight"):
+            raise AlignmentError(f"The objective {self.name!r} has no sparsity_weight.")
+        return replace(self, sparsity_weight=sparsity_weight)  # type: ignore[type-var]
 
 
 @dataclass(frozen=True)
@@ -77,20 +77,20 @@ class Sparse(Objective):
 
     Attributes
     ----------
-    sparsity:
+    sparsity_weight:
         λ. Measured on the shipped models (docs/method.md), 3 to 10 rank about equally well, 0.1 (the paper) keeps
         nearly everything, 30 begins to cost.
     """
 
     name: ClassVar[str] = "sparse"
-    sparsity: float = 10.0
+    sparsity_weight: float = 10.0
 
     @override
     def masks(
         self, scores: Float[Tensor, "example node"], *, temperature: float, progress: float, generator: torch.Generator
     ) -> Masks:
         gates = torch.sigmoid(scores / temperature)
-        return Masks(gates, self.sparsity * gates.mean(1))
+        return Masks(gates, self.sparsity_weight * gates.mean(1))
 
 
 @dataclass(frozen=True)
@@ -101,13 +101,13 @@ class TargetSize(Objective):
     ----------
     fraction:
         The part of the nodes to keep.
-    sparsity:
+    sparsity_weight:
         λ, the weight of the penalty.
     """
 
     name: ClassVar[str] = "target-size"
     fraction: float = 0.2
-    sparsity: float = 10.0
+    sparsity_weight: float = 10.0
 
     @override
     def masks(
@@ -116,7 +116,7 @@ class TargetSize(Objective):
         if not 0 < self.fraction < 1:
             raise AlignmentError(f"fraction must be between 0 and 1, not {self.fraction}.")
         gates = torch.sigmoid(scores / temperature)
-        return Masks(gates, self.sparsity * (gates.mean(1) / self.fraction - 1) ** 2)
+        return Masks(gates, self.sparsity_weight * (gates.mean(1) / self.fraction - 1) ** 2)
 
 
 @dataclass(frozen=True)
@@ -137,7 +137,7 @@ class Matryoshka(Objective):
         True runs the hard circuit of the k best nodes and takes the gradient of the soft mask.
     warm_up:
         Part of the steps that :class:`Sparse` takes.
-    sparsity:
+    sparsity_weight:
         λ of the warm-up.
     """
 
@@ -146,7 +146,7 @@ class Matryoshka(Objective):
     sizes: Literal["uniform", "log-uniform"] = "uniform"
     straight_through: bool = False
     warm_up: float = 0.5
-    sparsity: float = 10.0
+    sparsity_weight: float = 10.0
 
     @override
     def masks(
@@ -159,7 +159,7 @@ class Matryoshka(Objective):
                 f"sharpness must be positive and warm_up between 0 and 1, not {self.sharpness} and {self.warm_up}."
             )
         if progress < self.warm_up:
-            warm = Sparse(self.sparsity)
+            warm = Sparse(self.sparsity_weight)
             return warm.masks(scores, temperature=temperature, progress=progress, generator=generator)
         n = scores.shape[1]
         if n < 2:
@@ -199,7 +199,7 @@ KNOWN: dict[str, type[Objective]] = {kind.name: kind for kind in (Sparse, Target
 
 
 def resolve(objective: str | Objective) -> Objective:
-    """The objective of that name with its defaults; an object is handed back."""
+    """The objective of that name with its defaults; an instance is returned unchanged."""
     if isinstance(objective, Objective):
         return objective
     if objective not in KNOWN:

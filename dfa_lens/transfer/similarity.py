@@ -32,7 +32,7 @@ def same_kind(source: NodeSet, target: NodeSet) -> Float[Tensor, "source target"
     Examples
     --------
     >>> import dfa_lens as dfa
-    >>> dfa.features.same_kind(dfa.NodeSet.for_sizes(1, 1), dfa.NodeSet.for_sizes(1, 1)).tolist()
+    >>> dfa.similarity.same_kind(dfa.NodeSet.for_sizes(1, 1), dfa.NodeSet.for_sizes(1, 1)).tolist()
     [[1.0, 0.0], [0.0, 1.0]]
     """
     return torch.tensor([[float(a.kind == b.kind) for b in target] for a in source], dtype=torch.float32)
@@ -44,7 +44,7 @@ def depth_gap(source: NodeSet, target: NodeSet) -> Float[Tensor, "source target"
     Examples
     --------
     >>> import dfa_lens as dfa
-    >>> dfa.features.depth_gap(dfa.NodeSet.for_sizes(2, 1), dfa.NodeSet.for_sizes(3, 1))[0].tolist()
+    >>> dfa.similarity.depth_gap(dfa.NodeSet.for_sizes(2, 1), dfa.NodeSet.for_sizes(3, 1))[0].tolist()
     [0.0, 0.0, 0.5, 0.5, 1.0, 1.0]
     """
 
@@ -62,7 +62,7 @@ def kind_and_depth(source: NodeSet, target: NodeSet, *, width: float = 0.15) -> 
     --------
     >>> import dfa_lens as dfa
     >>> source, target = dfa.NodeSet.for_sizes(2, 1), dfa.NodeSet.for_sizes(3, 1)
-    >>> dfa.features.kind_and_depth(source, target)[0].round(decimals=2).tolist()
+    >>> dfa.similarity.kind_and_depth(source, target)[0].round(decimals=2).tolist()
     [1.0, 0.0, 0.0, 0.0, 0.0, 0.0]
     """
     if not width > 0:
@@ -115,7 +115,7 @@ def attention_features(
     --------
     >>> import dfa_lens as dfa
     >>> model = dfa.zoo.load("llama3-tiny-source")
-    >>> dfa.features.attention_features(model).values.shape
+    >>> dfa.similarity.attention_features(model).values.shape
     torch.Size([54, 5])
     """
     runner = Runner(model)
@@ -215,8 +215,8 @@ def attention_similarity(
     --------
     >>> import dfa_lens as dfa
     >>> source, target = dfa.zoo.load("llama3-tiny-source"), dfa.zoo.load("llama3-tiny-target")
-    >>> first, second = (dfa.features.attention_features(model) for model in (source, target))
-    >>> dfa.features.attention_similarity(first, second).shape
+    >>> first, second = (dfa.similarity.attention_features(model) for model in (source, target))
+    >>> dfa.similarity.attention_similarity(first, second).shape
     torch.Size([54, 110])
     """
     if not width > 0:
@@ -228,7 +228,7 @@ def attention_similarity(
 
 
 @backend.runs("source", "target")
-def behaviour_similarity(
+def cka_similarity(
     source: HookedModel,
     source_pairs: PromptPairs,
     target: HookedModel,
@@ -258,7 +258,7 @@ def behaviour_similarity(
     >>> import dfa_lens as dfa
     >>> source, target = dfa.zoo.load("llama3-tiny-source"), dfa.zoo.load("llama3-tiny-target")
     >>> first, second = (dfa.tasks.load("ioi", model.tokenizer, n=4) for model in (source, target))
-    >>> dfa.features.behaviour_similarity(source, first, target, second).shape
+    >>> dfa.similarity.cka_similarity(source, first, target, second).shape
     torch.Size([54, 110])
     """
     if len(source_pairs) != len(target_pairs):

@@ -31,9 +31,8 @@ from dfa_lens.models.backend import HookedModel, KeysValues
 from dfa_lens.models.hooks import Activations, Intervention
 from dfa_lens.models.paired_run import PairedRun
 from dfa_lens.models.runner import Prefix, Runner, attention_mask
-from dfa_lens.transfer import forms as parameterisation
-from dfa_lens.transfer import objectives
-from dfa_lens.transfer.forms import Full, Parameterisation, Problem
+from dfa_lens.transfer import forms, objectives
+from dfa_lens.transfer.forms import Form, Full, Problem
 from dfa_lens.transfer.objectives import Loss, Objective
 
 logger = logging.getLogger(__name__)
@@ -52,7 +51,7 @@ RELEASED: Mapping[str, Any] = {
     "intervention": "restore",
     "positions": "all-padded",
     "scaling": "raw",
-    "sparsity": 0.1,
+    "sparsity_weight": 0.1,
     "gate_heads": False,
 }
 """The options with which ``fit(..., **RELEASED)`` trains as the authors' released code does, faults included."""
@@ -75,9 +74,9 @@ class Job(ByContent):
     """
 
     scores: Mapping[str, NodeScores]
-    alignment: str | Parameterisation = "full"
+    form: str | Form = "full"
     objective: str | Objective = "sparse"
-    sparsity: float | None = None
+    sparsity_weight: float | None = None
     lr: float = 0.1
     steps: int = 200
     batch_size: int = 16
@@ -86,8 +85,8 @@ class Job(ByContent):
     temperature: float | tuple[float, float] = 1.0
     initial: Float[Tensor, "source target"] | None = field(default=None, repr=False)
     initial_scale: float = 0.01
-    towards: Alignment | None = None
-    pull: float = 1.0
+    anchor: Alignment | None = None
+    anchor_weight: float = 1.0
     shuffle: bool = True
 
     @property
@@ -105,22 +104,22 @@ def fit(
     *,
     intervention: Intervention = "circuit",
     positions: Positions = "answer",
-    sparsity: float | None = None,
+    sparsity_weight: float | None = None,
     lr: float = 0.1,
     steps: int = 200,
     batch_size: int = 16,
     seed: int = 0,
     progress: bool = False,
     nodes: NodeSet | None = None,
-    alignment: str | Parameterisation = "full",
+    form: str | Form = "full",
     objective: str | Objective = "sparse",
     loss: Loss = "kl",
     scaling: Scaling = "unit",
     temperature: float | tuple[float, float] = 1.0,
     initial: Float[Tensor, "source target"] | None = None,
     initial_scale: float = 0.01,
-    towards: Alignment | None = None,
-    pull: float = 1.0,
+    anchor: Alignment | None = None,
+    anchor_weight: float = 1.0,
     gate_heads: bool = True,
     cache: Cache = "device",
     shuffle: bool = True,
@@ -139,7 +138,7 @@ def fit(
         What the mask does, see :data:`~dfa_lens.hooks.Intervention`; default: what the evaluation measures.
     positions:
         Where the KL is taken, see :data:`Positions`.
-    sparsity:
+    sparsity_weight:
         λ, the weight of the objective's sparsity; default: the objective's own, 10. The paper's 0.1 keeps nearly all
         nodes with scores of unit length.
     lr, steps, batch_size:
@@ -148,10 +147,10 @@ def fit(
         Of W's start and the order of the examples. The global random state is neither read nor changed.
     nodes:
         The target's nodes; default: all heads and MLP blocks.
-    alignment:
-        What W is made of, a name or object of :mod:`~dfa_lens.transfer.forms`; default: every entry is free.
+    form:
+        What W is made of, a name or instance of :mod:`~dfa_lens.transfer.forms`; default: every entry is free.
     objective:
-        Masks and penalty, a name or object of :mod:`~dfa_lens.transfer.objectives`; default: the paper's.
+        Masks and penalty, a name or instance of :mod:`~dfa_lens.transfer.objectives`; default: the paper's.
     loss:
         How far the masked run is from the clean one, see :data:`~dfa_lens.transfer.objectives.Loss`.
     scaling:
@@ -162,8 +161,8 @@ def fit(
     initial, initial_scale:
         W's start (``full`` only), or the standard deviation of its normal start; the default is small, so that every
         mask starts near one half.
-    towards, pull:
-        An alignment W₀ between the same nodes to stay near: pull·‖W − W₀‖²/‖W₀‖² is added to the loss.
+    anchor, anchor_weight:
+        An alignment W₀ between the same nodes to stay near: anchor_weight·‖W − W₀‖²/‖W₀‖² is added to the loss.
     gate_heads:
         False leaves attention heads ungated, as the released code does without meaning to: comparison only.
     cache:
@@ -178,7 +177,7 @@ def fit(
     Returns
     -------
     Alignment
-        With ``.history``: loss, kl (or what ``loss`` names) and mean mask ("sparsity") of every step.
+        With ``.history``: step, loss, divergence (what ``loss`` names) and mask_mean of every step.
 
     Raises
     ------
@@ -191,7 +190,7 @@ def fit(
     -----
     TrainingWarning
         If the mask is saturated from the start, all scores of a task are equal, or there are fewer tasks than the
-        parameterisation can tell apart.
+        form can tell apart.
 
     Examples
     --------
@@ -204,9 +203,9 @@ def fit(
     """
     job = Job(
         scores=scores,
-        alignment=alignment,
+        form=form,
         objective=objective,
-        sparsity=sparsity,
+        sparsity_weight=sparsity_weight,
         lr=lr,
         steps=steps,
         batch_size=batch_size,
@@ -215,8 +214,8 @@ def fit(
         temperature=temperature,
         initial=initial,
         initial_scale=initial_scale,
-        towards=towards,
-        pull=pull,
+        anchor=anchor,
+        anchor_weight=anchor_weight,
         shuffle=shuffle,
     )
     _check_names(intervention, positions, loss, cache)
@@ -249,7 +248,7 @@ def fit_many(
     gate_heads: bool = True,
     cache: Cache = "device",
     share_prefix: bool = True,
-    together: int | None = None,
+    jobs_per_pass: int | None = None,
     progress: bool = False,
 ) -> dict[str, Alignment]:
     """Several trainings on one target: the clean and corrupt runs are shared, and so are the forward passes.
@@ -262,7 +261,7 @@ def fit_many(
         By name; a job trains on the tasks that its scores name.
     pairs:
         The training pairs of all tasks that occur.
-    together:
+    jobs_per_pass:
         How many trainings share a forward pass; default: 1 on a CPU, where a pass costs what its examples cost, else
         16, since a small model leaves most of a GPU idle.
     intervention, positions, nodes, loss, gate_heads, cache, share_prefix, progress:
@@ -296,8 +295,8 @@ def fit_many(
     gated = nodes if gate_heads else nodes.where(lambda node: node.kind != "head")
     runner.check_points(gated.points)
     columns = torch.tensor([nodes.position(name) for name in gated.names], device=device)
-    if together is None:
-        together = 1 if device.type == "cpu" else 16
+    if jobs_per_pass is None:
+        jobs_per_pass = 1 if device.type == "cpu" else 16
     total = sum(job.steps for job in jobs.values())
     with (
         runner.session(passes=total),
@@ -306,7 +305,7 @@ def fit_many(
         runs = {name: _Run(job, nodes, device) for name, job in jobs.items()}
         data = _Data(runner, gated, used, pairs, intervention, positions, cache, share_prefix)
         data.fill(max(job.batch_size for job in jobs.values()))
-        for group in _groups(list(runs.values()), together):
+        for group in _groups(list(runs.values()), jobs_per_pass):
             for run in group:
                 run.start(data)
             for step in range(max(run.job.steps for run in group)):
@@ -315,7 +314,7 @@ def fit_many(
                 bar.update(len(active))
                 if progress:
                     last = active[0].history[-1]
-                    bar.set_postfix(kl=f"{last['kl']:.3f}", mask=f"{last['sparsity']:.3f}")
+                    bar.set_postfix(divergence=f"{last['divergence']:.3f}", mask=f"{last['mask_mean']:.3f}")
     shared: dict[str, Any] = {
         "intervention": intervention,
         "positions": positions,
@@ -328,9 +327,9 @@ def fit_many(
     return {name: run.alignment(shared, pairs) for name, run in runs.items()}
 
 
-def _groups(runs: list[_Run], together: int) -> Iterator[list[_Run]]:
-    for first in range(0, len(runs), together):
-        yield runs[first : first + together]
+def _groups(runs: list[_Run], jobs_per_pass: int) -> Iterator[list[_Run]]:
+    for first in range(0, len(runs), jobs_per_pass):
+        yield runs[first : first + jobs_per_pass]
 
 
 def _step(runs: Sequence[_Run], step: int, data: _Data, columns: Tensor, loss: Loss) -> None:
@@ -343,8 +342,8 @@ def _step(runs: Sequence[_Run], step: int, data: _Data, columns: Tensor, loss: L
         total = gates.new_zeros(())
         for run, each, (own, slope, unit) in zip(runs, drawn, _split(found, sizes), strict=True):
             square = unit.mean().clamp_min(1e-6) ** 2
-            kl = own.mean() / square
-            run.note(step, kl + each.penalty, kl, each.gates)
+            divergence = own.mean() / square
+            run.note(step, divergence + each.penalty, divergence, each.gates)
             total = total + (each.gates * slope).sum() / len(own) / square + each.penalty
         parameters = [parameter for run in runs for parameter in run.parameters.parameters()]
         gradients = torch.autograd.grad(total, parameters)
@@ -397,13 +396,13 @@ class _Run:
         self.source = job.scores[self.tasks[0]].nodes
         self.generator = torch.Generator().manual_seed(job.seed)
         self.s = scale(torch.stack([job.scores[task].values for task in self.tasks]), job.scaling).to(device)
-        form = parameterisation.resolve(job.alignment)
+        form = forms.resolve(job.form)
         if job.initial is not None:
             if not isinstance(form, Full):
-                raise AlignmentError(f"initial sets W itself: it goes with alignment='full', not {form.name!r}.")
+                raise AlignmentError(f"initial sets W itself: it goes with form='full', not {form.name!r}.")
             form = Full(initial=job.initial)
         objective = objectives.resolve(job.objective)
-        self.objective = objective if job.sparsity is None else objective.weighted(job.sparsity)
+        self.objective = objective if job.sparsity_weight is None else objective.weighted(job.sparsity_weight)
         problem = Problem(self.s, self.source, nodes, self.generator, job.initial_scale)
         self.form, self.parameters = form, form.start(problem)
         self.optimizer = torch.optim.Adam(self.parameters.parameters(), lr=job.lr)
@@ -412,17 +411,17 @@ class _Run:
         self.good: tuple[Tensor, Tensor | None] | None = None  # the last under which the loss was finite
         self.order: list[Tensor] = []  # the examples of every step
         self.row_task = torch.empty(0)  # for every example of the data, the number of its task in this run, or -1
-        self.towards: Tensor | None = None
-        if job.towards is not None:
-            if (job.towards.source, job.towards.target) != (self.source, nodes):
-                raise AlignmentError("`towards` must be an alignment between the same source and target nodes.")
-            self.towards = job.towards.W.to(device)
-            if not self.towards.any():
-                raise AlignmentError("`towards` is zero everywhere: there is nothing to stay near.")
+        self.anchor: Tensor | None = None
+        if job.anchor is not None:
+            if (job.anchor.source, job.anchor.target) != (self.source, nodes):
+                raise AlignmentError("`anchor` must be an alignment between the same source and target nodes.")
+            self.anchor = job.anchor.W.to(device)
+            if not self.anchor.any():
+                raise AlignmentError("`anchor` is zero everywhere: there is nothing to stay near.")
         needed = form.tasks_needed(problem)
         if len(self.tasks) < needed:
             _warn(
-                f"alignment={form.name!r} can tell {needed} tasks apart, but there are {len(self.tasks)}: some of its "
+                f"form={form.name!r} can tell {needed} tasks apart, but there are {len(self.tasks)}: some of its "
                 "numbers do nothing."
             )
         for task, scores in job.scores.items():
@@ -458,8 +457,8 @@ class _Run:
             generator=self.generator,
         )
         penalty = masks.penalty.mean()
-        if self.towards is not None:
-            penalty = penalty + self.job.pull * ((W - self.towards) ** 2).sum() / (self.towards**2).sum()
+        if self.anchor is not None:
+            penalty = penalty + self.job.anchor_weight * ((W - self.anchor) ** 2).sum() / (self.anchor**2).sum()
         if step == 0:
             self._check_saturation(masks.gates.detach())
         # copies: the optimiser changes W in place
@@ -474,13 +473,19 @@ class _Run:
                 "to nothing: use scaling='unit', a smaller initial W or a higher temperature."
             )
 
-    def note(self, step: int, loss: Tensor, kl: Tensor, gates: Tensor) -> None:
+    def note(self, step: int, loss: Tensor, divergence: Tensor, gates: Tensor) -> None:
         """Write down the step, or stop here if its loss is not finite."""
-        values = {"step": step, "loss": loss.item(), "kl": kl.item(), "sparsity": gates.detach().mean().item()}
+        values = {
+            "step": step,
+            "loss": loss.item(),
+            "divergence": divergence.item(),
+            "mask_mean": gates.detach().mean().item(),
+        }
         if not math.isfinite(values["loss"]):
             present = sorted({self.tasks[i] for i in self.row_task[self.order[step]].tolist()})
             error = TrainingError(
-                f"The loss became {values['loss']} at step {step} on {', '.join(present)} (kl {values['kl']}): "
+                f"The loss became {values['loss']} at step {step} on {', '.join(present)} "
+                f"(divergence {values['divergence']}): "
                 "lower lr, or run the model in float32. The last good alignment is this error's `alignment`."
             )
             error.alignment = self.alignment({}, {}) if self.good is not None else None
@@ -514,11 +519,11 @@ class _Run:
             "tasks": list(self.tasks),
             "scores": {task: fingerprint(scores) for task, scores in job.scores.items()},
             "examples": {task: len(pairs[task]) for task in self.tasks if task in pairs},
-            "alignment": self.form.name,
-            "alignment_options": _options(self.form),
+            "form": self.form.name,
+            "form_options": _options(self.form),
             "objective": self.objective.name,
             "objective_options": _options(self.objective),
-            "sparsity": getattr(self.objective, "sparsity", None),
+            "sparsity_weight": getattr(self.objective, "sparsity_weight", None),
             "scaling": job.scaling,
             "temperature": list(job.temperatures),
             "initial_scale": job.initial_scale,
@@ -528,12 +533,12 @@ class _Run:
             "shuffle": job.shuffle,
             "seed": job.seed,
         }
-        if job.towards is not None:
-            asked |= {"towards": fingerprint(job.towards), "pull": job.pull}
+        if job.anchor is not None:
+            asked |= {"anchor": fingerprint(job.anchor), "anchor_weight": job.anchor_weight}
         return asked
 
 
-def _options(value: Parameterisation | Objective) -> dict[str, Any]:
+def _options(value: Form | Objective) -> dict[str, Any]:
     """The settings of a form of W or of an objective; tensors by their fingerprint."""
     described = plain(value)
     return {name: each for name, each in described.items() if name != "type"} if isinstance(described, dict) else {}
@@ -559,13 +564,18 @@ def _check_names(intervention: str, positions: str, loss: str, cache: str) -> No
 def _check_job(job: Job) -> None:
     first, last = job.temperatures
     for name, value, ok, needed in (
-        ("sparsity", job.sparsity if job.sparsity is not None else 0.0, (job.sparsity or 0.0) >= 0, "0 or more"),
+        (
+            "sparsity_weight",
+            job.sparsity_weight if job.sparsity_weight is not None else 0.0,
+            (job.sparsity_weight or 0.0) >= 0,
+            "0 or more",
+        ),
         ("lr", job.lr, job.lr > 0, "positive"),
         ("steps", job.steps, job.steps >= 1, "at least 1"),
         ("batch_size", job.batch_size, job.batch_size >= 1, "at least 1"),
         ("temperature", first, first > 0, "positive"),
         ("temperature", last, last > 0, "positive"),
-        ("pull", job.pull, job.pull >= 0, "0 or more"),
+        ("anchor_weight", job.anchor_weight, job.anchor_weight >= 0, "0 or more"),
         ("initial_scale", job.initial_scale, job.initial_scale >= 0, "0 or more"),
     ):
         if not ok or not math.isfinite(value):

@@ -22,7 +22,7 @@ import pandas as pd
 import dfa_lens as dfa
 from dfa_lens.data.statistics import compare, mean_interval
 from dfa_lens.experiments import study
-from dfa_lens.experiments.study import SETTINGS, Setting, Size
+from dfa_lens.experiments.study import SETTINGS, Budget, Setting
 
 RESULTS = Path(__file__).parents[2] / "docs" / "results"
 CONTROLS = ["uniform-s", "random-s", "scrambled-s", "permuted-w", "random-w", "depth-mean", "regression"]
@@ -38,7 +38,7 @@ def varied(name: str, **values: Any) -> dict[str, Setting]:
 SENSITIVITY: dict[str, Setting] = {
     "zero-shot": SETTINGS["zero-shot"],
     "uniform-s": SETTINGS["uniform-s"],
-    **varied("sparsity", **{str(x): x for x in (0.1, 1.0, 3.0, 30.0)}),
+    **varied("sparsity_weight", **{str(x): x for x in (0.1, 1.0, 3.0, 30.0)}),
     **varied("temperature", **{"0.3": 0.3, "3": 3.0}),
     **varied("steps", **{str(x): x for x in (50, 100)}),
     **varied("lr", **{"0.3": 0.3}),
@@ -62,13 +62,13 @@ def main() -> None:
     given = parser.parse_args()
     warnings.simplefilter("ignore")
     name = "sensitivity" if given.sensitivity else "method"
-    size = study.QUICK if given.quick else study.FULL
+    budget = study.QUICK if given.quick else study.FULL
     seeds = [0] if given.quick or given.sensitivity else given.seeds
     folder = given.build / (name + ("-quick" if given.quick else ""))
     if not given.tables_only:
-        table = run(given.sensitivity, seeds, size, folder, given.workers, given.device, given.tasks)
+        table = run(given.sensitivity, seeds, budget, folder, given.workers, given.device, given.tasks)
     elif given.sensitivity or given.quick:
-        table = run(given.sensitivity, seeds, size, folder, 1, given.device, given.tasks)
+        table = run(given.sensitivity, seeds, budget, folder, 1, given.device, given.tasks)
     else:
         table = study.read(given.out / "method.csv")
     title = "Sensitivity" if given.sensitivity else "Method benchmark"
@@ -88,7 +88,7 @@ def main() -> None:
 
 
 def run(
-    vary: bool, seeds: list[int], size: Size, folder: Path, workers: int, device: str, test_tasks: list[str] | None
+    vary: bool, seeds: list[int], budget: Budget, folder: Path, workers: int, device: str, test_tasks: list[str] | None
 ) -> pd.DataFrame:
     """The rows, from disk where they are known."""
     options: dict[str, Any] = {
@@ -99,17 +99,17 @@ def run(
         "progress": True,
     }
     if not vary:
-        return study.run(None, SETTINGS, size=size, out=folder, **options)
-    parts = [study.run(None, SENSITIVITY, size=size, out=folder, **options)]
+        return study.run(None, SETTINGS, budget=budget, out=folder, **options)
+    parts = [study.run(None, SENSITIVITY, budget=budget, out=folder, **options)]
     for n in EXAMPLES:
-        fewer = Size(train=n, test=size.test, steps=size.steps, curve_points=size.curve_points)
+        fewer = Budget(train=n, test=budget.test, steps=budget.steps, curve_points=budget.curve_points)
         part = study.run(
-            None, {f"examples {n}": Setting(method=f"examples {n}")}, size=fewer, out=folder / str(n), **options
+            None, {f"examples {n}": Setting(method=f"examples {n}")}, budget=fewer, out=folder / str(n), **options
         )
         parts.append(part[part["setting"] != "gold"])
     for points in (8, 16, 64):
-        grid = Size(train=size.train, test=size.test, steps=size.steps, curve_points=points)
-        part = study.run(None, {}, size=grid, out=folder / f"grid-{points}", **options)
+        grid = Budget(train=budget.train, test=budget.test, steps=budget.steps, curve_points=points)
+        part = study.run(None, {}, budget=grid, out=folder / f"grid-{points}", **options)
         parts.append(part.assign(setting=f"gold, {points} sizes"))
     return pd.concat(parts, ignore_index=True)
 

@@ -62,7 +62,7 @@ def main() -> None:
                     initial=tensors["dfa.W0"],
                     **RELEASED_TRAINING,
                 )
-                losses = torch.tensor([[r["loss"], r["kl"], r["sparsity"]] for r in trained.history])
+                losses = torch.tensor([[r["loss"], r["divergence"], r["mask_mean"]] for r in trained.history])
                 column[f"dfa.{heads}.losses (absolute)"] = deviation(
                     losses, tensors[f"dfa.{heads}.losses"], relative=False
                 )

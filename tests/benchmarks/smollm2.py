@@ -59,10 +59,13 @@ def main() -> None:
             tiny,
             timed(
                 "fit, 60 steps of 16 pairs",
-                lambda: dfa.fit(model, {"ioi": tiny}, {"ioi": train}, steps=60, sparsity=3.0),
+                lambda: dfa.fit(model, {"ioi": tiny}, {"ioi": train}, steps=60, sparsity_weight=3.0),
             ),
         ),
-        "transferred, uniform source": (flat, dfa.fit(model, {"ioi": flat}, {"ioi": train}, steps=60, sparsity=3.0)),
+        "transferred, uniform source": (
+            flat,
+            dfa.fit(model, {"ioi": flat}, {"ioi": train}, steps=60, sparsity_weight=3.0),
+        ),
     }
     for name, (given, alignment) in fits.items():
         scores[name] = alignment.transfer(given)

@@ -19,12 +19,12 @@ def problem(tasks=3, scale=0.1, seed=0):
 
 
 @pytest.mark.parametrize("name", p.KNOWN)
-def test_every_parameterisation_fits_and_transfers(any_model, name, tmp_path):
+def test_every_form_fits_and_transfers(any_model, name, tmp_path):
     """What comes out is a plain W (and bias): ŝ is its equation, and survives saving."""
     scores = {t: dfa.controls.random_scores(SOURCE, seed=i) for i, t in enumerate("abcd")}
     pairs = {t: random_pairs(4, 8, seed=i) for i, t in enumerate("abcd")}
-    alignment = dfa.fit(any_model, scores, pairs, steps=12, alignment=name, sparsity=1.0)
-    assert alignment.meta["alignment"] == name
+    alignment = dfa.fit(any_model, scores, pairs, steps=12, form=name, sparsity_weight=1.0)
+    assert alignment.meta["form"] == name
     assert alignment.history[-1]["loss"] < alignment.history[0]["loss"]
     stage = alignment.stages[0]
     s = scores["a"].values.numpy()
@@ -91,12 +91,12 @@ def test_similarity_by_kind_and_depth(layers, heads):
 def test_bad_input(any_model):
     scores = {t: dfa.controls.random_scores(SOURCE, seed=i) for i, t in enumerate("ab")}
     pairs = {t: random_pairs(4, 8, seed=i) for i, t in enumerate("ab")}
-    with pytest.raises(AlignmentError, match="Unknown alignment 'lowrank'.*Did you mean 'low-rank'"):
-        dfa.fit(any_model, scores, pairs, alignment="lowrank")
-    with pytest.raises(AlignmentError, match="goes with alignment='full', not 'block'"):
-        dfa.fit(any_model, scores, pairs, alignment="block", initial=torch.zeros(6, 15))
+    with pytest.raises(AlignmentError, match="Unknown form 'lowrank'.*Did you mean 'low-rank'"):
+        dfa.fit(any_model, scores, pairs, form="lowrank")
+    with pytest.raises(AlignmentError, match="goes with form='full', not 'block'"):
+        dfa.fit(any_model, scores, pairs, form="block", initial=torch.zeros(6, 15))
     with pytest.raises(AlignmentError, match=r"similarity 'x' must be finite and of shape \[6, 15\]"):
-        dfa.fit(any_model, scores, pairs, alignment=p.Kernel({"x": torch.ones(2, 2)}))
+        dfa.fit(any_model, scores, pairs, form=p.Kernel({"x": torch.ones(2, 2)}))
     with pytest.raises(AlignmentError, match="at least one similarity"):
         p.Kernel({}).start(problem())
     for bad, words in (
@@ -111,4 +111,4 @@ def test_bad_input(any_model):
     for name, needed in (("low-rank", 4), ("full+bias", 2)):
         one = {"a": scores["a"]}
         with pytest.warns(dfa.TrainingWarning, match=f"can tell {needed} tasks apart, but there are 1"):
-            dfa.fit(any_model, one, {"a": pairs["a"]}, steps=1, alignment=name)
+            dfa.fit(any_model, one, {"a": pairs["a"]}, steps=1, form=name)
