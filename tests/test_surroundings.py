@@ -83,7 +83,9 @@ def test_compiled_models(model):
     for name, work in operations(compiled, pairs).items():
         torch.testing.assert_close(work(), expected[name])
     other = random_model(BACKENDS[0])
-    other.blocks[1].compile()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        other.blocks[1].compile()
     with pytest.raises(ModelError, match="was compiled in place"):
         dfa.attribute(other, pairs)
 

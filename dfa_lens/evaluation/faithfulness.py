@@ -213,7 +213,7 @@ class _Runs:
     circuits: Float[Tensor, "size example"]
     kl: Float[Tensor, "size example"]
 
-    def note(
+    def record(
         self,
         i: int,
         rows: Int[Tensor, " example"],
@@ -258,14 +258,14 @@ def _run_all(
             gated = []
             for i in range(n_sizes):
                 if not with_input[i]:  # no clean information enters: exactly the corrupt run
-                    runs.note(i, rows, batch, metric, corrupt_logits, clean_logits)
+                    runs.record(i, rows, batch, metric, corrupt_logits, clean_logits)
                 elif keep[i].all():
-                    runs.note(i, rows, batch, metric, clean_logits, clean_logits)
+                    runs.record(i, rows, batch, metric, clean_logits, clean_logits)
                 else:
                     gated.append(i)
             bar.update(len(batch) * (n_sizes - len(gated)))
             for i, logits in circuits.run(gated, run, corrupt):
-                runs.note(i, rows, batch, metric, logits, clean_logits)
+                runs.record(i, rows, batch, metric, logits, clean_logits)
                 bar.update(len(batch))
             corrupt.clear()  # before the next batch is recorded: the gates of the last size still hold it
     return runs

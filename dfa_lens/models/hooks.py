@@ -94,7 +94,7 @@ def record(model: HookedModel, nodes: NodeSet) -> Iterator[Activations]:
     into: Activations = {}
     runner = Runner(model)
     runner.check_points(nodes.points)
-    with runner.attached(record_hooks(nodes, into)):
+    with runner.attach(record_hooks(nodes, into)):
         yield into
 
 
@@ -253,7 +253,7 @@ def gate(
     """
     runner = Runner(model)
     runner.check_points(nodes.points)
-    with runner.attached(gate_hooks(nodes, mask, clean=clean, corrupt=corrupt, intervention=intervention)):
+    with runner.attach(gate_hooks(nodes, mask, clean=clean, corrupt=corrupt, intervention=intervention)):
         yield
 
 

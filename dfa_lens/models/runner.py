@@ -327,7 +327,7 @@ class Runner:
         self.backend.register(name, point)
 
     @contextmanager
-    def attached(self, hooks: Sequence[tuple[str, HookFunction]]) -> Iterator[list[int]]:
+    def attach(self, hooks: Sequence[tuple[str, HookFunction]]) -> Iterator[list[int]]:
         """Put functions on hook points for the length of the context; in the order given where a point occurs twice.
 
         Yields how often each was called so far. A function that was never called by the end of a context that ended
@@ -373,7 +373,7 @@ class Runner:
             before = state.setting, state.foreign
             state.setting, state.foreign = self._setting(), self._foreign_hooks()
             try:
-                with self._laid_out() if passes >= WORTH_LAYING_OUT else nullcontext():
+                with self._transposed_weights() if passes >= WORTH_LAYING_OUT else nullcontext():
                     yield
             finally:
                 state.setting, state.foreign = before
@@ -398,7 +398,7 @@ class Runner:
                 module.training = True
 
     @contextmanager
-    def _laid_out(self) -> Iterator[None]:
+    def _transposed_weights(self) -> Iterator[None]:
         """The weights in memory as the passes read them.
 
         A HookedTransformer copies its whole weights on every pass, and a pass with gradients keeps that copy until it
@@ -505,7 +505,7 @@ class Runner:
         tokens = tokens.to(self.device)
         with ExitStack() as stack:
             stack.enter_context(torch.no_grad())
-            stack.enter_context(self.attached(hooks))
+            stack.enter_context(self.attach(hooks))
             self._shorten_unembedding(stack, torch.zeros(len(tokens), 1, dtype=torch.long))
             if not hooks:  # after the last keys and values nothing is read any more
                 stack.enter_context(private.replaced_forward(self.model.blocks[-1].mlp, _skip))
@@ -605,7 +605,7 @@ class Runner:
                     stack.enter_context(private.replaced_forward(block, _skip))
             if short_unembedding:
                 self._shorten_unembedding(stack, columns)
-            fired = stack.enter_context(self.attached(hooks))
+            fired = stack.enter_context(self.attach(hooks))
             if prefix is None:
                 logits = self.model(tokens, attention_mask=mask)
             else:

@@ -73,7 +73,10 @@ def _find(runner: Runner, trial: Callable[[Runner, Plain], Verdict], size: int) 
         with torch.no_grad():
             if size not in runner.state.plain:
                 runner.state.plain[size] = _run_plain(runner, size)
-            return trial(runner, runner.state.plain[size])
+            plain = runner.state.plain[size]
+            if not bool(plain.logits.isfinite().all()):  # whoever reads such logits says so
+                return Verdict(False, "its logits are not finite", unexpected=False)
+            return trial(runner, plain)
     except RuntimeError as error:
         if private.out_of_memory(error):
             raise
