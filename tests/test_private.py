@@ -4,6 +4,7 @@ When a new release of one of them breaks something, the name of the test that fa
 """
 
 import functools
+import re
 import warnings
 
 import pytest
@@ -45,7 +46,7 @@ def test_torch_says_that_memory_is_short():
 def test_torch_keeps_hooks_of_modules_where_they_were(own, register):
     assert private.foreign_hook(own) is None
     handle = getattr(own.blocks[1].mlp, f"register_{register}")(lambda *args: None)
-    assert private.foreign_hook(own) == "module 'blocks.1.mlp'"
+    assert re.fullmatch(r"module 'blocks.1.*mlp'", private.foreign_hook(own))  # a bridge has it under two names
     handle.remove()
     assert private.foreign_hook(own) is None
 
@@ -61,7 +62,7 @@ def test_torch_keeps_hooks_of_all_modules_where_they_were(own):
 
 def test_a_partial_function_of_ours_is_foreign_too(own):
     handle = own.blocks[0].register_forward_hook(functools.partial(lambda extra, *args: None, 3))
-    assert private.foreign_hook(own) == "module 'blocks.0'"
+    assert private.foreign_hook(own).startswith("module 'blocks.0")
     handle.remove()
 
 
@@ -76,13 +77,12 @@ def test_hooks_of_transformer_lens_itself_are_no_foreign_ones(own):
 
 def test_a_replaced_forward_is_seen_and_put_back(own):
     block = own.blocks[0]
-    block.forward = lambda *args, **kwargs: args[0]
-    mine = vars(block)["forward"]
+    mine = vars(block)["forward"] = lambda *args, **kwargs: args[0]
     assert private.foreign_hook(own) == "the replaced forward of module 'blocks.0'"
     with private.replaced_forward(block, len):
         assert vars(block)["forward"] is len
     assert vars(block)["forward"] is mine
-    del block.forward
+    del vars(block)["forward"]
     with private.replaced_forward(block, len):
         pass
     assert "forward" not in vars(block)
