@@ -29,11 +29,8 @@ BackendOption = Annotated[str, typer.Option(help="auto, hooked or bridge.")]
 
 
 def _model(name: str, backend: str = "auto") -> Any:
-    from dfa_lens import zoo
     from dfa_lens.models.loading import load_model
 
-    if name in zoo.names():
-        return zoo.load(name, backend=backend)  # type: ignore[arg-type]
     return load_model(name, backend=backend)  # type: ignore[arg-type]
 
 

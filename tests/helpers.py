@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,7 +21,6 @@ BACKENDS = ("hooked", "bridge") if transformer_lens_major() < 4 else ("bridge",)
 def random_model(backend: str = "auto", *, seed: int = 0, family: str = "llama", **sizes: Any) -> Any:
     """A small random Llama- or Qwen-shaped model that was saved and loaded like any checkpoint."""
     import tempfile
-    from pathlib import Path
 
     from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
@@ -175,3 +176,41 @@ def byte_level_tokenizer(kind: str) -> Any:
         eos_token="<|end_of_text|>",
         pad_token="<|end_of_text|>",
     )
+
+
+CHECKPOINT_SIZES: dict[str, Any] = {
+    "vocab_size": 101,
+    "hidden_size": 48,
+    "intermediate_size": 40,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "pad_token_id": 0,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "initializer_range": 0.3,
+}
+
+
+def checkpoint(folder: Path, kind: str = "llama", options: dict[str, Any] | None = None) -> Path:
+    """A folder whose config.json says exactly what ``options`` say, in the style in which they say it."""
+    from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+
+    from dfa_lens.zoo.tokenizer import build
+
+    options = options or {}
+    torch.manual_seed(0)
+    made = {"llama": (LlamaConfig, LlamaForCausalLM), "qwen2": (Qwen2Config, Qwen2ForCausalLM)}[kind]
+    model = made[1](made[0](**(CHECKPOINT_SIZES | options)))
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(parameter, std=0.3)
+    model.save_pretrained(folder)
+    written = json.loads((folder / "config.json").read_text())
+    for key in ("rope_parameters", "rope_theta", "rope_scaling"):
+        written.pop(key, None)
+    written |= {key: value for key, value in options.items() if key.startswith("rope")}
+    (folder / "config.json").write_text(json.dumps(written))
+    build(begin_of_text=False).save_pretrained(folder)
+    return folder

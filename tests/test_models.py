@@ -1,15 +1,17 @@
 """Any Llama or Qwen-2 checkpoint folder, on every backend, against Hugging Face's own logits."""
 
-import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import BACKENDS, random_model, random_pairs, state_of
+from helpers import BACKENDS, checkpoint, random_model, random_pairs, state_of
 
 import dfa_lens as dfa
 from dfa_lens.errors import ModelError, PromptError
-from dfa_lens.models import backend
+from dfa_lens.models import backend, loading
 from dfa_lens.models.loading import transformer_lens_major
 from dfa_lens.models.runner import Runner, attention_mask
 from dfa_lens.zoo.tokenizer import build
@@ -20,19 +22,6 @@ LLAMA3_SCALING = {
     "low_freq_factor": 1.0,
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 16,
-}
-SIZES = {
-    "vocab_size": 101,
-    "hidden_size": 48,
-    "intermediate_size": 40,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 6,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 128,
-    "pad_token_id": 0,
-    "bos_token_id": None,
-    "eos_token_id": None,
-    "initializer_range": 0.3,
 }
 CONFIGS = {
     "llama, untied": ("llama", {"tie_word_embeddings": False, "rope_theta": 500.0}),
@@ -47,35 +36,48 @@ CONFIGS = {
         {"tie_word_embeddings": True, "rope_parameters": {"rope_type": "default", "rope_theta": 700.0}},
     ),
     "qwen, no grouping": ("qwen2", {"num_key_value_heads": 6, "rope_theta": 700.0}),
+    "llama, attention_bias": ("llama", {"attention_bias": True}),
+    "llama, attention_bias, no grouping": ("llama", {"attention_bias": True, "num_key_value_heads": 6}),
+    "llama, gelu": ("llama", {"hidden_act": "gelu_pytorch_tanh"}),
+    "llama, large eps": ("llama", {"rms_norm_eps": 0.1}),
+    "qwen, a window that no prompt fills": (
+        "qwen2",
+        {"use_sliding_window": True, "sliding_window": 128, "max_window_layers": 0},
+    ),
 }
+# What HookedTransformer has no place for; a bridge runs Hugging Face's own modules.
+WINDOW = {"use_sliding_window": True, "sliding_window": 20}
+FOR_A_BRIDGE = {
+    "mlp_bias": ("llama", {"mlp_bias": True}, r"biases inside its MLPs \(mlp_bias\)"),
+    "window in all layers": ("qwen2", WINDOW | {"max_window_layers": 0}, "a sliding window of 20 tokens"),
+    "window in the last layer": ("qwen2", WINDOW | {"max_window_layers": 1}, "a sliding window of 20 tokens"),
+    "linear": ("llama", {"rope_scaling": {"rope_type": "linear", "factor": 4.0}}, "scaled by 'linear'"),
+    "yarn": (
+        "llama",
+        {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}},
+        "scaled by 'yarn'",
+    ),
+}
+only_hooked = pytest.mark.skipif("hooked" not in BACKENDS, reason="HookedTransformer is gone in TransformerLens 4")
 
 
-def checkpoint(folder: Path, kind: str, options: dict) -> Path:
-    """A folder whose config.json says exactly what ``options`` say, in the style in which they say it."""
-    from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+def logits(model, n_tokens=60):
+    tokens = torch.randint(1, 101, (1, n_tokens), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        found = model(tokens, attention_mask=torch.ones_like(tokens))
+    return getattr(found, "logits", found)[0]
 
-    torch.manual_seed(0)
-    made = {"llama": (LlamaConfig, LlamaForCausalLM), "qwen2": (Qwen2Config, Qwen2ForCausalLM)}[kind]
-    model = made[1](made[0](**(SIZES | options)))
-    for name, parameter in model.named_parameters():
-        if name.endswith("bias"):
-            torch.nn.init.normal_(parameter, std=0.3)
-    model.save_pretrained(folder)
-    written = json.loads((folder / "config.json").read_text())
-    for key in ("rope_parameters", "rope_theta", "rope_scaling"):
-        written.pop(key, None)
-    written |= {key: value for key, value in options.items() if key.startswith("rope")}
-    (folder / "config.json").write_text(json.dumps(written))
-    build(begin_of_text=False).save_pretrained(folder)
-    return folder
+
+def hugging_face(folder):
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder, attn_implementation="sdpa").eval()
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_logits_are_those_of_hugging_face(name, tmp_path):
-    from transformers import AutoModelForCausalLM
-
     folder = checkpoint(tmp_path, *CONFIGS[name])
-    hf = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="sdpa").eval()
+    hf = hugging_face(folder)
     pairs = random_pairs(4, 60, ragged=True)  # beyond the original context of the scaled ones
     mask = attention_mask(pairs.lengths, 60)
     with torch.no_grad():
@@ -134,6 +136,177 @@ def test_dtypes(backend, dtype, tmp_path):
     assert (scores.values - expected).abs().max() < tolerance * expected.abs().max()
     source = dfa.controls.random_scores(dfa.NodeSet.for_sizes(2, 2))
     assert dfa.fit(model, {"a": source}, {"a": pairs}, steps=2).W.dtype == torch.float32
+
+
+# --- another model without a word --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", FOR_A_BRIDGE)
+def test_what_only_a_bridge_can_represent(name, tmp_path):
+    """Left out, each of these moves the logits by 0.3 to 1.4 of the largest."""
+    kind, options, reason = FOR_A_BRIDGE[name]
+    folder = checkpoint(tmp_path, kind, options)
+    model = dfa.load_model(folder, backend="bridge")
+    torch.testing.assert_close(logits(model), logits(hugging_face(folder)), atol=1e-4, rtol=1e-4)
+    if "hooked" in BACKENDS:
+        with pytest.raises(ModelError, match=f"has .*{reason}.*, which HookedTransformer can't: use backend='bridge'"):
+            dfa.load_model(folder, backend="hooked")
+
+
+@only_hooked
+def test_a_window_makes_no_difference_to_shorter_prompts(tmp_path):
+    folder = checkpoint(tmp_path, "qwen2", WINDOW | {"max_window_layers": 0})
+    model = dfa.load_model(folder, backend="hooked", n_ctx=20)
+    torch.testing.assert_close(logits(model, 20), logits(hugging_face(folder), 20), atol=1e-4, rtol=1e-4)
+
+
+@only_hooked
+def test_everything_that_is_missing_is_named_at_once(tmp_path):
+    scaled = {"mlp_bias": True, "rope_scaling": {"rope_type": "linear", "factor": 4.0}}
+    with pytest.raises(ModelError, match="mlp_bias.* and a rotary embedding scaled by 'linear'"):
+        dfa.load_model(checkpoint(tmp_path, "llama", scaled), backend="hooked")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_models_that_attend_in_both_directions_are_refused(backend, tmp_path):
+    """TransformerLens runs them as causal ones, a bridge too: off by 1.4 of the largest logit."""
+    with pytest.raises(ModelError, match="attends in both directions"):
+        dfa.load_model(checkpoint(tmp_path, "llama", {"is_causal": False}), backend=backend)
+
+
+@only_hooked
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("lost", ["b_Q", "b_V", "b_O"])
+def test_logits_are_compared_whatever_the_config_says(lost, dtype, tmp_path, monkeypatch):
+    """A weight that does not arrive is noticed in half precision too."""
+    folder = checkpoint(tmp_path, "llama", {"attention_bias": True, "num_key_value_heads": 6})
+    dfa.load_model(folder, backend="hooked", dtype=dtype)
+    whole = loading._hooked_weights
+
+    def without(hf_model, cfg):
+        return {name: weight for name, weight in whole(hf_model, cfg).items() if not name.endswith(lost)}
+
+    monkeypatch.setattr(loading, "_hooked_weights", without)
+    with pytest.raises(
+        ModelError,
+        match="As a HookedTransformer, .* is another model than .* logits are off by .* of their spread"
+        r".* differs from a plain LlamaConfig in attention_bias=True.* Use backend='bridge'",
+    ):
+        dfa.load_model(folder, backend="hooked", dtype=dtype)
+
+
+def test_logits_of_a_bridge_are_compared(tmp_path, monkeypatch):
+    folder = checkpoint(tmp_path)
+    made = loading._bridge
+
+    def other(*arguments):
+        model = made(*arguments)
+        list(model.parameters())[-3].data.mul_(2)
+        return model
+
+    monkeypatch.setattr(loading, "_bridge", other)
+    with pytest.raises(ModelError, match="As a TransformerBridge, .* is another model.* This checkpoint can't be used"):
+        dfa.load_model(folder, backend="bridge")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_rounding_in_a_deep_model_is_no_other_model(backend, dtype, tmp_path):
+    folder = checkpoint(tmp_path, "llama", {"num_hidden_layers": 40})
+    assert dfa.load_model(folder, backend=backend, dtype=dtype).cfg.n_layers == 40
+
+
+@only_hooked
+def test_weights_that_do_not_fit_into_a_hooked_transformer(tmp_path, monkeypatch):
+    folder = checkpoint(tmp_path)
+    whole = loading._hooked_weights
+    monkeypatch.setattr(loading, "_hooked_weights", lambda *given: whole(*given) | {"blocks.0.attn.b_X": torch.ones(1)})
+    with pytest.raises(ModelError, match="no place for 'blocks.0.attn.b_X'"):
+        dfa.load_model(folder, backend="hooked")
+    monkeypatch.setattr(
+        loading, "_hooked_weights", lambda *given: {k: v for k, v in whole(*given).items() if k != "ln_final.w"}
+    )
+    with pytest.raises(ModelError, match=r"expects a weight 'ln_final.w'"):
+        dfa.load_model(folder, backend="hooked")
+
+
+# --- what the caller has set, and what is left in memory ---------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    "context",
+    [torch.inference_mode(), torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16), torch.device("meta")],
+    ids=["inference", "no-grad", "autocast", "meta"],
+)
+def test_loading_does_not_depend_on_where_it_is_done(backend, context, tmp_path):
+    folder = checkpoint(tmp_path)
+    with context:
+        model = dfa.load_model(folder, backend=backend)
+    pairs = random_pairs()
+    expected = dfa.attribute(dfa.load_model(folder, backend=backend), pairs, method="nap")
+    assert torch.equal(dfa.attribute(model, pairs, method="nap").values, expected.values)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+@only_hooked
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_hooked_transformer_holds_each_weight_once(tied, tmp_path):
+    """Its parameters share no memory, so that changing one in place changes no other."""
+    model = dfa.load_model(checkpoint(tmp_path, "llama", {"tie_word_embeddings": tied}), backend="hooked")
+    storages = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    assert len(storages) == len(list(model.parameters()))
+    before = model.W_U.detach().clone()
+    with torch.no_grad():
+        model.W_E.zero_()
+    assert torch.equal(model.W_U, before)
+    assert torch.equal(hugging_face(tmp_path).lm_head.weight.T, before)  # nor does it change the file
+
+
+@only_hooked
+def test_weights_lie_as_passes_read_them(tmp_path):
+    """HookedTransformer computes with ``W.T.contiguous()``, which copies a matrix that lies the other way."""
+    model = dfa.load_model(checkpoint(tmp_path), backend="hooked")
+    block = model.blocks[0]
+    for weight in (block.mlp.W_in, block.mlp.W_gate, block.mlp.W_out, model.W_U):
+        assert weight.T.is_contiguous()
+    for weight, order in ((block.attn.W_Q, (0, 2, 1)), (block.attn._W_K, (0, 2, 1)), (block.attn.W_O, (2, 0, 1))):
+        assert weight.permute(order).is_contiguous()
+
+
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_weights_are_converted_as_torch_does(stored, dtype, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    folder = checkpoint(tmp_path, "llama", {"tie_word_embeddings": True})
+    small = AutoModelForCausalLM.from_pretrained(folder, dtype=stored)
+    weight = small.model.layers[1].mlp.down_proj.weight.detach().clone()
+    embedding = small.model.embed_tokens.weight.detach().clone()
+    small.save_pretrained(tmp_path / "stored")
+    dfa_folder = tmp_path / "stored"
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (dfa_folder / name).write_bytes((folder / name).read_bytes())
+    for backend in BACKENDS:
+        model = dfa.load_model(dfa_folder, backend=backend, dtype=dtype)
+        assert {parameter.dtype for parameter in model.parameters()} == {dtype}
+        assert torch.equal(model.blocks[1].mlp.W_out, weight.T.to(dtype))
+        assert torch.equal(model.W_U, embedding.T.to(dtype))
+
+
+@pytest.mark.slow
+def test_loading_takes_little_more_memory_than_the_model():
+    script = Path(__file__).parent / "benchmarks" / "loading.py"
+    done = subprocess.run(
+        [sys.executable, script, "--mib", "250"],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=os.environ | {"PYTHONPATH": str(script.parents[2])},
+    )
+    rows = [line.split("|") for line in done.stdout.splitlines()[2:]]
+    assert len(rows) == 4 * len(BACKENDS)
+    assert max(float(row[-2]) for row in rows) <= 1.15
 
 
 # --- larger than one device --------------------------------------------------------------------------------------
