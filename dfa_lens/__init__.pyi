@@ -29,6 +29,7 @@ from .transfer import controls as controls
 from .transfer import forms as forms
 from .transfer import objectives as objectives
 from .transfer import similarity as similarity
+from .transfer.recipe import Recipe as Recipe
 from .transfer.trainer import Job as Job
 from .transfer.trainer import TrainingWarning as TrainingWarning
 from .transfer.trainer import fit as fit

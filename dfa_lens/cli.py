@@ -5,12 +5,13 @@ from __future__ import annotations
 import logging
 import sys
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from dfa_lens.errors import DfaError, TaskError, unknown
+from dfa_lens.errors import DfaError, ModelError, TaskError, unknown
 
 app = typer.Typer(
     help="Carry a circuit from a small language model to a large one.",
@@ -20,7 +21,23 @@ app = typer.Typer(
 )
 
 ModelOption = Annotated[str, typer.Option(help="A shipped model, a checkpoint folder, or a Hugging Face name.")]
-TaskOption = Annotated[str, typer.Option(help="ioi, mcqa, addition, subtraction, arc-easy or arc-challenge.")]
+TaskOption = Annotated[
+    str | None, typer.Option(help="ioi, mcqa, addition, subtraction, arc-easy or arc-challenge; or give --pairs.")
+]
+PairsOption = Annotated[
+    Path | None,
+    typer.Option(help="Instead of a task: a .csv or .jsonl file with the columns clean, corrupt, answer and wrong."),
+]
+NamedPairsOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="TASK=FILE, a task of your own, as .csv or .jsonl with the columns clean, corrupt, answer and wrong."
+    ),
+]
+CollectionOption = Annotated[str, typer.Option(help="Where the tasks come from: offline, or mib (Hugging Face hub).")]
+DeviceOption = Annotated[str, typer.Option(help="cpu, cuda, …")]
+DtypeOption = Annotated[str, typer.Option(help="float32, bfloat16, float16 or float64: of the weights.")]
+BatchOption = Annotated[str, typer.Option(help="Examples a pass, or auto: what fits into memory.")]
 SplitOption = Annotated[str, typer.Option(help="train, validation or test.")]
 ExamplesOption = Annotated[int, typer.Option("--examples", "-n", help="Prompt pairs.")]
 SeedOption = Annotated[int, typer.Option(help="Of prompts and training.")]
@@ -28,10 +45,55 @@ OutOption = Annotated[Path, typer.Option("--out", "-o", help="File to write.")]
 BackendOption = Annotated[str, typer.Option(help="auto, hooked or bridge.")]
 
 
-def _model(name: str, backend: str = "auto") -> Any:
+def _dtype(name: str) -> Any:
+    import torch
+
+    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+    if name not in known:
+        raise unknown("dtype", name, known, ModelError)
+    return known[name]
+
+
+def _model(name: str, backend: str = "auto", device: str = "cpu", dtype: str = "float32") -> Any:
     from dfa_lens.models.loading import load_model
 
-    return load_model(name, backend=backend)  # type: ignore[arg-type]
+    return load_model(name, backend=backend, device=device, dtype=_dtype(dtype))  # type: ignore[arg-type]
+
+
+def _batch_size(given: str) -> Any:
+    if given != "auto" and not given.isdecimal():
+        raise DfaError(f"--batch-size must be a number or auto, not {given!r}.")
+    return given if given == "auto" else int(given)
+
+
+def _pairs(
+    model: Any, task: str | None, file: Path | None, *, split: str, examples: int, seed: int, collection: str
+) -> Any:
+    """The prompt pairs of one of our tasks or of a file, whose rows all count unless they name their splits."""
+    from dfa_lens import tasks
+    from dfa_lens.tasks.own import FileTask
+
+    if (task is None) == (file is None):
+        raise TaskError("Give either --task or --pairs.")
+    if task is not None:
+        return tasks.load(task, model.tokenizer, split=split, n=examples, seed=seed, collection=collection)  # type: ignore[arg-type]
+    own = FileTask.read(file)  # type: ignore[arg-type]
+    return own(model.tokenizer, split=split if own.has_splits else None, n=examples, seed=seed)
+
+
+def _own_tasks(pairs: list[str] | None) -> dict[str, Any]:
+    """Task → the file that it is read from."""
+    from dfa_lens.tasks.own import FileTask
+
+    return {task: FileTask.read(path) for task, path in _named(pairs or [], "Pairs").items()}
+
+
+def _all_tasks(pairs: list[str] | None) -> dict[str, Any] | None:
+    """Our tasks and those of files; None: ours."""
+    from dfa_lens import tasks
+
+    own = _own_tasks(pairs)
+    return {name: name for name in tasks.names()} | own if own else None
 
 
 @app.command(epilog="Example: dfa-lens demo --quick --family llama3 --out report")
@@ -43,13 +105,28 @@ def demo(
     ] = None,
     seed: SeedOption = 0,
     quick: Annotated[bool, typer.Option("--quick", help="Fewer examples, steps and sizes.")] = False,
+    pairs: NamedPairsOption = None,
+    collection: CollectionOption = "offline",
+    device: DeviceOption = "cpu",
+    dtype: DtypeOption = "float32",
+    batch_size: Annotated[int | None, typer.Option(help="Examples a pass, of attribution and curves.")] = None,
 ) -> None:
     """Transfer circuits in the shipped models; print a table and write a report."""
     from dfa_lens.experiments import demo as module
     from dfa_lens.plots import report as write_report
 
     budget = module.QUICK if quick else module.FULL
-    results = module.run(families=family, only=task, seed=seed, budget=budget, progress=True)
+    results = module.run(
+        families=family,
+        only=task,
+        seed=seed,
+        budget=budget if batch_size is None else replace(budget, batch_size=batch_size),
+        tasks=_all_tasks(pairs),
+        device=device,
+        dtype=_dtype(dtype),
+        collection=collection,  # type: ignore[arg-type]
+        progress=True,
+    )
     out.mkdir(parents=True, exist_ok=True)
     results.table().to_csv(out / "results.csv", index=False)
     page = write_report(results, out / "index.html")
@@ -61,32 +138,46 @@ def demo(
 @app.command(epilog="Example: dfa-lens attribute --model llama3-tiny-source --task ioi --out ioi-source.safetensors")
 def attribute(
     model: ModelOption,
-    task: TaskOption,
     out: OutOption,
+    task: TaskOption = None,
+    pairs: PairsOption = None,
     method: Annotated[str, typer.Option(help="nap, nap-ig-inputs, nap-ig-activations or exact.")] = "nap-ig-inputs",
     steps: Annotated[int, typer.Option(help="Integration steps.")] = 5,
     split: SplitOption = "train",
     examples: ExamplesOption = 64,
     seed: SeedOption = 0,
+    collection: CollectionOption = "offline",
     backend: BackendOption = "auto",
+    device: DeviceOption = "cpu",
+    dtype: DtypeOption = "float32",
+    batch_size: BatchOption = "16",
 ) -> None:
     """Score every node of a model on a task, and save the scores."""
     import dfa_lens as dfa
 
-    loaded = _model(model, backend)
-    pairs = dfa.tasks.load(task, loaded.tokenizer, split=split, n=examples, seed=seed)
-    scores = dfa.attribute(loaded, pairs, method=method, steps=steps, progress=True)
+    loaded = _model(model, backend, device, dtype)
+    prompts = _pairs(loaded, task, pairs, split=split, examples=examples, seed=seed, collection=collection)
+    scores = dfa.attribute(
+        loaded,
+        prompts,
+        method=method,
+        steps=steps,
+        batch_size=_batch_size(batch_size),
+        progress=True,
+    )
     scores.save(out)
     typer.echo(scores.to_frame().nsmallest(10, "rank").to_string(index=False))
     typer.echo(f"{out} written.")
 
 
-def _named(values: list[str]) -> dict[str, Path]:
+def _named(values: list[str], what: str) -> dict[str, Path]:
     named = {}
     for value in values:
         task, separator, path = value.partition("=")
-        if not separator:
-            raise TaskError(f"Scores are given as TASK=FILE, not {value!r}.")
+        if not separator or not task:
+            raise TaskError(f"{what} are given as TASK=FILE, not {value!r}.")
+        if task in named:
+            raise TaskError(f"{what} of task {task!r} are given twice.")
         named[task] = Path(path)
     return named
 
@@ -106,25 +197,32 @@ def fit(
     objective: Annotated[str, typer.Option(help="sparse, target-size or matryoshka.")] = "sparse",
     examples: ExamplesOption = 64,
     seed: SeedOption = 0,
+    pairs: NamedPairsOption = None,
+    collection: CollectionOption = "offline",
     backend: BackendOption = "auto",
+    device: DeviceOption = "cpu",
+    dtype: DtypeOption = "float32",
+    batch_size: Annotated[int, typer.Option(help="Examples of each step.")] = 16,
 ) -> None:
     """Learn an alignment from source scores to a target model, and save it."""
     import dfa_lens as dfa
 
-    loaded_scores = {task: dfa.NodeScores.load(path) for task, path in _named(scores).items()}
-    model = _model(target, backend)
-    pairs = {task: dfa.tasks.load(task, model.tokenizer, n=examples, seed=seed) for task in loaded_scores}
-    learned = dfa.fit(
-        model,
-        loaded_scores,
-        pairs,
-        steps=steps,
-        sparsity_weight=sparsity_weight,
-        form=form,
-        objective=objective,
-        seed=seed,
-        progress=True,
+    recipe = dfa.Recipe(
+        form=form, objective=objective, sparsity_weight=sparsity_weight, steps=steps, batch_size=batch_size, seed=seed
     )
+    loaded = {task: dfa.NodeScores.load(path) for task, path in _named(scores, "Scores").items()}
+    own = _own_tasks(pairs)
+    foreign = next((task for task in own if task not in loaded), None)
+    if foreign is not None:
+        raise TaskError(f"There are pairs of task {foreign!r}, but no scores: add --scores {foreign}=FILE.")
+    model = _model(target, backend, device, dtype)
+    prompts = {
+        task: own[task](model.tokenizer, split="train" if own[task].has_splits else None, n=examples, seed=seed)
+        if task in own
+        else _pairs(model, task, None, split="train", examples=examples, seed=seed, collection=collection)
+        for task in loaded
+    }
+    learned = dfa.fit(model, loaded, prompts, recipe=recipe, progress=True)
     learned.save(out)
     typer.echo(f"{learned}; {out} written.")
 
@@ -139,29 +237,37 @@ def study(
     task: Annotated[list[str] | None, typer.Option(help="A test task; default: all six.")] = None,
     seed: Annotated[list[int] | None, typer.Option(help="Default: 0, 1 and 2.")] = None,
     workers: Annotated[int, typer.Option(help="Processes.")] = 1,
-    device: Annotated[str, typer.Option(help="cpu, cuda, …")] = "cpu",
+    pairs: NamedPairsOption = None,
+    collection: CollectionOption = "offline",
+    device: DeviceOption = "cpu",
+    dtype: DtypeOption = "float32",
+    batch_size: Annotated[int | None, typer.Option(help="Examples a pass, of attribution and curves.")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Fewer examples, steps and sizes.")] = False,
 ) -> None:
     """Compare settings (regimes, controls, methods) over tasks, families and seeds; one tidy table."""
     from dfa_lens.experiments import study as module
+    from dfa_lens.experiments.table import means
 
     for name in setting or ():
         if name not in module.SETTINGS:
             raise unknown("setting", name, module.SETTINGS)
+    budget = module.QUICK if quick else module.FULL
     table = module.run(
         family,
         {name: module.SETTINGS[name] for name in setting} if setting else None,
         seeds=seed or (0, 1, 2),
         test_tasks=task,
-        budget=module.QUICK if quick else module.FULL,
+        tasks=_all_tasks(pairs),
+        budget=budget if batch_size is None else replace(budget, batch_size=batch_size),
         out=out,
         workers=workers,
         device=device,
+        dtype=_dtype(dtype),
+        collection=collection,  # type: ignore[arg-type]
         progress=True,
     )
     table.to_csv(out / "table.csv", index=False)
-    means = table.groupby("setting", sort=False)[["cpr", "cmd", "kl"]].agg(["mean", "std"]).round(3)
-    typer.echo(f"{means.to_string()}\n{out / 'table.csv'} written.")
+    typer.echo(f"{means(table).round(3).to_string()}\n{out / 'table.csv'} written.")
 
 
 @app.command(
@@ -186,21 +292,33 @@ def transfer(
 def evaluate(
     model: ModelOption,
     scores: Annotated[Path, typer.Option(help="Saved scores on this model's nodes.")],
-    task: TaskOption,
+    task: TaskOption = None,
+    pairs: PairsOption = None,
     protocol: Annotated[str, typer.Option(help="nodes or mib.")] = "nodes",
     split: SplitOption = "test",
     examples: ExamplesOption = 64,
     seed: SeedOption = 0,
+    collection: CollectionOption = "offline",
     backend: BackendOption = "auto",
+    device: DeviceOption = "cpu",
+    dtype: DtypeOption = "float32",
+    batch_size: BatchOption = "16",
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Write the curve as CSV.")] = None,
 ) -> None:
     """Measure a circuit: its faithfulness curve, CPR and CMD."""
     import dfa_lens as dfa
 
     ranked = dfa.NodeScores.load(scores)
-    loaded = _model(model, backend)
-    pairs = dfa.tasks.load(task, loaded.tokenizer, split=split, n=examples, seed=seed)
-    curve = dfa.faithfulness_curve(loaded, pairs, ranked, protocol=protocol, progress=True)  # type: ignore[arg-type]
+    loaded = _model(model, backend, device, dtype)
+    prompts = _pairs(loaded, task, pairs, split=split, examples=examples, seed=seed, collection=collection)
+    curve = dfa.faithfulness_curve(
+        loaded,
+        prompts,
+        ranked,
+        protocol=protocol,  # type: ignore[arg-type]
+        batch_size=_batch_size(batch_size),
+        progress=True,
+    )
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
         curve.to_frame().to_csv(out, index=False)

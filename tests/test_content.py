@@ -76,17 +76,17 @@ KINDS = {
     ),
     "full": (lambda: Full(torch.ones(6, 12)), [lambda: Full(torch.zeros(6, 12)), Full, lambda: LowRank(6)]),
     "job": (
-        lambda: dfa.Job({"a": dfa.controls.uniform(A)}, initial=torch.ones(6, 12)),
+        lambda: dfa.Job({"a": dfa.controls.uniform(A)}, dfa.Recipe(initial=torch.ones(6, 12))),
         [
             lambda: dfa.Job({"a": dfa.controls.uniform(A)}),
-            lambda: dfa.Job({"b": dfa.controls.uniform(A)}, initial=torch.ones(6, 12)),
+            lambda: dfa.Job({"b": dfa.controls.uniform(A)}, dfa.Recipe(initial=torch.ones(6, 12))),
         ],
     ),
     "setting": (
-        lambda: Setting(options={"initial": torch.ones(2, 3)}),
+        lambda: Setting(recipe=dfa.Recipe(initial=torch.ones(2, 3))),
         [
-            lambda: Setting(options={"initial": torch.zeros(2, 3)}),
-            lambda: Setting(options={"initial": torch.ones(3, 2)}),
+            lambda: Setting(recipe=dfa.Recipe(initial=torch.zeros(2, 3))),
+            lambda: Setting(recipe=dfa.Recipe(initial=torch.ones(3, 2))),
         ],
     ),
 }

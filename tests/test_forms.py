@@ -18,7 +18,7 @@ def problem(tasks=3, scale=0.1, seed=0):
     return p.Problem(s, SOURCE, TARGET, torch.Generator().manual_seed(seed), scale)
 
 
-@pytest.mark.parametrize("name", p.KNOWN)
+@pytest.mark.parametrize("name", p.FORMS)
 def test_every_form_fits_and_transfers(any_model, name, tmp_path):
     """What comes out is a plain W (and bias): ŝ is its equation, and survives saving."""
     scores = {t: dfa.controls.random_scores(SOURCE, seed=i) for i, t in enumerate("abcd")}

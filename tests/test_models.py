@@ -11,7 +11,8 @@ from helpers import BACKENDS, checkpoint, random_model, random_pairs, state_of
 
 import dfa_lens as dfa
 from dfa_lens.errors import ModelError, PromptError
-from dfa_lens.models import backend, loading
+from dfa_lens.models import loading
+from dfa_lens.models.backend import is_bridge
 from dfa_lens.models.loading import transformer_lens_major
 from dfa_lens.models.runner import Runner, attention_mask
 from dfa_lens.zoo.tokenizer import build
@@ -331,7 +332,7 @@ def test_device_map(tmp_path):
     folder = checkpoint(tmp_path, "llama", {})
     plain = dfa.load_model(folder, backend="bridge")
     model = dfa.load_model(folder, device_map={"": "cpu"})
-    assert backend.is_bridge(model)
+    assert is_bridge(model)
     same_results(model, plain, random_pairs(ragged=True))
 
 

@@ -102,7 +102,7 @@ def test_other_losses_are_their_equations(model, loss):
     assert found.meta["loss"] == loss
 
 
-@pytest.mark.parametrize("objective", objectives.KNOWN)
+@pytest.mark.parametrize("objective", objectives.OBJECTIVES)
 def test_every_objective_trains(any_model, objective):
     scores, pairs = inputs()
     found = dfa.fit(any_model, scores, pairs, steps=8, objective=objective, sparsity_weight=1.0)

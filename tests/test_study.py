@@ -10,10 +10,13 @@ import torch
 
 import dfa_lens as dfa
 from dfa_lens.errors import DfaError, FileError
+from dfa_lens.experiments import experiment as module
 from dfa_lens.experiments import study
 from dfa_lens.experiments.study import Budget, Experiment, Setting
 from dfa_lens.experiments.table import Control
 from dfa_lens.transfer.forms import Kernel
+from dfa_lens.transfer.objectives import Objective
+from dfa_lens.transfer.recipe import Recipe
 
 TINY = Budget(train=6, test=4, steps=2, curve_points=3, batch_size=8)
 SOME = {
@@ -70,8 +73,8 @@ def test_a_study_goes_on_where_it_stopped(table, monkeypatch):
     lines = whole.splitlines(keepends=True)
     path.write_text("".join(lines[:5]) + lines[5][:20])  # interrupted in the middle of a row
     runs = []
-    run = study.faithfulness_curve
-    monkeypatch.setattr(study, "faithfulness_curve", lambda *args, **kw: runs.append(1) or run(*args, **kw))
+    run = module.faithfulness_curve
+    monkeypatch.setattr(module, "faithfulness_curve", lambda *args, **kw: runs.append(1) or run(*args, **kw))
     again = study.run(["llama3"], SOME, seeds=[1], test_tasks=["addition", "ioi"], budget=TINY, out=folder)
     assert len(runs) == len(lines) - 5
     np.testing.assert_allclose(again["cpr"], found["cpr"])
@@ -87,18 +90,25 @@ def test_a_study_goes_on_where_it_stopped(table, monkeypatch):
 
 def test_a_folder_keeps_what_its_rows_were_made_with(tmp_path, monkeypatch):
     monkeypatch.setattr(
-        study, "_run_plan", lambda plan: pd.DataFrame({"family": [plan.pair.name], "seed": [plan.seed]})
+        study, "_run_plan", lambda plan: pd.DataFrame({"family": [plan.models.name], "seed": [plan.seed]})
     )
     study.run(["llama3"], {"a": Setting()}, seeds=[0], budget=TINY, out=tmp_path)
     study.run(["llama3"], {"b": Setting("in-distribution")}, seeds=[0], budget=TINY, out=tmp_path)  # another name
     assert set(json.loads((tmp_path / "study.json").read_text())["settings"]) == {"a", "b"}
     with pytest.raises(DfaError, match="made with another setting 'a'"):
-        study.run(["llama3"], {"a": Setting(options={"lr": 0.2})}, seeds=[0], budget=TINY, out=tmp_path)
-    with pytest.raises(DfaError, match="made with another budget and collection"):
+        study.run(["llama3"], {"a": Setting(recipe=Recipe(lr=0.2))}, seeds=[0], budget=TINY, out=tmp_path)
+    with pytest.raises(DfaError, match="made with another budget and task 'ioi' and task 'mcqa'"):
         study.run(["llama3"], {"a": Setting()}, seeds=[0], collection="mib", out=tmp_path)
     (tmp_path / "study.json").write_text("[")
     with pytest.raises(FileError, match="is not the description of a study"):
         study.run(["llama3"], {"a": Setting()}, seeds=[0], budget=TINY, out=tmp_path)
+
+
+class Undescribed(Objective):
+    """No dataclass: nothing says what two of them differ in."""
+
+    name = "undescribed"
+    masks = None
 
 
 def kernel_of(value):
@@ -112,29 +122,33 @@ def test_what_was_trained_is_known_by_its_content():
     """Two forms of W whose texts are alike give two alignments, and two that hold the same are trained once."""
     assert repr(kernel_of(1.0)) == repr(kernel_of(2.0))
     experiment = Experiment("llama3", 0, Budget(train=4, test=4, steps=1, curve_points=2))
-    options = [kernel_of(1.0), kernel_of(0.0), kernel_of(1.0), lambda experiment, trained: kernel_of(1.0)]
-    settings = {str(i): Setting("in-distribution", options={"form": form}) for i, form in enumerate(options)}
+    recipes = [
+        *(Recipe(form=kernel_of(value)) for value in (1.0, 0.0, 1.0)),
+        lambda experiment, trained: Recipe(form=kernel_of(1.0)),
+        lambda experiment, trained: Recipe(form=kernel_of(3.0)),
+    ]
+    settings = {str(i): Setting("in-distribution", recipe=recipe) for i, recipe in enumerate(recipes)}
     runs = []
-    fit_many = study.fit_many
+    fit_many = module.fit_many
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(study, "fit_many", lambda *args, **kw: runs.append(len(args[1])) or fit_many(*args, **kw))
+        patch.setattr(module, "fit_many", lambda *args, **kw: runs.append(len(args[1])) or fit_many(*args, **kw))
         with pytest.warns(dfa.IntegrationWarning):
             found = [outcome.alignment for outcome in experiment.run(settings, ["ioi"]) if outcome.setting]
-    assert runs == [1, 1, 0, 1]
+    assert runs == [1, 1, 0, 0, 1]
     assert found[0] != found[1] and not found[1].W.any()
-    assert found[0] is found[2] and found[0] == found[3]
+    assert found[0] is found[2] and found[0] is found[3] and found[4] != found[0]
     with pytest.raises(DfaError, match="Nothing tells two objects"):
-        list(experiment.run({"x": Setting(options={"anchor": object()})}, ["ioi"]))
+        list(experiment.run({"x": Setting(recipe=Recipe(objective=Undescribed()))}, ["ioi"]))
 
 
 def test_a_folder_knows_settings_and_models_by_their_content(tmp_path, monkeypatch):
     monkeypatch.setattr(
-        study, "_run_plan", lambda plan: pd.DataFrame({"family": [plan.pair.name], "seed": [plan.seed]})
+        study, "_run_plan", lambda plan: pd.DataFrame({"family": [plan.models.name], "seed": [plan.seed]})
     )
 
     def run(value=1.0, target="llama3-tiny-target"):
         setting, pair = (
-            Setting(options={"form": kernel_of(value)}),
+            Setting(recipe=Recipe(form=kernel_of(value))),
             study.ModelPair("own", "llama3-tiny-source", target),
         )
         study.run([pair], {"a": setting}, seeds=[0], budget=TINY, out=tmp_path)
@@ -148,7 +162,7 @@ def test_a_folder_knows_settings_and_models_by_their_content(tmp_path, monkeypat
     with pytest.raises(DfaError, match="Two pairs of models are called 'own'"):
         study.run([study.ModelPair("own", x, x) for x in ("llama3-tiny-source", "llama3-tiny-target")], out=tmp_path)
     written = json.loads((tmp_path / "study.json").read_text())["settings"]["a"]
-    assert written["options"]["form"]["free"] is False
+    assert written["recipe"]["form_options"]["free"] is False
 
 
 @pytest.mark.parametrize(
@@ -200,7 +214,7 @@ def test_every_setting_of_the_benchmark_runs():
 def test_processes_give_the_same(tmp_path):
     """In a process of its own, since the pool starts fresh interpreters."""
     code = (
-        "import json\nfrom dfa_lens import study\nfrom dfa_lens.experiments.study import Setting, Budget\n"
+        "import json\nfrom dfa_lens import study\nfrom dfa_lens.experiments.study import Budget, Setting\n"
         "if __name__ == '__main__':\n"
         "    budget = Budget(train=4, test=3, steps=1, curve_points=2, batch_size=8)\n"
         "    made = [study.run(None, {'random-w': Setting(control='random-w')}, seeds=[0], test_tasks=['ioi'], budget=budget,"

@@ -10,7 +10,7 @@ import dfa_lens as dfa
 from dfa_lens.errors import AlignmentError, PromptError, ScoreError, TrainingError
 from dfa_lens.models import hooks
 from dfa_lens.models.runner import Runner
-from dfa_lens.transfer import trainer as training
+from dfa_lens.transfer import store
 from dfa_lens.transfer.forms import DepthBand, Full, Kernel, LowRank, Standardised
 from dfa_lens.transfer.objectives import Matryoshka, Sparse, TargetSize
 
@@ -151,10 +151,10 @@ def test_staying_near_another_alignment(any_model):
 
 
 def test_released_options_are_the_modes_by_name(any_model):
-    from dfa_lens.transfer.trainer import RELEASED
+    from dfa_lens.transfer.recipe import RELEASED
 
     scores, pairs = inputs()
-    found = dfa.fit(any_model, scores, pairs, steps=2, **RELEASED)
+    found = dfa.fit(any_model, scores, pairs, steps=2, recipe=RELEASED)
     assert found.stages[0].scaling == "raw"
     assert {k: found.meta[k] for k in ("intervention", "positions", "sparsity_weight", "gate_heads")} == {
         "intervention": "restore",
@@ -165,15 +165,15 @@ def test_released_options_are_the_modes_by_name(any_model):
 
 
 def test_metadata_hold_all_that_was_asked_for(any_model):
-    """Changing any field of a job, of a form of W or of an objective changes what is written down, and only that."""
+    """Changing any field of a recipe, the scores, any field of a form of W or of an objective changes what is written down, and only that."""
     scores, pairs = inputs()
     near = dfa.controls.depth_mean(SOURCE, dfa.NodeSet.heads_and_mlps(any_model))
     alike = torch.rand(6, 15, generator=torch.Generator().manual_seed(0))
     changes = {
-        "scores": scores | {"a": dfa.NodeScores(scores["a"].values + 1, SOURCE)},
         "sparsity_weight": 2.0, "lr": 0.2, "steps": 2, "batch_size": 3, "seed": 1, "scaling": "rank", "temperature": (1.0, 0.5),
         "initial": torch.ones(6, 15), "initial_scale": 0.02, "anchor": near, "shuffle": False,
-        "form": Kernel({"x": alike}), "objective": TargetSize(0.4),
+        "form": Kernel({"x": alike}), "objective": TargetSize(0.4), "intervention": "restore", "positions": "all",
+        "loss": "probability", "gate_heads": False,
     }  # fmt: skip
     forms = (
         Kernel({"x": alike}), Kernel({"x": alike + 1e-6}), Kernel({"y": alike}), Kernel({"x": alike}, strength=0.5),
@@ -184,19 +184,26 @@ def test_metadata_hold_all_that_was_asked_for(any_model):
         TargetSize(0.3), TargetSize(0.5), TargetSize(0.3, 5.0), Matryoshka(), Matryoshka(0.2), Matryoshka(sizes="log-uniform"),
         Matryoshka(warm_up=0.25), Matryoshka(straight_through=True), Matryoshka(sparsity_weight=1.0), Sparse(3.0),
     )  # fmt: skip
-    jobs = {name: dfa.Job(**({"scores": scores, "steps": 1, name: value})) for name, value in changes.items()}
-    jobs["nothing"] = dfa.Job(scores, steps=1)
-    jobs["anchor_weight"] = dfa.Job(scores, steps=1, anchor=near, anchor_weight=2.0)
-    jobs |= {f"form {i}": dfa.Job(scores, steps=1, form=form) for i, form in enumerate(forms)}
-    jobs |= {f"objective {i}": dfa.Job(scores, steps=1, objective=each) for i, each in enumerate(targets)}
-    assert {field.name for field in fields(dfa.Job)} == changes.keys() | {"anchor_weight"}
+    jobs = {name: dfa.Job(scores, dfa.Recipe(**({"steps": 1} | {name: value}))) for name, value in changes.items()}
+    jobs["scores"] = dfa.Job(scores | {"a": dfa.NodeScores(scores["a"].values + 1, SOURCE)}, dfa.Recipe(steps=1))
+    jobs["nothing"] = dfa.Job(scores, dfa.Recipe(steps=1))
+    jobs["anchor_weight"] = dfa.Job(scores, dfa.Recipe(steps=1, anchor=near, anchor_weight=2.0))
+    jobs |= {f"form {i}": dfa.Job(scores, dfa.Recipe(steps=1, form=form)) for i, form in enumerate(forms)}
+    jobs |= {f"objective {i}": dfa.Job(scores, dfa.Recipe(steps=1, objective=each)) for i, each in enumerate(targets)}
+    assert {field.name for field in fields(dfa.Recipe)} == changes.keys() | {"anchor_weight"}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", dfa.TrainingWarning)  # two ranks for two tasks, and masks of ones
         found = {name: alignment.meta for name, alignment in dfa.fit_many(any_model, jobs, pairs).items()}
     written = {name: json.dumps(meta, sort_keys=True) for name, meta in found.items()}
     assert len(set(written.values())) == len(jobs) - 1  # one form is there twice
     assert written["form 0"] == written["form"]
-    for name, key in (("lr", "lr"), ("temperature", "temperature"), ("shuffle", "shuffle"), ("steps", "steps")):
+    for name, key in (
+        ("lr", "lr"),
+        ("temperature", "temperature"),
+        ("shuffle", "shuffle"),
+        ("steps", "steps"),
+        ("loss", "loss"),
+    ):
         assert {k for k in found[name] if found[name][k] != found["nothing"][k]} == {key}
     assert found["form 7"]["form_options"] == {"rank": 1}
     assert found["objective"]["objective_options"] == {"fraction": 0.4, "sparsity_weight": 10.0}
@@ -213,7 +220,7 @@ def test_tasks_may_be_measured_differently(any_model):
 def test_what_is_kept_is_made_once(any_model, monkeypatch):
     """One store for each hook point and one for the clean run's predictions, however many batches fill them."""
     made = []
-    monkeypatch.setattr(training, "_Store", lambda *args, kept=training._Store: made.append(1) or kept(*args))
+    monkeypatch.setattr(store, "_Kept", lambda *args, kept=store._Kept: made.append(1) or kept(*args))
     scores, pairs = inputs()
     dfa.fit(any_model, scores, pairs, steps=1, batch_size=2, share_prefix=False)
     assert len(made) == len(dfa.NodeSet.heads_and_mlps(any_model).points) + 1
@@ -224,27 +231,19 @@ def test_trainings_together_give_what_they_give_alone(any_model, loss):
     scores = {t: dfa.controls.random_scores(SOURCE, seed=i) for i, t in enumerate("abc")}
     pairs = {t: random_pairs(5, 8 + i, seed=i, ragged=True) for i, t in enumerate("abc")}
     jobs = {
-        "one": dfa.Job({"a": scores["a"]}, steps=4, seed=1, batch_size=3),
-        "two": dfa.Job({t: scores[t] for t in "bc"}, steps=6, objective="matryoshka", form="kernel"),
-        "three": dfa.Job(scores, steps=3, seed=2, form="full+bias", sparsity_weight=2.0),
+        "one": ({"a": scores["a"]}, dfa.Recipe(steps=4, seed=1, batch_size=3, loss=loss)),
+        "two": dfa.Job(
+            {t: scores[t] for t in "bc"}, dfa.Recipe(steps=6, objective="matryoshka", form="kernel", loss=loss)
+        ),
+        "three": dfa.Job(scores, dfa.Recipe(steps=3, seed=2, form="full+bias", sparsity_weight=2.0, loss=loss)),
     }
     for jobs_per_pass in (1, 2, 3):
-        found = dfa.fit_many(any_model, jobs, pairs, jobs_per_pass=jobs_per_pass, loss=loss)
+        found = dfa.fit_many(any_model, jobs, pairs, jobs_per_pass=jobs_per_pass)
         for name, job in jobs.items():
-            alone = dfa.fit(
-                any_model,
-                job.scores,
-                {t: pairs[t] for t in job.scores},
-                steps=job.steps,
-                seed=job.seed,
-                batch_size=job.batch_size,
-                objective=job.objective,
-                form=job.form,
-                sparsity_weight=job.sparsity_weight,
-                loss=loss,
-            )
+            own, recipe = job if isinstance(job, tuple) else (job.scores, job.recipe)
+            alone = dfa.fit(any_model, own, {t: pairs[t] for t in own}, recipe=recipe)
             torch.testing.assert_close(found[name].W, alone.W, atol=2e-3, rtol=1e-3)
-            assert len(found[name].history) == job.steps
+            assert len(found[name].history) == recipe.steps
             assert found[name].meta == alone.meta
     assert dfa.fit_many(any_model, {}, pairs) == {}
 

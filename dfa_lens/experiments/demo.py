@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 
+import torch
 from tqdm.auto import tqdm
 
 import dfa_lens
-from dfa_lens import tasks, zoo
-from dfa_lens.experiments.study import QUICK, SETTINGS, Budget, Experiment, ModelPair, Outcome, labels
+from dfa_lens import zoo
+from dfa_lens.errors import TaskError, unknown
+from dfa_lens.experiments.experiment import QUICK, Budget, Experiment, ModelPair, Outcome
+from dfa_lens.experiments.setting import SETTINGS
 from dfa_lens.experiments.table import GOLD, Results, TaskResult
+from dfa_lens.tasks import Collection
+from dfa_lens.tasks.own import TaskSource, sources
 
 SHOWN = {name: SETTINGS[name] for name in ("in-distribution", "zero-shot", "uniform-s", "depth-mean", "random-w")}
 FULL = Budget(steps=100)  # half of fit's default: a table in minutes
@@ -26,6 +31,10 @@ def run(
     only: Sequence[str] | None = None,
     seed: int = 0,
     budget: Budget = FULL,
+    tasks: Mapping[str, str | TaskSource] | None = None,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    collection: Collection = "offline",
     progress: bool = False,
 ) -> Results:
     """Transfer circuits in the shipped families, and measure them.
@@ -40,24 +49,31 @@ def run(
     families:
         Of :func:`dfa_lens.zoo.pairs`; default: all.
     only:
-        The tasks to evaluate; default: all six. Zero-shot training uses all others in any case.
+        The tasks to evaluate; default: all. Zero-shot training uses all others in any case.
     seed:
         Of the prompts, of training, of the controls.
     budget:
         How much to run.
+    tasks, device, dtype, collection:
+        As in :func:`dfa_lens.study.run`.
     """
-    pairs = [ModelPair.of(family) for family in families or zoo.pairs()]
-    names = list(only or tasks.names())
+    chosen = [ModelPair.of(family) for family in families or zoo.pairs()]
+    known = sources(tasks, collection)
+    names = list(only or known)
     for name in names:
-        tasks.describe(name)  # an unknown name is an error here, not after minutes
+        if name not in known:
+            raise unknown("task", name, known, TaskError)
     started = time.perf_counter()
     results = Results()
-    with tqdm(total=len(pairs) * len(names) * (1 + len(SHOWN)), desc="demo", unit="curve", disable=not progress) as bar:
-        for pair in pairs:
-            experiment, found = Experiment(pair, seed, budget), dict[str, list[Outcome]]()
+    with tqdm(
+        total=len(chosen) * len(names) * (1 + len(SHOWN)), desc="demo", unit="curve", disable=not progress
+    ) as bar:
+        for models in chosen:
+            experiment = Experiment(models, seed, budget, tasks=known, device=device, dtype=dtype)
+            found = dict[str, list[Outcome]]()
             for outcome in experiment.run(SHOWN, names):
                 found.setdefault(outcome.task, []).append(outcome)
-                bar.set_postfix_str(f"{pair.name} {outcome.task}: {outcome.name}")
+                bar.set_postfix_str(f"{models.name} {outcome.task}: {outcome.name}")
                 bar.update()
             results.tasks += [task_result(experiment, outcomes) for outcomes in found.values()]
     results.provenance = {
@@ -75,7 +91,7 @@ def task_result(experiment: Experiment, outcomes: Sequence[Outcome]) -> TaskResu
     """What a report needs of one task: gold's outcome and those of the settings."""
     task = outcomes[0].task
     return TaskResult(
-        experiment.pair.name,
+        experiment.models.name,
         task,
         experiment.scores[task],
         experiment.gold_of(task),
@@ -83,5 +99,5 @@ def task_result(experiment: Experiment, outcomes: Sequence[Outcome]) -> TaskResu
         {each.name: each.circuit for each in outcomes if each.name != GOLD},
         {each.name: each.curve for each in outcomes},
         experiment.seed,
-        {each.name: labels(each) for each in outcomes},
+        {each.name: each.labels for each in outcomes},
     )

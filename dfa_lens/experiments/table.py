@@ -1,15 +1,19 @@
-"""Results of transfers: one tidy table, and the scores, alignments and curves behind it."""
+"""The one table of studies, demo and report: its columns, its rows, its file, and the results behind it."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import io
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 from dfa_lens.data.alignment import Alignment
 from dfa_lens.data.curve import FaithfulnessCurve
+from dfa_lens.data.files import read_bytes, write_atomically
 from dfa_lens.data.scores import NodeScores
+from dfa_lens.errors import FileError, short
 
 GOLD = "gold"
 Control = Literal[
@@ -26,9 +30,46 @@ Control = Literal[
 """What is put in the place of the source's scores or of W, see :mod:`dfa_lens.transfer.controls`; "" is the
 method itself."""
 
+COLUMNS: dict[str, tuple[type, str]] = {
+    "family": (str, "the pair of models"),
+    "seed": (int, "of prompts, training and controls"),
+    "task": (str, "tested on"),
+    "setting": (str, "its name, or gold"),
+    "regime": (str, "what W was trained on"),
+    "method": (str, "the name of how it was trained"),
+    "control": (str, "what stands in for the source's scores or for W; empty: the method itself"),
+    "trained_on": (str, "the training tasks, with blanks between them"),
+    "cpr": (float, "area under the faithfulness curve"),
+    "cpr_low": (float, "its interval over examples"),
+    "cpr_high": (float, "its interval over examples"),
+    "cmd": (float, "area between the curve and 1"),
+    "kl": (float, "mean KL to the clean run"),
+    "recovery": (float, "CPR over gold's"),
+    "floor": (float, "CPR of an empty circuit"),
+    "examples": (int, "test pairs"),
+    "forwards": (int, "passes of one example through the target to get the circuit"),
+    "seconds": (float, "of training"),
+    "effective_rank": (float, "of W"),
+    "shared": (float, "how much of the scores of W is common to all tasks"),
+    "depth": (float, "correlation with the source's scores carried over by depth alone"),
+    "stability": (float, "under noise in the source's scores"),
+}
+"""The columns in order: what each holds, and what it means.
 
-def row(curve: FaithfulnessCurve, gold_cpr: float) -> dict[str, Any]:
-    """What a table says of one curve: CPR and its interval over examples, CMD, mean KL, recovery, floor.
+What is not known is "" among words and NaN among numbers.
+"""
+
+WORDS = tuple(name for name, (kind, _) in COLUMNS.items() if kind is str)
+NUMBERS = tuple(name for name, (kind, _) in COLUMNS.items() if kind is not str)
+#: What tells one row of a pair of models and seed from another.
+KEY = ("setting", "task", "trained_on")
+
+
+# --- rows ----------------------------------------------------------------------------------------------------------
+
+
+def measured(curve: FaithfulnessCurve, gold_cpr: float) -> dict[str, Any]:
+    """The columns that a curve fills: CPR and its interval over examples, CMD, mean KL, recovery, floor.
 
     Of one example there is no interval: it is NaN, with a :class:`~dfa_lens.data.statistics.StatisticsWarning`. Where
     gold's CPR is 0, recovery is NaN.
@@ -46,6 +87,106 @@ def row(curve: FaithfulnessCurve, gold_cpr: float) -> dict[str, Any]:
     }
 
 
+def row(**known: Any) -> dict[str, Any]:
+    """A row with all columns in order, of those that are known.
+
+    Examples
+    --------
+    >>> from dfa_lens.experiments.table import row
+    >>> [(name, value) for name, value in row(task="ioi", family="llama3", cpr=0.5).items()][:3]
+    [('family', 'llama3'), ('seed', nan), ('task', 'ioi')]
+    """
+    foreign = next((name for name in known if name not in COLUMNS), None)
+    if foreign is not None:
+        raise KeyError(f"The table has no column {foreign!r}.")
+    return {name: known.get(name, "" if name in WORDS else float("nan")) for name in COLUMNS}
+
+
+def frame(rows: Iterable[Mapping[str, Any]]) -> Any:
+    """The table (pandas) of some rows."""
+    import pandas as pd
+
+    return pd.DataFrame(list(rows), columns=list(COLUMNS))
+
+
+# --- files ---------------------------------------------------------------------------------------------------------
+
+
+def read(path: str | Path) -> Any:
+    """A table from a CSV file: empty cells are "" in columns of words and NaN in columns of numbers.
+
+    Raises
+    ------
+    FileError
+        If it is not such a table.
+
+    Examples
+    --------
+    >>> import dfa_lens as dfa
+    >>> import tempfile
+    >>> from dfa_lens.experiments.table import frame, read, row
+    >>> path = tempfile.mkdtemp() + "/table.csv"
+    >>> frame([row(family="llama3", seed=0, task="ioi", setting="gold", cpr=0.5)]).to_csv(path, index=False)
+    >>> read(path)["cpr"].tolist()
+    [0.5]
+    """
+    import pandas as pd
+
+    data = read_bytes(path)
+    try:
+        table = pd.read_csv(io.BytesIO(data), keep_default_na=False, dtype=dict.fromkeys(WORDS, str))
+        if not {*WORDS, "seed", "cpr"} <= set(table.columns):
+            raise ValueError(f"its columns are {', '.join(map(str, table.columns[:4]))} …")
+        numbers = [name for name in table.columns if name not in WORDS]
+        return table.assign(
+            **{name: pd.to_numeric(table[name].mask(table[name].astype(str) == "")) for name in numbers}
+        )
+    except (ValueError, pd.errors.ParserError, pd.errors.EmptyDataError) as error:
+        reason = short(error).rstrip(".")
+        raise FileError(f"{path} is not a table of a study: {reason}. Remove it to start again.") from error
+
+
+def read_rows(path: Path) -> Any:
+    """The rows that were appended so far; a last line that an interruption cut short is dropped, also from the file."""
+    if not path.exists():
+        return frame([])
+    data = read_bytes(path)
+    whole = data[: data.rfind(b"\n") + 1]
+    if whole != data:
+        write_atomically(path, whole)
+    return read(path)
+
+
+def append(path: Path, added: Mapping[str, Any]) -> None:
+    """One more row at the end of a file, which is begun with a header."""
+    frame([added]).to_csv(path, mode="a", header=not path.is_file(), index=False)
+
+
+# --- what a table says ---------------------------------------------------------------------------------------------
+
+
+def means(table: Any) -> Any:
+    """Mean and standard deviation of CPR, CMD and KL by setting, over all other columns."""
+    return table.groupby("setting", sort=False)[["cpr", "cmd", "kl"]].agg(["mean", "std"])
+
+
+def summary(table: Any) -> Any:
+    """CPR by family and task, a column for each setting and for the floor; a family ends with its mean."""
+    import pandas as pd
+
+    wide = table.pivot_table(index=["family", "task"], columns="setting", values="cpr", sort=False)
+    wide["floor"] = table.groupby(["family", "task"], sort=False)["floor"].first()
+    parts = []
+    for family, part in wide.groupby(level="family", sort=False):
+        mean = part.mean().to_frame().T
+        mean.index = pd.MultiIndex.from_tuples([(family, "mean")], names=["family", "task"])
+        parts += [part, mean] if len(part) > 1 else [part]
+    return pd.concat(parts)
+
+
+# --- the results behind it -----------------------------------------------------------------------------------------
+
+
 @dataclass(frozen=True)
 class TaskResult:
     """What was found for one task in one family.
@@ -61,7 +202,7 @@ class TaskResult:
     seed:
         Of prompts and training.
     labels:
-        Setting → further columns of its row in tables (regime, method, control, …).
+        Setting → further columns of its row (regime, method, control, …), see :data:`COLUMNS`.
     """
 
     family: str
@@ -72,7 +213,7 @@ class TaskResult:
     circuits: Mapping[str, NodeScores]
     curves: Mapping[str, FaithfulnessCurve]
     seed: int = 0
-    labels: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    labels: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     @property
     def controls(self) -> list[str]:
@@ -88,15 +229,9 @@ class TaskResult:
     def rows(self) -> list[dict[str, Any]]:
         """A row for every setting; made once, since every row has a bootstrap interval."""
         gold_cpr = self.curves[GOLD].cpr
+        where = {"family": self.family, "seed": self.seed, "task": self.task}
         return [
-            {
-                "family": self.family,
-                "seed": self.seed,
-                "task": self.task,
-                "setting": setting,
-                **self.labels.get(setting, {}),
-                **row(curve, gold_cpr),
-            }
+            row(**{**where, "setting": setting, **self.labels.get(setting, {}), **measured(curve, gold_cpr)})
             for setting, curve in self.curves.items()
         ]
 
@@ -117,22 +252,9 @@ class Results:
     provenance: dict[str, str] = field(default_factory=dict)
 
     def table(self) -> Any:
-        """The tidy table (pandas): a row per family, task and setting, with CPR, its interval, CMD, mean KL, recovery
-        (CPR over gold's CPR) and the floor."""
-        import pandas as pd
-
-        return pd.DataFrame([row for result in self.tasks for row in result.rows])
+        """The tidy table (pandas), a row per family, task and setting; its columns are :data:`COLUMNS`."""
+        return frame(row for result in self.tasks for row in result.rows)
 
     def summary(self) -> Any:
-        """CPR by family and task, a column for each setting and for the floor; a family ends with its mean."""
-        import pandas as pd
-
-        table = self.table()
-        wide = table.pivot_table(index=["family", "task"], columns="setting", values="cpr", sort=False)
-        wide["floor"] = table.groupby(["family", "task"], sort=False)["floor"].first()
-        parts = []
-        for family, part in wide.groupby(level="family", sort=False):
-            mean = part.mean().to_frame().T
-            mean.index = pd.MultiIndex.from_tuples([(family, "mean")], names=["family", "task"])
-            parts += [part, mean] if len(part) > 1 else [part]
-        return pd.concat(parts)
+        """CPR by family and task, see :func:`summary`."""
+        return summary(self.table())

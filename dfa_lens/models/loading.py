@@ -1,9 +1,9 @@
 """Load Llama and Qwen-2.5 checkpoints as TransformerLens models, with unprocessed weights.
 
-Here models are made; :mod:`~dfa_lens.models.runner` knows how they are run, and :mod:`~dfa_lens.models.checkpoint` reads
-what is on disk. A HookedTransformer is built from a config of ours and Hugging Face's weights, so it can be another model
-without a word: what it can't represent is refused by the config, and whatever is made is compared with Hugging Face's
-logits.
+Here models are made; :mod:`~dfa_lens.models.runner` knows how they are run, and :mod:`~dfa_lens.models.checkpoint`
+reads what is on disk. A HookedTransformer is built from a config of ours and Hugging Face's weights, so it can be
+another model without a word: what it can't represent is refused by the config, and whatever is made is compared with
+Hugging Face's logits.
 """
 
 from __future__ import annotations

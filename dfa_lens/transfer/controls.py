@@ -10,7 +10,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Unpack
 
 import torch
 
@@ -20,6 +20,7 @@ from dfa_lens.data.pairs import PromptPairs
 from dfa_lens.data.scores import NodeScores
 from dfa_lens.errors import AlignmentError
 from dfa_lens.models.backend import HookedModel
+from dfa_lens.transfer.recipe import Options
 from dfa_lens.transfer.trainer import fit
 
 
@@ -146,7 +147,7 @@ def constant() -> NodeScores:
     return NodeScores(torch.ones(1, dtype=torch.float32), _CONSTANT, {"control": "target-only"})
 
 
-def target_only(target: HookedModel, pairs: Mapping[str, PromptPairs], **options: Any) -> NodeScores:
+def target_only(target: HookedModel, pairs: Mapping[str, PromptPairs], **options: Unpack[Options]) -> NodeScores:
     """A free mask on the target, trained with the same loss: the ceiling of every transfer.
 
     Parameters

@@ -28,7 +28,8 @@ from typing_extensions import override
 
 from dfa_lens.data.content import ByContent
 from dfa_lens.data.nodes import NodeSet
-from dfa_lens.errors import AlignmentError, unknown
+from dfa_lens.data.registry import Registry
+from dfa_lens.errors import AlignmentError
 from dfa_lens.transfer import similarity
 
 
@@ -286,13 +287,12 @@ class DepthBand(Form):
         return _Masked(problem.noise(*allowed.shape), allowed)
 
 
-KNOWN: dict[str, type[Form]] = {kind.name: kind for kind in (Full, Kernel, Standardised, LowRank, Block, DepthBand)}
+FORMS: Registry[type[Form]] = Registry(
+    "form", AlignmentError, {kind.name: kind for kind in (Full, Kernel, Standardised, LowRank, Block, DepthBand)}
+)
+"""The forms by name; add one of your own by ``register``, or pass an instance."""
 
 
 def resolve(form: str | Form) -> Form:
     """The form of that name with its defaults; an instance is returned unchanged."""
-    if isinstance(form, Form):
-        return form
-    if form not in KNOWN:
-        raise unknown("form", form, KNOWN, AlignmentError)
-    return KNOWN[form]()
+    return form if isinstance(form, Form) else FORMS.find(form)()

@@ -16,7 +16,11 @@ from jaxtyping import Float
 from torch import Tensor
 from typing_extensions import override
 
+from dfa_lens.data import metrics
+from dfa_lens.data.pairs import PromptPairs
+from dfa_lens.data.registry import Registry
 from dfa_lens.errors import AlignmentError, unknown
+from dfa_lens.models.runner import attention_mask
 
 Loss = Literal["kl", "logit-difference", "probability"]
 """How far the masked run is from the clean one; each averaged over examples.
@@ -26,6 +30,37 @@ Loss = Literal["kl", "logit-difference", "probability"]
   position only. Asks for less than kl: other tokens may move.
 - ``probability``: (P_clean(answer) − P_masked(answer))²; answer position only.
 """
+
+
+def distance(
+    loss: Loss,
+    log_p_clean: Float[Tensor, "*position vocab"],
+    logits: Float[Tensor, "*position vocab"],
+    pairs: PromptPairs,
+) -> Float[Tensor, " example"]:
+    """How far each example's masked run is from its clean one; the logit difference in logits, not yet in its unit.
+
+    Parameters
+    ----------
+    log_p_clean, logits:
+        Log probabilities of the clean run and logits of the masked one: at the answer, [example, vocab], or at every
+        position, [example, pos, vocab], where ``kl`` is summed over those that are real in both prompts.
+    """
+    log_p = logits.float().log_softmax(-1)
+    clean = log_p_clean.to(log_p.device)
+    if loss == "kl":
+        divergence = metrics.divergence(clean, log_p)
+        if log_p.ndim == 3:
+            shortest = torch.minimum(pairs.lengths, pairs.corrupt_lengths)
+            real = attention_mask(shortest.to(divergence.device), divergence.shape[1])
+            divergence = (divergence * real).sum(1)
+        return divergence
+    rows = torch.arange(len(pairs), device=log_p.device)
+    answer, wrong = pairs.answer.to(log_p.device), pairs.wrong.to(log_p.device)
+    if loss == "probability":
+        return (clean[rows, answer].exp() - log_p[rows, answer].exp()) ** 2
+    masked_difference, clean_difference = (each[rows, answer] - each[rows, wrong] for each in (log_p, clean))
+    return (masked_difference - clean_difference) ** 2
 
 
 class Masks(NamedTuple):
@@ -195,13 +230,12 @@ def gates_of_size(
     return torch.sigmoid((scores - (shift + moved - moved.detach())[:, None]) / sharpness)
 
 
-KNOWN: dict[str, type[Objective]] = {kind.name: kind for kind in (Sparse, TargetSize, Matryoshka)}
+OBJECTIVES: Registry[type[Objective]] = Registry(
+    "objective", AlignmentError, {kind.name: kind for kind in (Sparse, TargetSize, Matryoshka)}
+)
+"""The objectives by name; add one of your own by ``register``, or pass an instance."""
 
 
 def resolve(objective: str | Objective) -> Objective:
     """The objective of that name with its defaults; an instance is returned unchanged."""
-    if isinstance(objective, Objective):
-        return objective
-    if objective not in KNOWN:
-        raise unknown("objective", objective, KNOWN, AlignmentError)
-    return KNOWN[objective]()
+    return objective if isinstance(objective, Objective) else OBJECTIVES.find(objective)()

@@ -6,7 +6,6 @@ that is transferred later.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -21,6 +20,7 @@ from dfa_lens.models import backend
 from dfa_lens.models.backend import HookedModel, HookFunction
 from dfa_lens.models.paired_run import PairedRun
 from dfa_lens.models.runner import Runner
+from dfa_lens.transfer import grouping
 
 ATTENTION = ("previous-token", "duplicate-token", "induction", "first-token", "current-token")
 """What :func:`attention_features` measures, in order."""
@@ -148,7 +148,8 @@ def attention_features(
         return function
 
     with torch.no_grad(), runner.session():
-        for rows in _batches(runner, lengths, batch_size):
+        together = grouping.where_padding_allows(runner, lengths)
+        for rows in (rows for group in together for rows in group.split(batch_size)):
             taps = [(point, look(layer, wanted[rows])) for layer, point in points.items()]
             runner.run(tokens[rows], lengths[rows], taps, positions="all")
     out = torch.zeros(len(nodes), len(ATTENTION), dtype=torch.float32)
@@ -157,14 +158,6 @@ def attention_features(
             raise NodeError(f"Node {node.name!r} is not one of the model's {len(totals[node.layer])} heads.")
         out[i] = totals[node.layer][node.index] / queries
     return NodeFeatures(out, nodes)
-
-
-def _batches(runner: Runner, lengths: Int[Tensor, " prompt"], batch_size: int) -> Iterator[Int[Tensor, " batch"]]:
-    """Which prompts are run together: only such of one length where padding would be attended to."""
-    apart = len(lengths.unique()) > 1 and not runner.allows_padding(int(lengths.max()))
-    for length in lengths.unique().tolist() if apart else [None]:
-        own = torch.arange(len(lengths)) if length is None else (lengths == length).nonzero()[:, 0]
-        yield from own.split(batch_size)
 
 
 def _keys(tokens: Int[Tensor, "prompt pos"], lengths: Int[Tensor, " prompt"]) -> Bool[Tensor, "prompt feature pos pos"]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 from dfa_lens.errors import ModelError
 from dfa_lens.models.loading import Backend, load_model
 from dfa_lens.zoo.specs import SPECS, ZooModel, spec
@@ -34,14 +36,14 @@ def pairs() -> dict[str, tuple[str, str]]:
     return {family: (f"{family}-tiny-source", f"{family}-tiny-target") for family in families}
 
 
-def load(name: str, *, backend: Backend = "auto", device: str = "cpu") -> Any:
+def load(name: str, *, backend: Backend = "auto", device: str = "cpu", dtype: torch.dtype = torch.float32) -> Any:
     """Load a shipped model, with its tokenizer; no network is used.
 
     Parameters
     ----------
     name:
         One of :func:`names`.
-    backend, device:
+    backend, device, dtype:
         As in :func:`dfa_lens.load_model`.
 
     Raises
@@ -58,4 +60,4 @@ def load(name: str, *, backend: Backend = "auto", device: str = "cpu") -> Any:
     folder = spec(name).folder
     if not (folder / "config.json").is_file():
         raise ModelError(f"The checkpoint of {name!r} is not in this installation (looked in {folder}).")
-    return load_model(folder, backend=backend, device=device)
+    return load_model(folder, backend=backend, device=device, dtype=dtype)

@@ -29,9 +29,10 @@ CONTROLS = ["uniform-s", "random-s", "scrambled-s", "permuted-w", "random-w", "d
 
 
 def varied(name: str, **values: Any) -> dict[str, Setting]:
-    """Zero-shot settings in which one option is changed."""
+    """Zero-shot settings in which one field of the recipe is changed."""
     return {
-        f"{name} {label}": Setting("zero-shot", "", {name: value}, f"{name} {label}") for label, value in values.items()
+        f"{name} {label}": Setting("zero-shot", "", dfa.Recipe(**{name: value}), f"{name} {label}")
+        for label, value in values.items()
     }
 
 

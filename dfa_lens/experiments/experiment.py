@@ -1,0 +1,393 @@
+"""One experiment: a source and a target model with one seed, and every transfer between them that is asked for."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+
+from dfa_lens import zoo
+from dfa_lens.attribution.attribute import METHODS, attribute
+from dfa_lens.data.alignment import Alignment
+from dfa_lens.data.curve import FaithfulnessCurve
+from dfa_lens.data.nodes import NodeSet
+from dfa_lens.data.pairs import PromptPairs
+from dfa_lens.data.scores import NodeScores
+from dfa_lens.errors import DfaError, TaskError, unknown
+from dfa_lens.evaluation import diagnostics
+from dfa_lens.evaluation.faithfulness import faithfulness_curve
+from dfa_lens.experiments.setting import OTHER_SCORES, UNTRAINED, Setting
+from dfa_lens.experiments.table import GOLD
+from dfa_lens.models.backend import HookedModel
+from dfa_lens.tasks import SIBLINGS, Collection
+from dfa_lens.tasks.own import TaskSource, sources
+from dfa_lens.transfer import controls, similarity
+from dfa_lens.transfer.recipe import Recipe
+from dfa_lens.transfer.trainer import Job, fit_many
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How much is run for every task."""
+
+    train: int = 64  #: training pairs a task, also those of attribution
+    test: int = 32  #: test pairs a task
+    steps: int | None = None  #: training steps of each alignment; None: the recipe's own
+    curve_points: int = 32  #: circuit sizes of each curve
+    batch_size: int = 32  #: of attribution and curves
+
+
+FULL = Budget()
+QUICK = Budget(train=8, test=8, steps=10, curve_points=6)
+
+
+@dataclass(frozen=True)
+class ModelPair:
+    """A source and a target model.
+
+    Attributes
+    ----------
+    name:
+        In the column ``family``.
+    source, target:
+        Names of shipped models, or functions without arguments that load a model (at module level, so that other
+        processes find them).
+    """
+
+    name: str
+    source: str | Callable[[], HookedModel]
+    target: str | Callable[[], HookedModel]
+
+    @classmethod
+    def of(cls, family: str | ModelPair) -> ModelPair:
+        """The shipped pair of a family; an instance is returned unchanged."""
+        if isinstance(family, ModelPair):
+            return family
+        known = zoo.pairs()
+        if family not in known:
+            raise unknown("family", family, known, DfaError)
+        return cls(family, *known[family])
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One circuit, judged."""
+
+    task: str
+    name: str  #: of the setting
+    setting: Setting | None  #: None for gold
+    trained_on: tuple[str, ...]
+    alignment: Alignment | None
+    circuit: NodeScores
+    curve: FaithfulnessCurve
+    seconds: float  #: of training, shared evenly among trainings that ran together
+    forwards: int  #: passes of one example through the target to get the circuit; a backward pass counts as one
+
+    @property
+    def labels(self) -> dict[str, Any]:
+        """The columns that say what it is of, and what it cost."""
+        setting = self.setting
+        return {
+            "setting": self.name,
+            "regime": setting.regime if setting else "",
+            "method": setting.method if setting else GOLD,
+            "control": setting.control if setting else "",
+            "trained_on": " ".join(self.trained_on),
+            "forwards": self.forwards,
+            "seconds": round(self.seconds, 2),
+        }
+
+
+class Experiment:
+    """One pair of models with one seed: scores, prompts and trained alignments, each made once and when needed.
+
+    Parameters
+    ----------
+    models:
+        See :class:`ModelPair`; a family's name will do.
+    seed:
+        Of prompts, training and controls.
+    budget:
+        How much to run.
+    tasks:
+        Name → one of our tasks by its name, or a source of one's own, see :class:`~dfa_lens.tasks.own.TaskSource`;
+        default: all of ours. Zero-shot training uses all of them but the one that is tested.
+    method, steps:
+        Of attribution, on the source and for gold.
+    device, dtype:
+        For shipped models.
+    collection:
+        Of our tasks, see :func:`dfa_lens.tasks.load`.
+
+    Examples
+    --------
+    >>> from dfa_lens.experiments.experiment import Budget, Experiment
+    >>> experiment = Experiment("llama3", budget=Budget(train=4, test=4), tasks={"names": "ioi", "sums": "addition"})
+    >>> experiment.tasks, len(experiment.test("names"))
+    (('names', 'sums'), 4)
+    """
+
+    def __init__(
+        self,
+        models: str | ModelPair,
+        seed: int = 0,
+        budget: Budget = FULL,
+        *,
+        tasks: Mapping[str, str | TaskSource] | None = None,
+        method: str = "nap-ig-inputs",
+        steps: int = 5,
+        device: str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        collection: Collection = "offline",
+    ) -> None:
+        self.models, self.seed, self.budget = ModelPair.of(models), seed, budget
+        self.method, self.steps, self.device, self.dtype = method, steps, device, dtype
+        self.sources = sources(tasks, collection)
+        self.tasks = tuple(self.sources)
+        self._trained: dict[Any, tuple[Alignment, float]] = {}
+        self._gold: dict[str, NodeScores] = {}
+        self._tests: dict[str, PromptPairs] = {}
+
+    def _model(self, which: str | Callable[[], HookedModel]) -> HookedModel:
+        return zoo.load(which, device=self.device, dtype=self.dtype) if isinstance(which, str) else which()
+
+    @cached_property
+    def source(self) -> HookedModel:
+        """The source model."""
+        return self._model(self.models.source)
+
+    @cached_property
+    def target(self) -> HookedModel:
+        """The target model."""
+        return self._model(self.models.target)
+
+    @cached_property
+    def source_nodes(self) -> NodeSet:
+        """Its heads and MLP blocks."""
+        return NodeSet.heads_and_mlps(self.source)
+
+    @cached_property
+    def target_nodes(self) -> NodeSet:
+        """Its heads and MLP blocks."""
+        return NodeSet.heads_and_mlps(self.target)
+
+    def _pairs(self, task: str, model: Any, split: str, n: int) -> PromptPairs:
+        made = self.sources[task](model.tokenizer, split=split, n=n, seed=self.seed)
+        if not isinstance(made, PromptPairs):
+            raise TaskError(f"The source of task {task!r} made a {type(made).__name__}, not PromptPairs.")
+        return made
+
+    @cached_property
+    def train(self) -> dict[str, PromptPairs]:
+        """Task → training pairs for the target."""
+        return {task: self._pairs(task, self.target, "train", self.budget.train) for task in self.tasks}
+
+    @cached_property
+    def on_source(self) -> dict[str, PromptPairs]:
+        """Task → training pairs for the source: the same examples."""
+        return {task: self._pairs(task, self.source, "train", self.budget.train) for task in self.tasks}
+
+    def test(self, task: str) -> PromptPairs:
+        """Test pairs for the target."""
+        if task not in self._tests:
+            self._tests[task] = self._pairs(task, self.target, "test", self.budget.test)
+        return self._tests[task]
+
+    def _attribute(self, model: HookedModel, pairs: PromptPairs) -> NodeScores:
+        return attribute(model, pairs, method=self.method, steps=self.steps, batch_size=self.budget.batch_size)
+
+    @cached_property
+    def scores(self) -> dict[str, NodeScores]:
+        """Task → scores on the source."""
+        return {task: self._attribute(self.source, pairs) for task, pairs in self.on_source.items()}
+
+    def gold_of(self, task: str) -> NodeScores:
+        """Attribution run directly on the target."""
+        if task not in self._gold:
+            self._gold[task] = self._attribute(self.target, self.train[task])
+        return self._gold[task]
+
+    @cached_property
+    def attention_similarities(self) -> dict[str, Any]:
+        """Similarity by kind and depth, and by how heads attend, anywhere and at near depth."""
+        ours = similarity.attention_features(self.source, self.source_nodes)
+        theirs = similarity.attention_features(self.target, self.target_nodes)
+        alike = similarity.attention_similarity(ours, theirs)
+        depth = similarity.kind_and_depth(self.source_nodes, self.target_nodes)
+        return {"kind and depth": depth, "attention": alike, "attention and depth": alike * depth}
+
+    # --- one setting ---------------------------------------------------------------------------------------------
+
+    def trained_on(self, setting: Setting, task: str) -> list[tuple[str, ...]]:
+        """The training tasks of a setting for a test task: one tuple, several for ``one-task``, none if left out."""
+        others = tuple(other for other in self.tasks if other != task)
+        if setting.regime == "in-distribution":
+            return [(task,)]
+        if setting.regime == "near-distribution":
+            return [(SIBLINGS[task],)] if SIBLINGS.get(task) in self.tasks else []
+        if setting.regime == "one-task":
+            return [(other,) for other in others]
+        return [others] if others else []
+
+    def recipe(self, setting: Setting, trained: tuple[str, ...]) -> Recipe:
+        """How W is trained on these tasks: the setting's recipe, with our seed and the budget's steps."""
+        recipe = setting.recipe if isinstance(setting.recipe, Recipe) else setting.recipe(self, trained)
+        if not isinstance(recipe, Recipe):
+            raise DfaError(f"The setting's function made a {type(recipe).__name__}, not a Recipe.")
+        steps = recipe.steps if self.budget.steps is None else self.budget.steps
+        return replace(recipe, seed=self.seed, steps=steps)
+
+    def stand_in(self, setting: Setting, task: str) -> NodeScores:
+        """What is put in for the source's scores of a task, in training and transfer."""
+        if setting.control == "uniform-s":
+            return controls.uniform(self.source_nodes)
+        if setting.control == "random-s":
+            return controls.random_scores(self.source_nodes, seed=1000 * self.seed + self.tasks.index(task))
+        if setting.control == "target-only":
+            return controls.constant()
+        return self.scores[task]
+
+    def fit(self, setting: Setting, sets: Sequence[tuple[str, ...]]) -> dict[tuple[str, ...], tuple[Alignment, float]]:
+        """An alignment and its seconds for every tuple of training tasks; what is not trained yet is trained together.
+
+        One is used again for a setting whose recipe asks for the same on the same scores.
+        """
+        scores = setting.control if setting.control in OTHER_SCORES else ""
+        recipes = {trained: self.recipe(setting, trained) for trained in dict.fromkeys(sets)}
+        keys = {trained: (scores, recipe.key(), trained) for trained, recipe in recipes.items()}
+        missing = {
+            " ".join(trained): Job({task: self.stand_in(setting, task) for task in trained}, recipes[trained])
+            for trained, key in keys.items()
+            if key not in self._trained
+        }
+        started = time.perf_counter()
+        found = fit_many(self.target, missing, self.train)
+        seconds = (time.perf_counter() - started) / max(len(missing), 1)
+        for trained, key in keys.items():
+            if key not in self._trained:
+                self._trained[key] = (found[" ".join(trained)], seconds)
+        return {trained: self._trained[key] for trained, key in keys.items()}
+
+    def _untrained(self, setting: Setting, trained: tuple[str, ...]) -> Alignment:
+        """The W of a control that needs no training."""
+        if setting.control == "random-w":
+            return controls.random_w(self.source_nodes, self.target_nodes, seed=self.seed)
+        if setting.control == "depth-mean":
+            return controls.depth_mean(self.source_nodes, self.target_nodes)
+        gold = {other: self.gold_of(other) for other in trained}
+        return controls.regression({other: self.scores[other] for other in trained}, gold, ridge=setting.ridge)
+
+    def curve(self, task: str, circuit: NodeScores) -> FaithfulnessCurve:
+        """The circuit's faithfulness on the task's test pairs."""
+        n, points = len(circuit), self.budget.curve_points
+        sizes = sorted({round(i * n / points) for i in range(points + 1)})
+        return faithfulness_curve(
+            self.target,
+            self.test(task),
+            circuit,
+            sizes=sizes,
+            batch_size=self.budget.batch_size,
+            sizes_per_pass=1 if self.device == "cpu" else 16,
+        )
+
+    # --- many settings -------------------------------------------------------------------------------------------
+
+    def run(
+        self,
+        settings: Mapping[str, Setting],
+        test_tasks: Sequence[str] | None = None,
+        *,
+        skip: Callable[[str, str, tuple[str, ...]], bool] = lambda name, task, trained: False,
+    ) -> Iterator[Outcome]:
+        """Gold, then one setting after the other.
+
+        Parameters
+        ----------
+        settings:
+            By the name that tables give them.
+        test_tasks:
+            Default: all.
+        skip:
+            Of a setting's name, a test task and the training tasks: whether it is known already.
+        """
+        chosen = list(test_tasks or self.tasks)
+        for task in chosen:
+            if task not in self.tasks:
+                raise unknown("task", task, self.tasks, TaskError)
+        for task in chosen:
+            if not skip(GOLD, task, ()):
+                yield self._gold_outcome(task)
+        for name, setting in settings.items():
+            wanted = [
+                (task, trained)
+                for task in chosen
+                for trained in self.trained_on(setting, task)
+                if not skip(name, task, trained)
+            ]
+            fitted = {}
+            if wanted and setting.control not in UNTRAINED:
+                fitted = self.fit(setting, [trained for _, trained in wanted])
+            for task, trained in wanted:
+                alignment, seconds = fitted.get(trained) or (self._untrained(setting, trained), 0.0)
+                yield self._outcome(task, name, setting, trained, alignment, seconds)
+
+    def _gold_outcome(self, task: str) -> Outcome:
+        started = time.perf_counter()
+        scores = self.gold_of(task)
+        seconds = time.perf_counter() - started
+        return Outcome(
+            task, GOLD, None, (), None, scores, self.curve(task, scores), seconds, self._attribution_forwards(task)
+        )
+
+    def _outcome(
+        self,
+        task: str,
+        name: str,
+        setting: Setting,
+        trained: tuple[str, ...],
+        alignment: Alignment,
+        seconds: float,
+    ) -> Outcome:
+        """The circuit that an alignment transfers for a task, judged."""
+        s = self.stand_in(setting, task)
+        if setting.control == "permuted-w":
+            alignment = controls.permuted_w(alignment, seed=self.seed)
+        if setting.control == "scrambled-s":
+            s = controls.scrambled(s, seed=self.seed)
+        circuit = alignment.transfer(s)
+        forwards = 0
+        if alignment.history:
+            n = sum(len(self.train[other]) for other in trained)
+            step = min(alignment.meta["batch_size"], n)
+            forwards = 2 * step * len(alignment.history) + 2 * n
+        if setting.control == "regression":
+            forwards = sum(self._attribution_forwards(other) for other in trained)
+        curve = self.curve(task, circuit)
+        return Outcome(task, name, setting, trained, alignment, circuit, curve, seconds, forwards)
+
+    def _attribution_forwards(self, task: str) -> int:
+        return len(self.train[task]) * sum(METHODS.find(self.method).passes(self.target_nodes, self.steps))
+
+    def diagnose(self, outcome: Outcome) -> dict[str, float]:
+        """The columns of :mod:`dfa_lens.evaluation.diagnostics`, for what was trained on a source's scores.
+
+        ``effective_rank`` of W; ``shared``, how much of this W's scores is common to all tasks; ``depth``, Spearman
+        correlation with the source's scores carried over by depth alone; ``stability`` under noise of a tenth of the
+        scores' spread.
+        """
+        alignment, setting = outcome.alignment, outcome.setting
+        if alignment is None or setting is None or not alignment.history or setting.control not in ("", "random-s"):
+            return {}
+        s = {task: self.stand_in(setting, task) for task in self.tasks}
+        found = {
+            "effective_rank": diagnostics.effective_rank(alignment),
+            "depth": diagnostics.depth_correlation(self.scores[outcome.task], outcome.circuit).spearman,
+            "stability": diagnostics.stability(alignment, s[outcome.task]),
+        }
+        if len(s) > 1:
+            found["shared"] = diagnostics.shared_part({task: alignment.transfer(each) for task, each in s.items()})
+        return {name: round(value, 4) for name, value in found.items()}

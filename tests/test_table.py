@@ -1,0 +1,77 @@
+"""The one table: what rows of a study, of the demo and of a report have in common."""
+
+import numpy as np
+import pandas as pd
+import pytest
+from helpers import made_curve
+
+import dfa_lens as dfa
+from dfa_lens.errors import FileError
+from dfa_lens.experiments import table
+from dfa_lens.experiments.table import COLUMNS, NUMBERS, WORDS, Results, TaskResult
+
+CURVE = made_curve([[0.0, 0], [1, 1], [2, 2]], clean=[2, 2], corrupt=[0, 0], sizes=[0, 1, 2], n_nodes=2)
+
+
+def test_a_row_has_all_columns_in_order():
+    made = table.row(task="ioi", cpr=0.5, seed=3)
+    assert list(made) == list(COLUMNS) and made["task"] == "ioi" and made["seed"] == 3
+    assert all(made[name] == "" for name in WORDS if name != "task")
+    assert all(np.isnan(made[name]) for name in NUMBERS if name not in ("cpr", "seed"))
+    with pytest.raises(KeyError, match="no column 'cprr'"):
+        table.row(cprr=0.5)
+    assert list(table.frame([]).columns) == list(COLUMNS)
+
+
+def test_what_a_curve_says_is_in_columns():
+    found = table.measured(CURVE, 2.0)
+    assert found.keys() <= COLUMNS.keys()
+    assert found["cpr"] == CURVE.cpr and found["recovery"] == CURVE.cpr / 2 and found["examples"] == 2
+    assert np.isnan(table.measured(CURVE, 0.0)["recovery"])
+
+
+def test_rows_survive_their_file(tmp_path):
+    """Written one by one and read again, word for word and number for number, also where words look like numbers."""
+    path = tmp_path / "rows.csv"
+    rows = [
+        table.row(family="1.5", seed=0, task="NA", setting="a, b", cpr=0.1, forwards=7),
+        table.row(family="llama3", seed=1, task="ioi", setting='"x"', trained_on="a b", cpr=1 / 3),
+    ]
+    for one in rows:
+        table.append(path, one)
+    expected = table.frame(rows)
+    pd.testing.assert_frame_equal(table.read(path), expected, check_dtype=False)
+    whole = path.read_text()
+    path.write_text(whole + whole.splitlines()[-1][:9])  # interrupted in the middle of a row
+    pd.testing.assert_frame_equal(table.read_rows(path), expected, check_dtype=False)
+    assert path.read_text() == whole
+    assert table.read_rows(tmp_path / "none.csv").empty
+    path.write_text("a,b\n1,2\n")
+    with pytest.raises(FileError, match=r"rows\.csv is not a table of a study: its columns are a, b"):
+        table.read(path)
+
+
+def test_the_demo_and_studies_have_one_schema():
+    nodes = dfa.NodeSet.for_sizes(1, 1)
+    scores = dfa.controls.uniform(nodes)
+    curves = {"gold": CURVE, "zero-shot": CURVE}
+    labels = {"zero-shot": {"regime": "zero-shot", "forwards": 12}}
+    result = TaskResult("llama3", "ioi", scores, scores, {}, {"zero-shot": scores}, curves, 0, labels)
+    found = Results([result]).table()
+    assert list(found.columns) == list(COLUMNS)
+    assert found["forwards"].tolist()[1] == 12 and found["regime"].tolist() == ["", "zero-shot"]
+
+
+def test_means_and_summary():
+    rows = [
+        table.row(family=family, task=task, setting=setting, cpr=cpr, cmd=0.0, kl=0.0, floor=0.1)
+        for family, task, setting, cpr in (
+            ("a", "x", "gold", 1.0), ("a", "y", "gold", 0.5), ("a", "x", "s", 0.2), ("a", "y", "s", 0.4), ("b", "x", "gold", 2.0),
+        )
+    ]  # fmt: skip
+    found = table.frame(rows)
+    assert table.means(found)["cpr"]["mean"].to_dict() == pytest.approx({"gold": 3.5 / 3, "s": 0.3})
+    wide = table.summary(found)
+    assert list(wide.columns) == ["gold", "s", "floor"]
+    assert list(wide.index) == [("a", "x"), ("a", "y"), ("a", "mean"), ("b", "x")]
+    assert wide.loc[("a", "mean"), "s"] == pytest.approx(0.3)
