@@ -8,7 +8,8 @@ import dfa_lens as dfa
 from dfa_lens.errors import DfaError, HookError, NodeError, ScoreError
 from dfa_lens.models import hooks
 from dfa_lens.models.loading import transformer_lens_major
-from dfa_lens.models.runner import Runner, attention_mask
+from dfa_lens.models.passes import attention_mask
+from dfa_lens.models.runner import Runner
 
 FAMILIES = ("llama", "qwen")
 

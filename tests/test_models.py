@@ -14,7 +14,8 @@ from dfa_lens.errors import ModelError, PromptError
 from dfa_lens.models import loading
 from dfa_lens.models.backend import is_bridge
 from dfa_lens.models.loading import transformer_lens_major
-from dfa_lens.models.runner import Runner, attention_mask
+from dfa_lens.models.passes import attention_mask
+from dfa_lens.models.runner import Runner
 from dfa_lens.zoo.tokenizer import build
 
 LLAMA3_SCALING = {

@@ -8,7 +8,8 @@ import dfa_lens as dfa
 from dfa_lens.attribution.attribute import METHODS
 from dfa_lens.errors import DfaError, HookError
 from dfa_lens.models import hooks, memory
-from dfa_lens.models.runner import Runner, ShortCutWarning, Start, attention_mask, stream_hooks
+from dfa_lens.models.passes import Start, attention_mask, stream_hooks
+from dfa_lens.models.runner import Runner, ShortCutWarning
 from dfa_lens.transfer import trainer as training
 
 TOLERANCE = {"rtol": 1e-4, "atol": 2e-5}

@@ -13,7 +13,8 @@ from scipy.stats import pearsonr
 
 import dfa_lens as dfa
 from dfa_lens.attribution.attribute import INCOMPLETE
-from dfa_lens.models.runner import Runner, attention_mask
+from dfa_lens.models.passes import attention_mask
+from dfa_lens.models.runner import Runner
 
 pytestmark = pytest.mark.real
 

@@ -8,7 +8,8 @@ from helpers import BACKENDS, unchecked
 
 import dfa_lens as dfa
 from dfa_lens.errors import ModelError
-from dfa_lens.models.runner import Runner, attention_mask
+from dfa_lens.models.passes import attention_mask
+from dfa_lens.models.runner import Runner
 from dfa_lens.zoo import SPECS, tokenizer
 
 

@@ -14,7 +14,8 @@ from dfa_lens.data.pairs import PromptPairs
 from dfa_lens.models import hooks
 from dfa_lens.models.backend import HookFunction
 from dfa_lens.models.hooks import Activations, Intervention
-from dfa_lens.models.runner import Prefix, Runner, Start, stream_hooks, tile
+from dfa_lens.models.passes import Prefix, Start, stream_hooks, tile
+from dfa_lens.models.runner import Runner
 
 
 class PairedRun:
@@ -87,7 +88,7 @@ class PairedRun:
         corrupt: bool = False,
         times: int = 1,
         layer: int | None = None,
-    ) -> Float[Tensor, ...]:
+    ) -> Float[Tensor, "..."]:
         """The logits of one pass under hooks.
 
         Parameters
@@ -121,7 +122,7 @@ class PairedRun:
         nodes: bool = True,
         also: str | None = None,
         streams: Sequence[int] = (),
-    ) -> tuple[Activations, Float[Tensor, ...]]:
+    ) -> tuple[Activations, Float[Tensor, "..."]]:
         """The nodes' activations in the clean or the corrupt run, and its logits; nothing has a gradient.
 
         Parameters
@@ -151,7 +152,7 @@ class PairedRun:
         intervention: Intervention = "circuit",
         layer: int | None = None,
         streams: Sequence[int] = (),
-    ) -> Float[Tensor, ...]:
+    ) -> Float[Tensor, "..."]:
         """The logits of one pass under masks; with a gradient in the masks where they have one.
 
         Parameters

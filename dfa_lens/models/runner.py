@@ -22,7 +22,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
 import einops
@@ -34,7 +34,8 @@ from dfa_lens.data.nodes import NodeSet
 from dfa_lens.data.pairs import PromptPairs
 from dfa_lens.errors import HookError, PromptError
 from dfa_lens.models import private, trials
-from dfa_lens.models.backend import Backend, HookFunction, KeysValues, neutral, usable
+from dfa_lens.models.backend import Backend, HookFunction, neutral, usable
+from dfa_lens.models.passes import Layout, Prefix, Start, attention_mask
 from dfa_lens.models.trials import ShortCut, Verdict
 
 logger = logging.getLogger(__name__)
@@ -80,42 +81,6 @@ class ProcessedWeightsWarning(UserWarning):
 
 class ShortCutWarning(UserWarning):
     """A short cut changes this model's numbers, so passes are made the plain way: slower, and right."""
-
-
-def tile(activation: Tensor, n: int) -> Tensor:
-    """A batch repeated n times, one copy after the other: [batch, ...] → [n·batch, ...]."""
-    return activation if n == 1 else activation.repeat(n, *[1] * (activation.ndim - 1))
-
-
-class Start(NamedTuple):
-    """Where a pass begins when the blocks below are not run: the residual stream [batch, pos, d_model] there."""
-
-    layer: int
-    residual: Tensor
-
-
-@dataclass(frozen=True)
-class Prefix:
-    """The keys and values of every layer at the first ``length`` tokens of some prompts."""
-
-    length: int
-    kept: KeysValues
-
-    def tile(self, n: int) -> Prefix:
-        """The same prompts repeated n times, one copy after the other."""
-        keys, values = (tuple(tile(each, n) for each in side) for side in (self.kept.keys, self.kept.values))
-        return Prefix(self.length, KeysValues(keys, values, self.kept.axis))
-
-
-class Layout(NamedTuple):
-    """The shape of the activation at a hook point.
-
-    ``shape`` is that for two prompts of two tokens; ``position_axes`` are the axes that grow with the prompt: one for
-    most points, the last two of an attention pattern, none after all positions but the answer's have been dropped.
-    """
-
-    shape: tuple[int, ...]
-    position_axes: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -522,7 +487,7 @@ class Runner:
         columns: Int[Tensor, "batch column"] | None = None,
         prefix: Prefix | None = None,
         start: Start | None = None,
-    ) -> Float[Tensor, ...]:
+    ) -> Float[Tensor, "..."]:
         """One forward pass under hooks, with the short cuts that this model allows.
 
         Parameters
@@ -577,7 +542,7 @@ class Runner:
         start: Start | None = None,
         drop_at: str | None = None,
         short_unembedding: bool = False,
-    ) -> Float[Tensor, ...]:
+    ) -> Float[Tensor, "..."]:
         """:meth:`run` with the short cuts that are named, tried or not.
 
         Parameters
@@ -703,21 +668,6 @@ def _check_activation(name: str, activation: Any) -> None:
             f"Hook point {name!r} holds infinite values (masked attention scores?), which can't be mixed with others: "
             "use 'attn.hook_pattern'."
         )
-
-
-def stream_hooks(into: dict[int, Tensor], layers: Sequence[int]) -> list[tuple[str, HookFunction]]:
-    """Hooks that keep the residual stream at the beginning of ``layers``, for :class:`Start`."""
-
-    def keep(layer: int) -> HookFunction:
-        # no copy: nothing edits an activation in place
-        return lambda now: into.__setitem__(layer, now.detach())
-
-    return [(f"blocks.{layer}.hook_resid_pre", keep(layer)) for layer in layers]
-
-
-def attention_mask(lengths: Int[Tensor, " batch"], n_positions: int) -> Int[Tensor, "batch pos"]:
-    """1 at real tokens, 0 at the padding on the right; on the device of ``lengths``."""
-    return (torch.arange(n_positions, device=lengths.device) < lengths[:, None]).long()
 
 
 def _skip(residual: Tensor, *_: Any, **__: Any) -> Tensor:

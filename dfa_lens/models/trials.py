@@ -7,7 +7,7 @@ is found when it is first needed and kept until something that it depends on has
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from jaxtyping import Float, Int
@@ -15,10 +15,8 @@ from torch import Tensor
 
 from dfa_lens.errors import DfaError
 from dfa_lens.models import private
-from dfa_lens.models.backend import HookFunction
-
-if TYPE_CHECKING:
-    from dfa_lens.models.runner import Runner
+from dfa_lens.models.backend import Backend, HookFunction
+from dfa_lens.models.passes import Prefix, Start
 
 ShortCut = Literal["answer", "unembedding", "prefix", "start"]
 """What need not be computed, see :mod:`~dfa_lens.models.runner`."""
@@ -38,6 +36,32 @@ class Verdict(NamedTuple):
     unexpected: bool = True  #: whether a refusal is worth a warning
 
 
+class Passes(Protocol):
+    """What a trial needs of a :class:`~dfa_lens.models.runner.Runner`."""
+
+    backend: Backend
+    state: Any
+
+    @property
+    def n_layers(self) -> int:
+        """Number of blocks."""
+
+    @property
+    def d_vocab(self) -> int:
+        """Number of logits."""
+
+    @property
+    def n_ctx(self) -> int | None:
+        """The longest prompt."""
+
+    @property
+    def run_as_told(self) -> Callable[..., Tensor]:
+        """A pass with the short cuts that are named, tried or not."""
+
+    def prefix_of(self, tokens: Tensor) -> Prefix:
+        """The keys and values at the first tokens."""
+
+
 class _DiffersError(Exception):
     """A short cut changes what the model computes."""
 
@@ -51,7 +75,7 @@ class Plain(NamedTuple):
     logits: Float[Tensor, "2 pos vocab"]
 
 
-def remembered(runner: Runner, what: ShortCut | Literal["causal"], width: int) -> Verdict:
+def remembered(runner: Passes, what: ShortCut | Literal["causal"], width: int) -> Verdict:
     """The verdict on prompts of about ``width`` tokens in the running session's setting, found if need be."""
     state, size = runner.state, _size(runner, width)
     key = (what, size, state.setting)
@@ -60,7 +84,7 @@ def remembered(runner: Runner, what: ShortCut | Literal["causal"], width: int) -
     return state.verdicts[key]
 
 
-def _size(runner: Runner, width: int) -> int:
+def _size(runner: Passes, width: int) -> int:
     """How long the trial's prompts are: a power of two, so that few trials are needed."""
     window = runner.backend.window()
     longest = LONGEST if window is None or window >= width else max(LONGEST, window + 16)
@@ -68,7 +92,7 @@ def _size(runner: Runner, width: int) -> int:
     return size if runner.n_ctx is None else min(size, int(runner.n_ctx))
 
 
-def _find(runner: Runner, trial: Callable[[Runner, Plain], Verdict], size: int) -> Verdict:
+def _find(runner: Passes, trial: Callable[[Passes, Plain], Verdict], size: int) -> Verdict:
     try:
         with torch.no_grad():
             if size not in runner.state.plain:
@@ -90,7 +114,7 @@ def _reason(error: BaseException) -> str:
     return text[:200] if text else type(error).__name__
 
 
-def _run_plain(runner: Runner, size: int) -> Plain:
+def _run_plain(runner: Passes, size: int) -> Plain:
     # scattered over the vocabulary, the same everywhere
     tokens = (torch.arange(2 * size).reshape(2, size) * 7919 + 13) % runner.d_vocab
     lengths = torch.tensor([size, max(size - 1, 1)])
@@ -99,7 +123,7 @@ def _run_plain(runner: Runner, size: int) -> Plain:
     return Plain(tokens, lengths, streams, logits)
 
 
-def _keep(runner: Runner, into: dict[str, Tensor], layers: range | None = None) -> list[tuple[str, HookFunction]]:
+def _keep(runner: Passes, into: dict[str, Tensor], layers: range | None = None) -> list[tuple[str, HookFunction]]:
     """Hooks that keep the residual stream behind blocks."""
     names = [f"blocks.{layer}.hook_resid_post" for layer in (layers or range(runner.n_layers))]
 
@@ -126,7 +150,7 @@ def _compare_all(found: dict[str, Tensor], logits: Tensor, plain: Plain, first: 
     _compare("logits", logits, plain.logits[:, first:], lengths)
 
 
-def _try_answer(runner: Runner, plain: Plain) -> Verdict:
+def _try_answer(runner: Passes, plain: Plain) -> Verdict:
     """Positions are dropped behind the last block or, where the model counts them there, before the unembedding."""
     points = (f"blocks.{runner.n_layers - 1}.hook_resid_post", "unembed.hook_in")
     reason = ""
@@ -145,7 +169,7 @@ def _try_answer(runner: Runner, plain: Plain) -> Verdict:
     return Verdict(False, reason)
 
 
-def _try_unembedding(runner: Runner, plain: Plain) -> Verdict:
+def _try_unembedding(runner: Passes, plain: Plain) -> Verdict:
     if runner.backend.unembedding is None:
         return Verdict(False, "its unembedding is a part of the model", unexpected=False)
     found = runner.run_as_told(plain.tokens, plain.lengths, short_unembedding=True)
@@ -159,7 +183,7 @@ def _try_unembedding(runner: Runner, plain: Plain) -> Verdict:
     return Verdict(True)
 
 
-def _try_prefix(runner: Runner, plain: Plain) -> Verdict:
+def _try_prefix(runner: Passes, plain: Plain) -> Verdict:
     if not remembered(runner, "causal", plain.tokens.shape[1]).holds:
         return Verdict(False, "its tokens attend to later ones", unexpected=False)
     length = max(plain.tokens.shape[1] // 2, 1)
@@ -170,9 +194,7 @@ def _try_prefix(runner: Runner, plain: Plain) -> Verdict:
     return Verdict(True)
 
 
-def _try_start(runner: Runner, plain: Plain) -> Verdict:
-    from dfa_lens.models.runner import Start
-
+def _try_start(runner: Passes, plain: Plain) -> Verdict:
     for layer in sorted({1, runner.n_layers - 1}):
         if layer < 1 or layer >= runner.n_layers:
             continue
@@ -183,7 +205,7 @@ def _try_start(runner: Runner, plain: Plain) -> Verdict:
     return Verdict(True)
 
 
-def _try_causal(runner: Runner, plain: Plain) -> Verdict:
+def _try_causal(runner: Passes, plain: Plain) -> Verdict:
     """Other tokens in the second half must leave the first half as it is."""
     half = plain.tokens.shape[1] // 2
     other = plain.tokens.clone()
@@ -195,7 +217,7 @@ def _try_causal(runner: Runner, plain: Plain) -> Verdict:
     return Verdict(True)
 
 
-_TRIALS: dict[str, Callable[[Runner, Plain], Verdict]] = {
+_TRIALS: dict[str, Callable[[Passes, Plain], Verdict]] = {
     "answer": _try_answer,
     "unembedding": _try_unembedding,
     "prefix": _try_prefix,

@@ -20,7 +20,7 @@ from dfa_lens.data import metrics
 from dfa_lens.data.pairs import PromptPairs
 from dfa_lens.data.registry import Registry
 from dfa_lens.errors import AlignmentError, unknown
-from dfa_lens.models.runner import attention_mask
+from dfa_lens.models.passes import attention_mask
 
 Loss = Literal["kl", "logit-difference", "probability"]
 """How far the masked run is from the clean one; each averaged over examples.

@@ -15,7 +15,8 @@ from dfa_lens.data.pairs import PromptPairs
 from dfa_lens.models.backend import KeysValues
 from dfa_lens.models.hooks import Activations, Intervention
 from dfa_lens.models.paired_run import PairedRun
-from dfa_lens.models.runner import Prefix, Runner
+from dfa_lens.models.passes import Prefix
+from dfa_lens.models.runner import Runner
 from dfa_lens.transfer import grouping
 from dfa_lens.transfer.recipe import Positions
 
