@@ -20,9 +20,11 @@ TORCH ?= 2.13.0
 QUICK := -m pytest -n auto tests -m 'not browser and not slow'
 
 # $(call locked,ENVIRONMENT,LOCK): what a lock file lists, this package, and a check that nothing else came with them.
-# Build back ends are in the file, too; pip itself comes first, for old ones have no --build-constraint.
+# Build back ends are in the file, too; pip itself comes first, for old ones have no --build-constraint. An environment
+# that was made here before is made anew, without what is no longer listed; nobody else's is deleted.
 define locked
-	$(PYTHON) -m venv --clear $(1)
+	@if [ -e $(1)/.installed ]; then rm -rf $(1); fi
+	$(PYTHON) -m venv $(1)
 	$(1)/bin/python $(PIP) -c requirements/$(2).txt --upgrade pip
 	$(1)/bin/python $(PIP) --build-constraint requirements/$(2).txt -r requirements/$(2).txt -e '.[dev,docs]'
 	$(1)/bin/python tools/lock.py check $(2)
