@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from dfa_lens.errors import DfaError, unknown
+from dfa_lens.errors import DfaError, short, unknown
 from dfa_lens.prompts import PromptPairs
 
 Metric = Callable[[Float[Tensor, "batch vocab"], PromptPairs, "Tensor | None"], Float[Tensor, " batch"]]
@@ -69,6 +69,8 @@ def resolve(metric: str | Callable[..., Any]) -> Metric:
     """
     if isinstance(metric, str) and metric not in METRICS:
         raise unknown("metric", metric, METRICS)
+    if not isinstance(metric, str) and not callable(metric):
+        raise DfaError(f"A metric is a name or a function of (logits, pairs), not {short(repr(metric))}.")
 
     def checked(logits: Tensor, pairs: PromptPairs, clean_logits: Tensor | None = None) -> Tensor:
         values = METRICS[metric](logits, pairs, clean_logits) if isinstance(metric, str) else metric(logits, pairs)

@@ -38,13 +38,6 @@ def test_no_module_hides_a_public_name():
     assert not {name for name, home in dfa._HOME.items() if home is not None} & modules
 
 
-def test_no_module_prints():
-    for path in (ROOT / "dfa_lens").rglob("*.py"):
-        if path.name not in ("train.py",):
-            # but for PromptPairs.show, which is for printing
-            assert not re.search(r"^\s*print\((?!.*noqa: T201)", path.read_text(), re.M), path
-
-
 def quick_start():
     return re.search(r"## Quick start\n.*?```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S).group(1)
 
