@@ -9,24 +9,6 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from jaxtyping import install_import_hook
 
-# Modules whose signatures carry shapes. Installed before any of them is imported.
-install_import_hook(
-    [
-        f"dfa_lens.{name}"
-        for name in (
-            "alignment",
-            "attribution",
-            "behaviour",
-            "controls",
-            "faithfulness",
-            "models",
-            "metrics",
-            "nodes",
-            "prompts",
-            "scores",
-            "statistics",
-            "training",
-        )
-    ],
-    "beartype.beartype",
-)
+# The whole package, so that no signature with a shape in it goes unchecked; an int is welcome where a float is, as for
+# every type checker. Installed before any of it is imported.
+install_import_hook("dfa_lens", "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))")

@@ -1,6 +1,7 @@
 """What the adapter promises on every TransformerLens: no silent mistake, and a model left as it was."""
 
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -203,5 +204,10 @@ def test_gradients_in_compatibility_mode_are_finite_with_padding(ragged):
     assert alignment.W.isfinite().all()
 
 
-def test_weights_that_live_elsewhere_say_where_they_are_brought_to(any_model):
-    assert Runner(any_model).device == torch.device("cpu")
+def test_weights_that_live_elsewhere_say_where_they_are_brought_to():
+    """Offloaded weights are on no device; accelerate's hooks know the one that they are run on. No GPU is needed."""
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2, device="meta"), torch.nn.Linear(2, 2, device="meta"))
+    assert backend.HookedBackend(model).device == torch.device("meta")
+    model[1]._hf_hook = SimpleNamespace(execution_device="cuda:1")
+    assert backend.HookedBackend(model).device == torch.device("cuda:1")
+    assert backend.HookedBackend(torch.nn.Linear(2, 2)).device == torch.device("cpu")

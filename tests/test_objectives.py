@@ -28,7 +28,8 @@ def test_shifted_masks_have_the_size_asked_for(n, sharpness, seed):
     sizes = 1 + (n - 2) * torch.rand(3, generator=generator)
     gates = gates_of_size(scores, sizes, sharpness)
     torch.testing.assert_close(gates.sum(1), sizes, atol=2e-3, rtol=1e-3)
-    assert bool((gates.argsort(1) == scores.argsort(1)).all()) or n > 2  # the ranking is kept
+    assert bool((gates.gather(1, scores.argsort(1)).diff(dim=1) >= 0).all())  # the ranking is kept, up to ties
+    assert bool((gates.amax(1) > gates.amin(1)).all())  # and the mask is not one number for all
     torch.testing.assert_close(gates_of_size(scores + 3.0, sizes, sharpness), gates, atol=2e-3, rtol=1e-3)
 
 

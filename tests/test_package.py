@@ -61,13 +61,6 @@ def test_no_module_hides_a_public_name():
     assert {name for name in dfa.__all__ if isinstance(getattr(dfa, name), ModuleType)} == modules
 
 
-def test_no_module_prints():
-    for path in (ROOT / "dfa_lens").rglob("*.py"):
-        if path.name not in ("train.py",):
-            # but for PromptPairs.show, which is for printing
-            assert not re.search(r"^\s*print\((?!.*noqa: T201)", path.read_text(), re.M), path
-
-
 def quick_start():
     return re.search(r"## Quick start\n.*?```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S).group(1)
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers import unchecked
 
 import dfa_lens as dfa
 from dfa_lens.errors import FaithfulnessError, ScoreError
@@ -135,6 +136,7 @@ def test_a_dropdown_of_tasks_changes_everything(several):
     assert [button.label for button in menu.buttons] == ["one", "&lt;script&gt;two"]
     second = menu.buttons[1].args
     alone = dfa.plots.aligned_heatmap(source["<script>two"], target["<script>two"], alignment=alignment)
+    assert {alone.data[index].name for index in second[2]} >= {"source heads", "source MLP", "target heads"}
     for at, index in enumerate(second[2]):
         trace = alone.data[index]
         shown = np.array([[np.nan if v is None else v for v in row] for row in second[0]["z"][at]])
@@ -318,7 +320,7 @@ def test_bad_tables(drawn, several):
         (lambda: plots.aligned_heatmap(several[0], t), ScoreError, "on both models alike"),
         (lambda: plots.aligned_heatmap(several[0], {"one": t}), ScoreError, "'<script>two' has source scores but no"),
         (lambda: plots.aligned_heatmap(s, t, gold=s), ScoreError, "The gold scores belong to"),
-        (lambda: plots.scores_heatmap(s, style="papr"), DfaError, "Unknown style 'papr'.*Did you mean 'paper'"),
+        (lambda: unchecked(style.on_paper)("papr"), DfaError, "Unknown style 'papr'.*Did you mean 'paper'"),
         (lambda: plots.Picture().to_frame(), DfaError, "carries no table"),
     ):
         with pytest.raises(error, match=message):

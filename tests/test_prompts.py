@@ -414,7 +414,7 @@ def test_choices_of_another_vocabulary(any_model):
     pairs = random_pairs(2)
     far = replace(pairs, choices=torch.stack([pairs.answer, pairs.answer + 500], 1))
     with pytest.raises(PromptError, match="choices of pair 0 has token id .* vocabulary has 101"):
-        far.check(any_model)
+        dfa.check(any_model, far)
 
 
 def test_what_is_put_together_must_belong_together(zoo_source):

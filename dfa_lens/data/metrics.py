@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dfa_lens.data.pairs import PromptPairs
 from dfa_lens.data.registry import Registry
-from dfa_lens.errors import DfaError
+from dfa_lens.errors import DfaError, short
 
 Metric = Callable[[Float[Tensor, "batch vocab"], PromptPairs, "Tensor | None"], Float[Tensor, " batch"]]
 """(logits at the last real token, the pairs, the clean run's logits) → one number per example."""
@@ -81,6 +81,8 @@ def checked(metric: str | Callable[..., Any]) -> Metric:
     A function takes (logits [batch, vocab], pairs) and returns [batch].
     """
     named = METRICS.find(metric) if isinstance(metric, str) else None
+    if not isinstance(metric, str) and not callable(metric):
+        raise DfaError(f"A metric is a name or a function of (logits, pairs), not {short(repr(metric))}.")
 
     def values_of(logits: Tensor, pairs: PromptPairs, clean_logits: Tensor | None = None) -> Tensor:
         own = not isinstance(metric, str)

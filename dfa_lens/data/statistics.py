@@ -104,7 +104,19 @@ UNDEFINED = Interval(float("nan"), float("nan"))
 
 def enough(n: int, what: str, confidence: float, resamples: int) -> bool:
     """Whether ``n`` examples can be resampled; with fewer than two a :class:`StatisticsWarning` says that ``what`` is
-    NaN."""
+    NaN.
+
+    Raises
+    ------
+    DfaError
+        If ``confidence`` or ``resamples`` is out of range.
+
+    Examples
+    --------
+    >>> import dfa_lens as dfa
+    >>> dfa.statistics.enough(8, "an interval", 0.95, 2000)
+    True
+    """
     if not 0 < confidence < 1:
         raise DfaError(f"confidence must be between 0 and 1, not {confidence}.")
     if resamples < 1:
