@@ -286,3 +286,9 @@ def test_the_state_of_a_model_is_compared_in_full(model):
     assert state_of(model) != before
     handle.remove()
     assert state_of(model) == before
+
+
+@pytest.mark.parametrize("model", [None, "gpt2", hugging_face_model(), 3])
+def test_what_is_no_model_has_no_nodes(model):
+    with pytest.raises(ModelError, match="does not say how many layers and heads it has"):
+        dfa.NodeSet.heads_and_mlps(model)

@@ -14,7 +14,7 @@ from typing import Any, SupportsIndex, overload
 
 from dfa_lens.data import selection
 from dfa_lens.data.content import ByContent
-from dfa_lens.errors import NodeError, NodeIndexError, short
+from dfa_lens.errors import ModelError, NodeError, NodeIndexError, short
 
 HEAD_POINT = "blocks.{layer}.attn.hook_z"
 MLP_POINT = "blocks.{layer}.hook_mlp_out"
@@ -155,6 +155,11 @@ class NodeSet(ByContent, Sequence[Node]):
         with_input:
             Put the embedding first, as the node "input", as MIB's released code ranks it.
 
+        Raises
+        ------
+        ModelError
+            If the model has no such numbers.
+
         Examples
         --------
         >>> import dfa_lens as dfa
@@ -162,7 +167,14 @@ class NodeSet(ByContent, Sequence[Node]):
         >>> len(nodes), nodes.names[:3], nodes.names[-1]
         (54, ('a0.h0', 'a0.h1', 'a0.h2'), 'm5')
         """
-        return cls.for_sizes(int(model.cfg.n_layers), int(model.cfg.n_heads), with_input=with_input)
+        try:
+            n_layers, n_heads = int(model.cfg.n_layers), int(model.cfg.n_heads)
+        except (AttributeError, TypeError):
+            raise ModelError(
+                f"A {type(model).__name__} does not say how many layers and heads it has: pass a HookedTransformer or "
+                "TransformerBridge (dfa.load_model makes either), or use NodeSet.for_sizes."
+            ) from None
+        return cls.for_sizes(n_layers, n_heads, with_input=with_input)
 
     @classmethod
     def for_sizes(cls, n_layers: int, n_heads: int, *, with_input: bool = False) -> NodeSet:
