@@ -14,7 +14,7 @@ import dfa_lens
 from dfa_lens import zoo
 from dfa_lens.errors import TaskError, unknown
 from dfa_lens.experiments.experiment import QUICK, Budget, Experiment, ModelPair, Outcome
-from dfa_lens.experiments.setting import SETTINGS
+from dfa_lens.experiments.settings import SETTINGS
 from dfa_lens.experiments.table import GOLD, Results, TaskResult
 from dfa_lens.tasks import Collection
 from dfa_lens.tasks.own import TaskSource, sources

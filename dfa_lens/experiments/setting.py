@@ -4,18 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import Any, Literal, get_args
 
 from dfa_lens.data.content import ByContent, fingerprint, plain
-from dfa_lens.data.pairs import PromptPairs
 from dfa_lens.errors import DfaError, short, unknown
 from dfa_lens.experiments.table import Control
-from dfa_lens.transfer import similarity
-from dfa_lens.transfer.forms import Kernel
-from dfa_lens.transfer.recipe import RELEASED, Recipe
-
-if TYPE_CHECKING:
-    from dfa_lens.experiments.experiment import Experiment
+from dfa_lens.transfer.recipe import Recipe
 
 Regime = Literal["in-distribution", "near-distribution", "zero-shot", "one-task"]
 """What W is trained on, for a test task.
@@ -30,8 +24,8 @@ OTHER_SCORES: tuple[Control, ...] = ("uniform-s", "random-s", "target-only")
 UNTRAINED: tuple[Control, ...] = ("random-w", "depth-mean", "regression")
 """Controls whose W is not trained."""
 
-RecipeFunction = Callable[["Experiment", tuple[str, ...]], Recipe]
-"""Of the experiment and the training tasks: for a form of W that is made of the two models, a kernel say."""
+RecipeFunction = Callable[[Any, tuple[str, ...]], Recipe]
+"""Of the :class:`~dfa_lens.experiments.experiment.Experiment` and the training tasks: for a form of W that is made of the two models, a kernel say."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,54 +64,3 @@ class Setting(ByContent):
         recipe = self.recipe.to_meta() if isinstance(self.recipe, Recipe) else plain(self.recipe)
         asked = {"regime": self.regime, "control": self.control, "recipe": recipe, "ridge": self.ridge}
         return {**asked, "fingerprint": fingerprint((self.regime, self.control, self.recipe, self.ridge))}
-
-
-def attention_kernel(experiment: Experiment, trained: tuple[str, ...]) -> Recipe:
-    """Like nodes by kind, depth and how heads attend to random repeated tokens."""
-    return Recipe(form=Kernel(experiment.attention_similarities))
-
-
-def behaviour_kernel(experiment: Experiment, trained: tuple[str, ...]) -> Recipe:
-    """As :func:`attention_kernel`, and by what nodes do at the answers of the *training* tasks (CKA)."""
-    alike = similarity.cka_similarity(
-        experiment.source,
-        PromptPairs.concat([experiment.on_source[task] for task in trained]),
-        experiment.target,
-        PromptPairs.concat([experiment.train[task] for task in trained]),
-    )
-    depth = similarity.kind_and_depth(experiment.source_nodes, experiment.target_nodes)
-    similarities = {**experiment.attention_similarities, "behaviour": alike, "behaviour and depth": alike * depth}
-    return Recipe(form=Kernel(similarities))
-
-
-MATRYOSHKA = Recipe(objective="matryoshka")
-
-SETTINGS: dict[str, Setting] = {
-    "in-distribution": Setting("in-distribution"),
-    "near-distribution": Setting("near-distribution"),
-    "zero-shot": Setting("zero-shot"),
-    "one-task": Setting("one-task"),
-    # controls of the zero-shot default
-    "uniform-s": Setting("zero-shot", "uniform-s"),
-    "random-s": Setting("zero-shot", "random-s"),
-    "scrambled-s": Setting("zero-shot", "scrambled-s"),
-    "permuted-w": Setting("zero-shot", "permuted-w"),
-    "random-w": Setting("zero-shot", "random-w"),
-    "depth-mean": Setting("zero-shot", "depth-mean"),
-    "regression": Setting("zero-shot", "regression", method="ridge 0.1", ridge=0.1),
-    "target-only": Setting("in-distribution", "target-only"),
-    "in-distribution, uniform-s": Setting("in-distribution", "uniform-s"),
-    # other objectives and forms
-    "in-distribution, matryoshka": Setting("in-distribution", "", MATRYOSHKA, "matryoshka"),
-    "in-distribution, released": Setting("in-distribution", "", RELEASED, "released"),
-    "zero-shot, released": Setting("zero-shot", "", RELEASED, "released"),
-    "zero-shot, matryoshka": Setting("zero-shot", "", MATRYOSHKA, "matryoshka"),
-    "zero-shot, kernel": Setting("zero-shot", "", Recipe(form="kernel"), "kernel: depth"),
-    "zero-shot, attention kernel": Setting("zero-shot", "", attention_kernel, "kernel: attention"),
-    "zero-shot, behaviour kernel": Setting("zero-shot", "", behaviour_kernel, "kernel: behaviour"),
-    "zero-shot, full+bias": Setting("zero-shot", "", Recipe(form="full+bias"), "full+bias"),
-    "zero-shot, low-rank": Setting("zero-shot", "", Recipe(form="low-rank"), "low-rank"),
-    "zero-shot, block": Setting("zero-shot", "", Recipe(form="block"), "block"),
-    "zero-shot, depth-band": Setting("zero-shot", "", Recipe(form="depth-band"), "depth-band"),
-}
-"""The settings of the method benchmark: four regimes, all controls, and the named objectives and forms."""

@@ -30,7 +30,8 @@ from dfa_lens.data.files import read_json, write_atomically
 from dfa_lens.errors import DfaError, FileError, TaskError, unknown
 from dfa_lens.experiments import table
 from dfa_lens.experiments.experiment import FULL, QUICK, Budget, Experiment, ModelPair, Outcome
-from dfa_lens.experiments.setting import SETTINGS, Regime, Setting
+from dfa_lens.experiments.setting import Regime, Setting
+from dfa_lens.experiments.settings import SETTINGS
 from dfa_lens.experiments.table import GOLD, read
 from dfa_lens.tasks import Collection
 from dfa_lens.tasks.own import TaskSource, sources
