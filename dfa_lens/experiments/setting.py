@@ -25,8 +25,8 @@ UNTRAINED: tuple[Control, ...] = ("random-w", "depth-mean", "regression")
 """Controls whose W is not trained."""
 
 RecipeFunction = Callable[[Any, tuple[str, ...]], Recipe]
-"""Of the :class:`~dfa_lens.experiments.experiment.Experiment` and the training tasks: for a form of W that is made of the
-two models, a kernel say."""
+"""Of the :class:`~dfa_lens.experiments.experiment.Experiment` and the training tasks: for a form of W that is made of
+the two models, a kernel say."""
 
 
 @dataclass(frozen=True, eq=False)

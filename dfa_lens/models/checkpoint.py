@@ -59,7 +59,7 @@ class Checkpoint:
         return {"local_files_only": True} if self.folder is not None else {}
 
 
-def locate(name_or_path: str | os.PathLike[str]) -> Checkpoint:
+def locate(name_or_path: Any) -> Checkpoint:
     """The checkpoint of that name: a folder, a shipped model, or a name on the hub, in this order.
 
     Raises

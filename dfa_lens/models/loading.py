@@ -165,7 +165,7 @@ def _keep_tokenizer(model: Any, tokenizer: Any) -> None:
 # --- what is asked for -------------------------------------------------------------------------------------------
 
 
-def _existing_backend(backend: str, placed: bool) -> str:
+def _existing_backend(backend: Any, placed: bool) -> str:
     """ "hooked" or "bridge": what "auto" stands for, if the installed TransformerLens has it."""
     if backend not in get_args(Backend):
         raise unknown("backend", backend, get_args(Backend), ModelError)
@@ -210,7 +210,7 @@ def _existing_device(device: Any) -> torch.device:
     return where
 
 
-def _check_placement(backend: str, device: Any, n_devices: int, placed: bool) -> None:
+def _check_placement(backend: Any, device: Any, n_devices: Any, placed: bool) -> None:
     if placed and device is not None:
         raise ModelError("Give device, or device_map and max_memory, not both.")
     if placed and backend == "hooked":

@@ -7,7 +7,7 @@ is found when it is first needed and kept until something that it depends on has
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -36,6 +36,7 @@ class Verdict(NamedTuple):
     unexpected: bool = True  #: whether a refusal is worth a warning
 
 
+@runtime_checkable
 class Passes(Protocol):
     """What a trial needs of a :class:`~dfa_lens.models.runner.Runner`."""
 

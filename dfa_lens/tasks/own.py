@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol, get_args
+from typing import Any, Protocol, get_args, runtime_checkable
 
 import torch
 
@@ -19,6 +19,7 @@ from dfa_lens.errors import FileError, PromptError, TaskError, short, unknown
 __all__ = ["FileTask", "TaskSource", "sources"]
 
 
+@runtime_checkable
 class TaskSource(Protocol):
     """Makes prompt pairs of a task: ``functools.partial(dfa.tasks.load, "ioi")`` is one, and so is a :class:`FileTask`.
 
