@@ -9,23 +9,21 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from jaxtyping import install_import_hook
 
-# Modules whose signatures carry shapes. Installed before any of them is imported.
+# Packages and modules whose signatures carry shapes. Installed before any of them is imported.
 install_import_hook(
     [
         f"dfa_lens.{name}"
         for name in (
-            "alignment",
             "attribution",
-            "behaviour",
-            "controls",
-            "faithfulness",
+            "data.alignment",
+            "data.metrics",
+            "data.nodes",
+            "data.pairs",
+            "data.scores",
+            "data.statistics",
+            "evaluation",
             "models",
-            "metrics",
-            "nodes",
-            "prompts",
-            "scores",
-            "statistics",
-            "training",
+            "transfer",
         )
     ],
     "beartype.beartype",
