@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 import torch
-from helpers import random_pairs, unchecked
+from helpers import random_pairs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -126,8 +126,6 @@ def test_bad_input(any_model):
         dfa.fit(any_model, scores, pairs, objective="spars")
     with pytest.raises(AlignmentError, match="needs positions='answer'"):
         dfa.fit(any_model, scores, pairs, loss="probability", positions="all")
-    with pytest.raises(AlignmentError, match="Unknown loss 'l2'"):
-        unchecked(dfa.fit)(any_model, scores, pairs, loss="l2")
     with pytest.raises(AlignmentError, match="temperature must be positive"):
         dfa.fit(any_model, scores, pairs, temperature=(1.0, 0.0))
     with pytest.raises(AlignmentError, match="fraction must be between 0 and 1"):

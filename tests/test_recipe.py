@@ -70,7 +70,6 @@ def test_the_released_recipe():
     ("field", "value", "message"),
     [
         ("form", "lowrank", "Unknown form 'lowrank'.*Did you mean 'low-rank'"),
-        ("form", 3, "Unknown form '?3"),
         ("objective", "spars", "Unknown objective 'spars'"),
         ("sparsity_weight", -1.0, "sparsity_weight must be 0 or more, not -1.0"),
         ("sparsity_weight", float("nan"), "sparsity_weight must be 0 or more, not nan"),

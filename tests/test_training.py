@@ -273,8 +273,8 @@ def test_bad_input(any_model):
     for name, value in (("lr", 0.0), ("temperature", -1.0), ("sparsity_weight", -0.1), ("steps", 0), ("batch_size", 0)):
         with pytest.raises(AlignmentError, match=f"{name} must be"):
             dfa.fit(any_model, scores, pairs, **{name: value})
-    with pytest.raises(AlignmentError, match="Unknown positions 'last'"):
-        unchecked(dfa.fit)(any_model, scores, pairs, positions="last")
+    with pytest.raises(AlignmentError, match="Unknown cache 'disk'"):
+        unchecked(dfa.fit_many)(any_model, {}, pairs, cache="disk")
     with pytest.raises(AlignmentError, match=r"initial has shape \[2, 2\]"):
         dfa.fit(any_model, scores, pairs, initial=torch.zeros(2, 2))
     foreign = random_pairs(4, vocabulary=400)

@@ -237,7 +237,8 @@ def plain(value: object) -> Any:
     Examples
     --------
     >>> import dfa_lens as dfa
-    >>> dfa.content.plain(dfa.forms.LowRank(rank=2))
+    >>> from dfa_lens.data.content import plain
+    >>> plain(dfa.forms.LowRank(rank=2))
     {'type': 'LowRank', 'rank': 2}
     """
     if isinstance(value, np.generic):
