@@ -3,7 +3,6 @@
 import inspect
 import re
 import sys
-from importlib import import_module
 from pathlib import Path
 
 import grimp
@@ -95,13 +94,11 @@ INNER = {"attention_kernel", "behaviour_kernel", "diagnose", "labels"}
 
 def test_functions_of_public_modules_have_examples():
     for module in ("controls", "diagnostics", "similarity", "hooks", "plots", "statistics", "tasks", "zoo", "study"):
-        loaded = import_module(f"dfa_lens.{module}")
+        loaded = getattr(dfa, module)
         own = [
             value
             for name, value in vars(loaded).items()
-            if inspect.isfunction(value)
-            and not name.startswith("_")
-            and value.__module__.startswith(f"dfa_lens.{module}")
+            if inspect.isfunction(value) and not name.startswith("_") and value.__module__.startswith(loaded.__name__)
         ]
         without = [each.__name__ for each in own if ">>>" not in (each.__doc__ or "") and each.__name__ not in INNER]
         assert not without, f"{module}: {without}"
