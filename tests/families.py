@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+import warnings
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -105,8 +106,6 @@ def _hooked(family: str) -> Any:
         device="cpu",
         init_weights=True,
     )
-    state = torch.get_rng_state()
-    try:
+    with torch.random.fork_rng(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "HookedTransformer is deprecated", DeprecationWarning)
         return HookedTransformer(config, move_to_device=False).eval()
-    finally:
-        torch.set_rng_state(state)

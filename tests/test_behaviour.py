@@ -64,6 +64,8 @@ def test_where_nothing_is_left(zoo_source):
         _ = dfa.check(zoo_source, pairs).unsolved
 
 
+# a model of one's own that takes no cache is run on whole prompts, and says so
+@pytest.mark.filterwarnings("ignore:The short cut")
 def test_answer_above_wrong_flatters_with_symbol_counterfactuals(any_model):
     """A model that has learned only that answers are among the clean letters looks right; the choices tell."""
     tokenizer = dfa.zoo.load("llama3-tiny-source").tokenizer

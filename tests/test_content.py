@@ -61,7 +61,6 @@ KINDS = {
         [
             lambda: random_pairs(3, seed=1),
             lambda: random_pairs(3)[:2],
-            lambda: random_pairs(3).with_metric("kl"),
             lambda: replace(random_pairs(3), choices=torch.stack([random_pairs(3).answer, random_pairs(3).wrong], 1)),
         ],
     ),

@@ -188,7 +188,7 @@ def test_bad_input(any_model, pairs, scores):
         dfa.faithfulness_curve(any_model, pairs, dfa.controls.uniform(NODES["m*"]), protocol="mib")
     for metric in (None, 3, ["kl"]):
         with pytest.raises(DfaError, match="A metric is a name or a function"):
-            unchecked(dfa.metrics.resolve)(metric)
+            unchecked(dfa.metrics.checked)(metric)
     with pytest.raises(DfaError, match="confidence must be between 0 and 1"):
         statistics.bootstrap(np.zeros(3), np.mean, confidence=2.0)
 

@@ -35,7 +35,8 @@ def test_from_model(model):
 def test_from_points(model):
     nodes = dfa.NodeSet.from_points(model, {"blocks.{layer}.hook_attn_out": None, "blocks.{layer}.attn.hook_v": 2})
     assert len(nodes) == 3 * (1 + 2)  # grouped: two key-value heads
-    assert nodes.names[:3] == ("blocks.0.hook_attn_out", "blocks.0.attn.hook_v[0]", "blocks.0.attn.hook_v[1]")
+    # in the order in which they fire
+    assert nodes.names[:3] == ("blocks.0.attn.hook_v[0]", "blocks.0.attn.hook_v[1]", "blocks.0.hook_attn_out")
 
 
 def test_from_points_errors(model):

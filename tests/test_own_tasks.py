@@ -5,6 +5,7 @@ import pickle
 
 import pandas as pd
 import pytest
+from helpers import unchecked
 from typer.testing import CliRunner
 
 import dfa_lens as dfa
@@ -113,7 +114,7 @@ def test_sources_are_ours_by_name_and_ones_own(zoo_target):
     with pytest.raises(TaskError, match="Unknown task 'add'"):
         sources({"mine": "add"})
     with pytest.raises(TaskError, match="Task 'mine' must be a name or a function"):
-        sources({"mine": 3})
+        unchecked(sources)({"mine": 3})
     with pytest.raises(TaskError, match="There are no tasks"):
         sources({})
     with pytest.raises(TaskError, match="The source of task 'mine' made a list"):

@@ -1,5 +1,7 @@
 """Shorter passes against whole ones: the same numbers, with hooks, gradients and gates, on every backend."""
 
+from functools import partial
+
 import pytest
 import torch
 from helpers import BACKENDS, plain_passes, random_model, random_pairs
@@ -10,7 +12,7 @@ from dfa_lens.errors import DfaError, HookError
 from dfa_lens.models import hooks, memory
 from dfa_lens.models.passes import Start, attention_mask, stream_hooks
 from dfa_lens.models.runner import Runner, ShortCutWarning
-from dfa_lens.transfer import trainer as training
+from dfa_lens.transfer import grouping, store
 
 TOLERANCE = {"rtol": 1e-4, "atol": 2e-5}
 
@@ -162,16 +164,16 @@ def test_groups_of_a_training_batch(any_model, monkeypatch):
     source = dfa.NodeSet.for_sizes(2, 2)
     scores = {task: dfa.controls.random_scores(source, seed=i) for i, task in enumerate(tasks)}
     sizes = []
-    divergence = training._Batch.divergence
+    masked, cheapest = store.ExampleStore.masked, grouping.cheapest
 
-    def look(self, *args):
-        sizes.append(len(self.pairs))
-        return divergence(self, *args)
+    def look(self, batch, gates):
+        sizes.append(len(batch.pairs))
+        return masked(self, batch, gates)
 
-    monkeypatch.setattr(training._Batch, "divergence", look)
+    monkeypatch.setattr(store.ExampleStore, "masked", look)
     found = {}
     for cost, loss in ((0, "kl"), (10**6, "kl"), (0, "logit-difference"), (10**6, "logit-difference")):
-        monkeypatch.setattr(training, "PASS_IN_TOKENS", cost)
+        monkeypatch.setattr(grouping, "cheapest", partial(cheapest, pass_in_tokens=cost))
         sizes.clear()
         found[cost, loss] = dfa.fit(any_model, scores, tasks, steps=4, batch_size=12, loss=loss)
         assert sum(sizes) == 48

@@ -180,6 +180,5 @@ def test_a_hooked_transformer_reads_its_weights_as_we_lay_them_out():
     for parameter, order in Backend.of(model).copied_weights():
         turned = parameter.data.permute(order).contiguous()
         assert turned.permute([order.index(axis) for axis in range(parameter.ndim)]).shape == parameter.shape
-        assert parameter.is_contiguous()
     names = [name for name, p in model.named_parameters() if any(p is q for q, _ in Backend.of(model).copied_weights())]
     assert {name.split(".")[-1] for name in names} == {"W_Q", "_W_K", "_W_V", "W_O", "W_gate", "W_in", "W_out"}

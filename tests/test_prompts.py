@@ -419,11 +419,6 @@ def test_choices_of_another_vocabulary(any_model):
 
 def test_what_is_put_together_must_belong_together(zoo_source):
     parts = [dfa.tasks.load("ioi", zoo_source.tokenizer, n=2, seed=seed) for seed in (0, 1)]
-    with pytest.raises(PromptError, match="different metrics, 'logit-difference' and 'kl': choose one for all"):
-        dfa.PromptPairs.concat([parts[0], parts[1].with_metric("kl")])
-    with pytest.raises(PromptError, match="different metrics, 'kl' and 'tensors'"):
-        dfa.PromptPairs.concat([parts[0].with_metric("kl"), parts[1].with_metric(tensors)])
-    assert dfa.PromptPairs.concat([part.with_metric("kl") for part in parts]).metric == "kl"
     again = dfa.tasks.load("ioi", build(begin_of_text=True), n=2, seed=1)  # the same tokenizer, loaded again
     assert dfa.PromptPairs.concat([parts[0], again]).tokenizer is zoo_source.tokenizer
     assert dfa.PromptPairs.concat([random_pairs(2), parts[0]]).tokenizer is zoo_source.tokenizer

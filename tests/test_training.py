@@ -210,13 +210,6 @@ def test_metadata_hold_all_that_was_asked_for(any_model):
     assert found["temperature"]["temperature"] == [1.0, 0.5]
 
 
-def test_tasks_may_be_measured_differently(any_model):
-    """Training has a loss of its own: what the pairs are otherwise measured by does not matter."""
-    scores, pairs = inputs()
-    found = dfa.fit(any_model, scores, pairs | {"b": pairs["b"].with_metric("probability-difference")}, steps=2)
-    assert found == dfa.fit(any_model, scores, pairs, steps=2)
-
-
 def test_what_is_kept_is_made_once(any_model, monkeypatch):
     """One store for each hook point and one for the clean run's predictions, however many batches fill them."""
     made = []

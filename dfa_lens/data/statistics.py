@@ -74,7 +74,7 @@ def bootstrap(
 
 def resampled(
     data: np.ndarray, statistic: Callable[..., np.ndarray], confidence: float, resamples: int, seed: int
-) -> tuple[tuple[np.ndarray, np.ndarray], Float[np.ndarray, "*value resample"]]:
+) -> tuple[tuple[Any, Any], Float[np.ndarray, "..."]]:
     """The limits of a percentile bootstrap, and the statistic of every resample behind them.
 
     Parameters

@@ -16,7 +16,6 @@ from dfa_lens.errors import TaskError, unknown
 from dfa_lens.experiments.experiment import QUICK, Budget, Experiment, ModelPair, Outcome
 from dfa_lens.experiments.settings import SETTINGS
 from dfa_lens.experiments.table import GOLD, Results, TaskResult
-from dfa_lens.tasks import Collection
 from dfa_lens.tasks.own import TaskSource, sources
 
 SHOWN = {name: SETTINGS[name] for name in ("in-distribution", "zero-shot", "uniform-s", "depth-mean", "random-w")}
@@ -34,7 +33,7 @@ def run(
     tasks: Mapping[str, str | TaskSource] | None = None,
     device: str = "cpu",
     dtype: torch.dtype = torch.float32,
-    collection: Collection = "offline",
+    collection: str = "offline",
     progress: bool = False,
 ) -> Results:
     """Transfer circuits in the shipped families, and measure them.

@@ -293,6 +293,6 @@ FORMS: Registry[type[Form]] = Registry(
 """The forms by name; add one of your own by ``register``, or pass an instance."""
 
 
-def resolve(form: str | Form) -> Form:
+def resolve(form: object) -> Form:
     """The form of that name with its defaults; an instance is returned unchanged."""
     return form if isinstance(form, Form) else FORMS.find(form)()

@@ -236,6 +236,6 @@ OBJECTIVES: Registry[type[Objective]] = Registry(
 """The objectives by name; add one of your own by ``register``, or pass an instance."""
 
 
-def resolve(objective: str | Objective) -> Objective:
+def resolve(objective: object) -> Objective:
     """The objective of that name with its defaults; an instance is returned unchanged."""
     return objective if isinstance(objective, Objective) else OBJECTIVES.find(objective)()
