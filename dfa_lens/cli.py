@@ -124,7 +124,7 @@ def demo(
         tasks=_all_tasks(pairs),
         device=device,
         dtype=_dtype(dtype),
-        collection=collection,  # type: ignore[arg-type]
+        collection=collection,
         progress=True,
     )
     out.mkdir(parents=True, exist_ok=True)
@@ -263,7 +263,7 @@ def study(
         workers=workers,
         device=device,
         dtype=_dtype(dtype),
-        collection=collection,  # type: ignore[arg-type]
+        collection=collection,
         progress=True,
     )
     table.to_csv(out / "table.csv", index=False)

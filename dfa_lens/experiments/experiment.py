@@ -23,7 +23,7 @@ from dfa_lens.evaluation.faithfulness import faithfulness_curve
 from dfa_lens.experiments.setting import OTHER_SCORES, UNTRAINED, Setting
 from dfa_lens.experiments.table import GOLD
 from dfa_lens.models.backend import HookedModel
-from dfa_lens.tasks import SIBLINGS, Collection
+from dfa_lens.tasks import SIBLINGS
 from dfa_lens.tasks.own import TaskSource, sources
 from dfa_lens.transfer import controls, similarity
 from dfa_lens.transfer.recipe import Recipe
@@ -142,7 +142,7 @@ class Experiment:
         steps: int = 5,
         device: str = "cpu",
         dtype: torch.dtype = torch.float32,
-        collection: Collection = "offline",
+        collection: str = "offline",
     ) -> None:
         self.models, self.seed, self.budget = ModelPair.of(models), seed, budget
         self.method, self.steps, self.device, self.dtype = method, steps, device, dtype

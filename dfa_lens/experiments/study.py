@@ -33,7 +33,6 @@ from dfa_lens.experiments.experiment import FULL, QUICK, Budget, Experiment, Mod
 from dfa_lens.experiments.setting import Regime, Setting
 from dfa_lens.experiments.settings import SETTINGS
 from dfa_lens.experiments.table import GOLD, read
-from dfa_lens.tasks import Collection
 from dfa_lens.tasks.own import TaskSource, sources
 
 __all__ = [
@@ -63,7 +62,7 @@ def run(
     workers: int = 1,
     device: str = "cpu",
     dtype: torch.dtype = torch.float32,
-    collection: Collection = "offline",
+    collection: str = "offline",
     progress: bool = False,
 ) -> Any:
     """Run every setting on every pair of models, task and seed.
