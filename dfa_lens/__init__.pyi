@@ -9,6 +9,8 @@ from .data import metrics as metrics
 from .data import statistics as statistics
 from .data.alignment import Alignment as Alignment
 from .data.curve import FaithfulnessCurve as FaithfulnessCurve
+from .data.edges import EdgeScores as EdgeScores
+from .data.edges import EdgeSet as EdgeSet
 from .data.nodes import Node as Node
 from .data.nodes import NodeSet as NodeSet
 from .data.pairs import PromptPairs as PromptPairs
