@@ -5,6 +5,7 @@ from . import tasks as tasks
 from . import zoo as zoo
 from .attribution.attribute import IntegrationWarning as IntegrationWarning
 from .attribution.attribute import attribute as attribute
+from .attribution.edges import attribute_edges as attribute_edges
 from .data import metrics as metrics
 from .data import statistics as statistics
 from .data.alignment import Alignment as Alignment

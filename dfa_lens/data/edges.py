@@ -71,19 +71,25 @@ class ReaderSite:
     ----------
     kind, layer:
         Which; the logits belong to the last layer.
-    columns:
-        Where the readers stand among all of them.
+    first, stop:
+        The columns of the readers.
     n_before:
         How many writers come before them: the edges into them are those of the first ``n_before``.
     """
 
     kind: Kind
     layer: int
-    columns: slice
+    first: int
+    stop: int
     n_before: int
 
+    @property
+    def columns(self) -> slice:
+        """Where the readers stand among all of them."""
+        return slice(self.first, self.stop)
+
     def __len__(self) -> int:
-        return self.columns.stop - self.columns.start
+        return self.stop - self.first
 
 
 class EdgeSet(ByContent):
@@ -198,7 +204,7 @@ class EdgeSet(ByContent):
 
         def add(kind: Kind, layer: int, size: int, n_before: int) -> None:
             nonlocal column
-            found.append(ReaderSite(kind, layer, slice(column, column + size), n_before))
+            found.append(ReaderSite(kind, layer, column, column + size, n_before))
             column += size
 
         for layer in range(self.n_layers):
@@ -228,7 +234,7 @@ class EdgeSet(ByContent):
     @property
     def shape(self) -> tuple[int, int]:
         """Number of writers and of readers."""
-        return len(self.nodes), self.sites[-1].columns.stop
+        return len(self.nodes), self.sites[-1].stop
 
     @cached_property
     def existing(self) -> Bool[Tensor, "writer reader"]:
@@ -505,7 +511,7 @@ class EdgeScores(ByContent):
         rows = ends[:, 0].tolist()
         inputs: dict[int, list[int]] = {}  # writer's row → columns of its inputs
         for site, own in self.edges._inputs():
-            columns = torch.arange(site.columns.start, site.columns.stop)
+            columns = torch.arange(site.first, site.stop)
             for row, column in zip(
                 range(own.start, own.stop), self.edges._by_node(site, columns).tolist(), strict=True
             ):
