@@ -185,6 +185,27 @@ def test_sums():
     torch.testing.assert_close(grouped.to_nodes().values, nodes.values)
 
 
+@pytest.mark.parametrize("with_input", [True, False])
+def test_node_scores_on_edges_add_up_again(with_input):
+    nodes = dfa.NodeSet.for_sizes(2, 4, with_input=with_input)
+    scores = dfa.NodeScores(torch.randn(len(nodes)), nodes)
+    shared = dfa.EdgeScores.from_nodes(scores, EDGES)
+    assert len(set(shared.where(writer="a0.h1").flat.tolist())) == 1
+    again = shared.to_nodes()
+    torch.testing.assert_close(again.values[-len(nodes) :], scores.values)
+    assert with_input or again["input"] == 0
+    with pytest.raises(ScoreError, match="are not those of the writers"):
+        dfa.EdgeScores.from_nodes(dfa.NodeScores(torch.randn(4), nodes[:4]), EDGES)
+    with pytest.raises(ScoreError, match="no edge of 'a0.h0'"):
+        dfa.EdgeScores.from_nodes(scores, EDGES["m*", "*"] if not with_input else EDGES.choose(without_heads()))
+
+
+def without_heads():
+    chosen = EDGES.chosen.clone()
+    chosen[[i for i, name in enumerate(EDGES.writers) if name[0] == "a"]] = False
+    return chosen
+
+
 def test_frame():
     frame = made().to_frame()
     assert frame["edge"].tolist() == [str(edge) for edge in EDGES]

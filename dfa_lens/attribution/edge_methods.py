@@ -237,9 +237,11 @@ class ExactEdges(EdgeMethod):
         nodes, places = task.edges.nodes, stream.places(batch)
         n_places = len(batch) * deltas[INPUT_POINT].shape[1]
 
-        def change(of: ReaderSite, at: Int[Tensor, " place"]) -> Float[Tensor, "place reader d_model"]:
+        def change(of: Sequence[ReaderSite], at: Int[Tensor, " place"]) -> Float[Tensor, "place reader d_model"]:
             """In each copy of the batch its own edge: its writer's corrupt activation in place of the clean one."""
-            found = torch.zeros(len(at), len(of), deltas[INPUT_POINT].shape[2], dtype=stream.dtype, device=at.device)
+            found = torch.zeros(
+                len(at), sum(map(len, of)), deltas[INPUT_POINT].shape[2], dtype=stream.dtype, device=at.device
+            )
             for copy in (at // n_places).unique().tolist():
                 mine = at // n_places == copy
                 row, column = ends[copy]

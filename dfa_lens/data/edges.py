@@ -583,6 +583,44 @@ class EdgeScores(ByContent):
 
     # --- other forms -------------------------------------------------------------------------------------------
 
+    @classmethod
+    def from_nodes(cls, scores: NodeScores, edges: EdgeSet) -> EdgeScores:
+        """Each node's score in equal parts on its edges, so that :meth:`to_nodes` gives the node scores back.
+
+        Parameters
+        ----------
+        scores:
+            Of heads and MLP blocks, and of the input or not (its edges then have 0).
+        edges:
+            Which edges get a part.
+
+        Raises
+        ------
+        ScoreError
+            If the scores are of other nodes than the writers, or of one without an edge in the set.
+
+        Examples
+        --------
+        >>> import dfa_lens as dfa
+        >>> nodes = dfa.NodeScores([0.0, 3.0, 1.0], dfa.NodeSet.for_sizes(1, 1, with_input=True))
+        >>> dfa.EdgeScores.from_nodes(nodes, dfa.EdgeSet(1, 1)).top(2)
+        {'a0.h0->m0': 1.5, 'a0.h0->logits': 1.5}
+        """
+        if scores.nodes not in (edges.nodes, edges.nodes[1:]):
+            raise ScoreError(
+                f"Node scores of {len(scores)} nodes ({scores.nodes.names[0]} … {scores.nodes.names[-1]}) are not those "
+                f"of the writers of the {edges!r}."
+            )
+        values = scores.values.double()
+        if scores.nodes != edges.nodes:
+            values = torch.cat([values.new_zeros(1), values])
+        n_edges = edges.chosen.sum(1)
+        lost = ((n_edges == 0) & (values != 0)).nonzero()
+        if len(lost):
+            raise ScoreError(f"The set has no edge of {edges.writers[int(lost[0])]!r} to carry its score.")
+        parts = values / n_edges.clamp_min(1)
+        return cls(parts[:, None].expand(edges.shape), edges, {**scores.meta, "shared": "nodes"})
+
     def to_nodes(self) -> NodeScores:
         """The sums over each writer's edges: of all edges of a model, the node scores of the same method.
 

@@ -15,8 +15,12 @@ from dfa_lens.models.paired_run import PairedRun
 from dfa_lens.models.runner import tile
 from dfa_lens.models.stream import Stream
 
-Change = Callable[[ReaderSite, Int[Tensor, " place"]], Float[Tensor, "place reader d_model"]]
-"""What is added to what each reader of a site reads, at some places (tokens, counted through the rows of a pass)."""
+Change = Callable[[Sequence[ReaderSite], Int[Tensor, " place"]], Float[Tensor, "place reader d_model"]]
+"""What is added to what each reader of some sites reads, at some places (tokens, counted through the rows of a pass).
+
+The sites are neighbours that read the stream at one point: some of a layer's queries, keys and values, an MLP, or the
+logits.
+"""
 
 
 class EdgePatch:
@@ -70,8 +74,17 @@ class EdgePatch:
             elif site.kind == "logits":
                 found.append((f"{block}.hook_resid_post", partial(self._shifted, site)))
             else:
-                found.append((f"{block}.hook_resid_pre", partial(self._read, site)))
                 found.append((f"{block}.attn.hook_{site.kind}", partial(self._take, site)))
+        for layer, sites in self._attention().items():
+            found.append((f"blocks.{layer}.hook_resid_pre", partial(self._read, sites)))
+        return found
+
+    def _attention(self) -> dict[int, list[ReaderSite]]:
+        """By layer, the sites that read the stream before attention."""
+        found: dict[int, list[ReaderSite]] = {}
+        for site in self.sites:
+            if site.kind in ("q", "k", "v"):
+                found.setdefault(site.layer, []).append(site)
         return found
 
     def _exchange(self) -> list[tuple[str, HookFunction]]:
@@ -92,21 +105,22 @@ class EdgePatch:
         """The change of a site with one reader, for every row."""
         found = torch.zeros(self.rows * like.shape[1], like.shape[2], dtype=like.dtype, device=self.stream.device)
         for places in self.stream.tiles(self.places, 1):
-            found[places] = self.change(site, places)[:, 0].to(found)
+            found[places] = self.change([site], places)[:, 0].to(found)
         return tile(found.unflatten(0, (self.rows, -1)), self.members).to(like.device)
 
     def _shifted(self, site: ReaderSite, now: Float[Tensor, "row pos d_model"]) -> Tensor:
         return now + self._whole_change(site, now)
 
-    def _read(self, site: ReaderSite, now: Float[Tensor, "row pos d_model"]) -> None:
+    def _read(self, sites: Sequence[ReaderSite], now: Float[Tensor, "row pos d_model"]) -> None:
         """At the stream before attention: what the readers make of it, at the places where it changes."""
         flat = now[: self.rows].flatten(0, 1).to(self.stream.device)
-        members = self.stream.members if site.kind in ("k", "v") else 1
-        found = []
-        for places in self.stream.tiles(self.places, len(site)):
-            streams = flat[places][:, None].to(self.stream.dtype) + self.change(site, places)
-            found.append(self.stream.read(site.layer, site.kind, streams, members))
-        self.read[site] = torch.cat(found)
+        found: dict[ReaderSite, list[Tensor]] = {site: [] for site in sites}
+        for places in self.stream.tiles(self.places, sum(map(len, sites))):
+            streams = flat[places][:, None].to(self.stream.dtype) + self.change(sites, places)
+            for site, own in zip(sites, streams.split([len(site) for site in sites], 1), strict=True):
+                members = 1 if site.kind == "q" else self.stream.members
+                found[site].append(self.stream.read(site.layer, site.kind, own, members))
+        self.read |= {site: torch.cat(parts) for site, parts in found.items()}
 
     def _take(self, site: ReaderSite, now: Float[Tensor, "row pos head d_head"]) -> Tensor:
         """At the queries, keys or values: what was made of the changed stream, each copy with its own heads."""
