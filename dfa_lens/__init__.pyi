@@ -5,10 +5,13 @@ from . import tasks as tasks
 from . import zoo as zoo
 from .attribution.attribute import IntegrationWarning as IntegrationWarning
 from .attribution.attribute import attribute as attribute
+from .attribution.edges import attribute_edges as attribute_edges
 from .data import metrics as metrics
 from .data import statistics as statistics
 from .data.alignment import Alignment as Alignment
 from .data.curve import FaithfulnessCurve as FaithfulnessCurve
+from .data.edges import EdgeScores as EdgeScores
+from .data.edges import EdgeSet as EdgeSet
 from .data.nodes import Node as Node
 from .data.nodes import NodeSet as NodeSet
 from .data.pairs import PromptPairs as PromptPairs

@@ -24,6 +24,10 @@ class NodeIndexError(NodeError, IndexError):
     """A number beyond the last node; an IndexError too, since that is what ends a loop over numbers."""
 
 
+class EdgeError(DfaError, ValueError):
+    """An edge or edge set that does not exist, or does not fit where it is used."""
+
+
 class HookError(DfaError, RuntimeError):
     """The model can't be hooked as asked: a point that never fires, a flag that is off, a wrong shape."""
 

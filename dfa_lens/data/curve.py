@@ -18,11 +18,12 @@ from dfa_lens.errors import FaithfulnessError
 Protocol = Literal["nodes", "mib"]
 """What is ranked, and at which sizes.
 
-- ``nodes``: heads and MLP blocks; the embedding is always clean, so f_0 is what the direct path from the embedding to
-  the logits gives. Sizes from 0 to all, dense enough that a finer grid moves CPR by less than 0.005.
-- ``mib``: what MIB's released code does. The embedding is ranked as one more node, ``input``, and the sizes are ten
-  fixed fractions. While ``input`` is outside the circuit no clean information enters and f = 0. Scores without an
-  ``input`` (all transferred ones) give it 0.
+- ``nodes``: heads and MLP blocks, or the edges from them; the embedding is always clean, so f_0 is what the direct path
+  from the embedding to the logits gives. Sizes from 0 to all, dense enough that a finer grid moves CPR by less than
+  0.005.
+- ``mib``: what MIB's released code does. The embedding is ranked as one more node, ``input`` (of edges: its edges like
+  the rest), and the sizes are ten fixed fractions. While ``input`` is outside the circuit no clean information enters
+  and f = 0. Scores without an ``input`` (all transferred ones) give it 0.
 """
 
 MIB_FRACTIONS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
@@ -46,10 +47,15 @@ class FaithfulnessCurve(ByContent):
     protocol, rank:
         As asked for.
     n_nodes:
-        How many nodes were ranked.
+        How many nodes were ranked; of a curve over edges, how many edges.
     empty_values:
         [example] the metric of the empty circuit, which floors are made of; default: the row of size 0, and in the
         ``mib`` protocol the corrupt run.
+    unit:
+        What was ranked: "nodes" or "edges".
+    live_sizes:
+        [size] of edges: how many of the circuit's lie on a path of its edges from the input to the logits, those that
+        are in it unranked among them. The others change nothing. None of nodes.
 
     Raises
     ------
@@ -76,6 +82,8 @@ class FaithfulnessCurve(ByContent):
     ranking: Ranking
     n_nodes: int
     empty_values: Float[np.ndarray, " example"] = None  # type: ignore[assignment]
+    unit: Literal["nodes", "edges"] = "nodes"
+    live_sizes: Int[np.ndarray, " size"] | None = None
 
     def __post_init__(self) -> None:
         if self.empty_values is None:
@@ -198,17 +206,16 @@ class FaithfulnessCurve(ByContent):
         return float(np.interp(k, sizes, f))
 
     def to_frame(self) -> Any:
-        """A pandas table, a row per size: fraction, size, faithfulness, kl."""
+        """A pandas table, a row per size: fraction, size, faithfulness, kl; of edges also live_size."""
         import pandas as pd
 
-        return pd.DataFrame(
-            {"fraction": self.fractions, "size": self.sizes, "faithfulness": self.faithfulness, "kl": self.kl}
-        )
+        columns = {"fraction": self.fractions, "size": self.sizes, "faithfulness": self.faithfulness, "kl": self.kl}
+        return pd.DataFrame(columns if self.live_sizes is None else {**columns, "live_size": self.live_sizes})
 
     def __repr__(self) -> str:
         return (
             f"FaithfulnessCurve({self.protocol}, CPR {self.cpr:.3f}, CMD {self.cmd:.3f}, floor {self.floor:.3f}, "
-            f"{len(self.sizes)} sizes of {self.n_nodes} nodes, {len(self.clean_values)} examples)"
+            f"{len(self.sizes)} sizes of {self.n_nodes} {self.unit}, {len(self.clean_values)} examples)"
         )
 
 

@@ -10,21 +10,22 @@ CPR is the area under f over the kept fraction, CMD the area under ``|1 - f|`` (
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Literal, get_args
 
-import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from dfa_lens.data import metrics
-from dfa_lens.data.curve import MIB_FRACTIONS, FaithfulnessCurve, Protocol, default_sizes
+from dfa_lens.data.curve import FaithfulnessCurve, Protocol
+from dfa_lens.data.edges import EdgeScores, Selection
 from dfa_lens.data.nodes import NodeSet
 from dfa_lens.data.pairs import PromptPairs
 from dfa_lens.data.scores import NodeScores, Ranking
 from dfa_lens.errors import FaithfulnessError, ScoreError, unknown
+from dfa_lens.evaluation.edge_circuits import CurveOfEdges
+from dfa_lens.evaluation.runs import Runs, grid
 from dfa_lens.models import backend, memory
 from dfa_lens.models.backend import HookedModel
 from dfa_lens.models.hooks import Activations
@@ -37,10 +38,11 @@ from dfa_lens.models.runner import Runner
 def faithfulness_curve(
     model: HookedModel,
     pairs: PromptPairs,
-    scores: NodeScores,
+    scores: NodeScores | EdgeScores,
     *,
     protocol: Protocol = "nodes",
     ranking: Ranking = "signed",
+    selection: Selection = "top",
     batch_size: int | Literal["auto"] = 16,
     progress: bool = False,
     sizes: Sequence[int] | None = None,
@@ -49,7 +51,10 @@ def faithfulness_curve(
     sizes_per_pass: int = 1,
     share_prefix: bool = True,
 ) -> FaithfulnessCurve:
-    """Keep the k best nodes, corrupt the others, measure; for every k.
+    """Keep the k best nodes or edges, corrupt the others, measure; for every k.
+
+    Of edges: the clean prompt is run, an edge in the circuit carries what its writer computes in this run, and any
+    other its writer's output in the corrupt run.
 
     Parameters
     ----------
@@ -58,11 +63,14 @@ def faithfulness_curve(
     pairs:
         Prompts that were not used to get the scores.
     scores:
-        The ranking to judge. A node "input" takes part in the ``mib`` protocol only.
+        The ranking to judge, of nodes or of edges. A node "input", and the edges of the input, take part in the ``mib``
+        protocol only; else they are always in the circuit.
     protocol:
         See :data:`Protocol`.
-    rank:
+    ranking:
         "signed" (for CPR) or "absolute" (for CMD); ties keep node order.
+    selection:
+        Of edges: the k best ("top"), or the best that lead to the logits ("greedy").
     sizes, fractions:
         Circuit sizes to run, or fractions of the nodes (k = ⌊fraction·n⌋); default: :func:`default_sizes`, or MIB's
         ten fractions.
@@ -72,8 +80,9 @@ def faithfulness_curve(
         Examples a pass; "auto" takes what fits into free memory, and half of that after an out-of-memory error.
         Changes memory and time, never the curve.
     sizes_per_pass:
-        How many sizes share a forward pass. More is faster for a small model on a GPU; the corrupt activations are
-        repeated as often. With 1, a pass begins at the first block in which the circuit differs from the one before.
+        Of nodes: how many sizes share a forward pass. More is faster for a small model on a GPU; the corrupt
+        activations are repeated as often. With 1, a pass begins at the first block in which the circuit differs from
+        the one before.
     share_prefix:
         As in :func:`~dfa_lens.attribution.attribute.attribute`.
 
@@ -84,6 +93,8 @@ def faithfulness_curve(
         range.
     NodeError, ScoreError
         If the scores belong to another model.
+    ModelError
+        Of edges: if the model can't have them, see :func:`~dfa_lens.attribution.edges.attribute_edges`.
 
     Examples
     --------
@@ -96,15 +107,20 @@ def faithfulness_curve(
     """
     if protocol not in get_args(Protocol):
         raise unknown("protocol", protocol, get_args(Protocol), FaithfulnessError)
-    if sizes is not None and fractions is not None:
-        raise FaithfulnessError("Give sizes or fractions, not both.")
+    if sizes_per_pass < 1:
+        raise FaithfulnessError(f"sizes_per_pass must be at least 1, not {sizes_per_pass}.")
     runner = Runner(model)
     runner.require(pairs)
+    if isinstance(scores, EdgeScores):
+        asked = CurveOfEdges(protocol, ranking, selection, sizes, fractions, metric, progress, share_prefix)
+        return asked.run(runner, pairs, scores, batch_size)
+    if selection != "top":
+        raise FaithfulnessError("Only circuits of edges are selected otherwise than from the top: selection='greedy'.")
     ranked = _with_input(scores, model) if protocol == "mib" else _without_input(scores)
     _check_model(scores, model)
     n = len(ranked)
     order = ranked.order(ranking)
-    grid, ks = _grid(n, protocol, sizes, fractions)
+    kept, ks = grid(n, protocol, sizes, fractions)
 
     # the empty circuit gives the floor: it is run in addition where it is not asked for (in mib it is the corrupt run)
     added = int(protocol == "nodes" and ks[0] > 0)
@@ -120,34 +136,15 @@ def faithfulness_curve(
 
     runner.check_points(nodes.points)
     chosen = metrics.checked(metric)
-    if sizes_per_pass < 1:
-        raise FaithfulnessError(f"sizes_per_pass must be at least 1, not {sizes_per_pass}.")
 
-    def work(size: int) -> _Runs:
+    def work(size: int) -> Runs:
         return _run_all(runner, pairs, nodes, keep, with_input, chosen, size, sizes_per_pass, progress, share_prefix)
 
     def need(footprint: Footprint, size: int) -> Need:
         return need_of_curve(footprint, len(pairs), size, len(run_ks), sizes_per_pass)
 
     runs = memory.run(work, batch_size, runner, pairs, nodes, need)
-    clean, corrupt = float(runs.clean.mean()), float(runs.corrupt.mean())
-    if not abs(clean - corrupt) > 1e-9 * max(abs(clean), abs(corrupt), 1e-30):
-        raise FaithfulnessError(
-            f"The clean and the corrupt run have the same mean metric ({clean:.6g} and {corrupt:.6g}): faithfulness is "
-            "not defined on these pairs."
-        )
-    return FaithfulnessCurve(
-        fractions=np.asarray(grid, dtype=np.float64),
-        sizes=np.asarray(ks),
-        per_example=runs.circuits[added:].numpy(),
-        clean_values=runs.clean.numpy(),
-        corrupt_values=runs.corrupt.numpy(),
-        kl=runs.kl[added:].numpy().mean(1),
-        protocol=protocol,
-        ranking=ranking,
-        n_nodes=n,
-        empty_values=(runs.circuits[0] if protocol == "nodes" else runs.corrupt).numpy(),
-    )
+    return runs.curve(kept, ks, added=added, protocol=protocol, ranking=ranking, n=n)
 
 
 def _check_model(scores: NodeScores, model: HookedModel) -> None:
@@ -188,46 +185,6 @@ def _with_input(scores: NodeScores, model: HookedModel) -> NodeScores:
     return NodeScores(torch.cat([torch.zeros(1, dtype=torch.float32), scores.values]), nodes, scores.meta)
 
 
-def _grid(
-    n: int, protocol: Protocol, sizes: Sequence[int] | None, fractions: Sequence[float] | None
-) -> tuple[list[float], list[int]]:
-    if fractions is None and protocol == "mib" and sizes is None:
-        fractions = MIB_FRACTIONS
-    if fractions is not None:
-        grid = [float(fraction) for fraction in fractions]
-        ks = [int(fraction * n) for fraction in grid]
-    else:
-        ks = [int(k) for k in (default_sizes(n) if sizes is None else sizes)]
-        grid = [k / n for k in ks]
-    if len(ks) < 2 or ks != sorted(ks) or min(ks) < 0 or max(ks) > n or len(set(grid)) < len(grid):
-        raise FaithfulnessError(f"Sizes must be at least two, rising, and between 0 and {n}, not {ks}.")
-    return grid, ks
-
-
-@dataclass
-class _Runs:
-    """The metric of every run on every example, in the order of the examples; float64."""
-
-    clean: Float[Tensor, " example"]
-    corrupt: Float[Tensor, " example"]
-    circuits: Float[Tensor, "size example"]
-    kl: Float[Tensor, "size example"]
-
-    def record(
-        self,
-        i: int,
-        rows: Int[Tensor, " example"],
-        batch: PromptPairs,
-        metric: metrics.Metric,
-        logits: Float[Tensor, "example vocab"],
-        clean: Float[Tensor, "example vocab"],
-    ) -> None:
-        """Write down what the circuit of size number ``i`` gives on the examples ``rows``."""
-        self.circuits[i, rows] = metric(logits, batch, clean).double().cpu()
-        log_p_clean, log_p = clean.float().log_softmax(-1), logits.float().log_softmax(-1)
-        self.kl[i, rows] = metrics.divergence(log_p_clean, log_p).double().cpu()
-
-
 def _run_all(
     runner: Runner,
     pairs: PromptPairs,
@@ -239,9 +196,9 @@ def _run_all(
     sizes_per_pass: int,
     progress: bool,
     share_prefix: bool,
-) -> _Runs:
+) -> Runs:
     n, n_sizes = len(pairs), len(keep)
-    runs = _Runs(*(torch.zeros(shape, dtype=torch.float64) for shape in ((n,), (n,), (n_sizes, n), (n_sizes, n))))
+    runs = Runs.empty(n_sizes, n)
     circuits = _Circuits(nodes, keep, sizes_per_pass)
     with (
         torch.no_grad(),

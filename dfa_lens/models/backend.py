@@ -54,6 +54,20 @@ class KeysValues(NamedTuple):
     axis: int  #: that of positions
 
 
+class AttentionWeights(NamedTuple):
+    """What the heads of a layer read the residual stream by, and write to it by.
+
+    ``norm`` is the weight of the norm before them, None where it is folded into the projections. ``projections`` has
+    for "q", "k" and "v" the matrix [head, d_model, d_head] and the bias [head, d_head] or None; keys and values have
+    the model's key-value heads. ``output`` is [head, d_head, d_model].
+    """
+
+    norm: Float[Tensor, " d_model"] | None
+    eps: float
+    projections: Mapping[str, tuple[Float[Tensor, "head d_model d_head"], Float[Tensor, "head d_head"] | None]]
+    output: Float[Tensor, "head d_head d_model"]
+
+
 class Backend(ABC):
     """One class of models of TransformerLens."""
 
@@ -98,6 +112,41 @@ class Backend(ABC):
     @abstractmethod
     def mlp_input_gradient(self, block: str) -> list[tuple[str, float]]:
         """The hook points whose gradients, with these signs, add up to the gradient at the MLP's input."""
+
+    @abstractmethod
+    def shifted_mlp_input(self, block: str, shift: Callable[[Tensor], Tensor]) -> list[tuple[str, HookFunction]]:
+        """Hooks that add ``shift(x)`` to the stream x [batch, pos, d_model] that the MLP reads, and to nothing else."""
+
+    def attention_weights(self, layer: int) -> AttentionWeights:
+        """The weights between the residual stream and the heads of a layer.
+
+        Raises
+        ------
+        ModelError
+            If they can't be read, or the norm before them is no RMS norm.
+        """
+        block = self.model.blocks[layer]
+        try:
+            norm, eps = self._rms_norm(block)
+            attention = block.attn
+            letters = {letter: self._projection(attention, letter.upper()) for letter in "qkv"}
+            weights = AttentionWeights(norm, eps, letters, attention.W_O)
+            tensors = [weights.output, *(matrix for matrix, _ in letters.values())]
+        except (AttributeError, TypeError, ValueError, RuntimeError) as error:
+            raise ModelError(f"The attention weights of block {layer} can't be read ({error}).") from error
+        if any(each.device.type == "meta" or not each.is_floating_point() or each.ndim != 3 for each in tensors):
+            raise ModelError(
+                f"The attention weights of block {layer} are offloaded or quantised, and edges need them as numbers."
+            )
+        return weights
+
+    @abstractmethod
+    def _rms_norm(self, block: Any) -> tuple[Tensor | None, float]:
+        """Weight (None: folded) and epsilon of the norm before a block's attention; a TypeError if it is another."""
+
+    @abstractmethod
+    def _projection(self, attention: Any, letter: str) -> tuple[Tensor, Tensor | None]:
+        """Matrix and bias of "Q", "K" or "V", of the heads that there are."""
 
     @abstractmethod
     def register(self, name: str, point: Any) -> None:
@@ -145,6 +194,23 @@ class BridgeBackend(Backend):
 
     def mlp_input_gradient(self, block: str) -> list[tuple[str, float]]:  # noqa: D102
         return [(f"{block}.ln2.hook_in", 1.0)]
+
+    def shifted_mlp_input(self, block: str, shift: Callable[[Tensor], Tensor]) -> list[tuple[str, HookFunction]]:
+        """At the second norm's input, which the skip path does not go through."""
+        return [(f"{block}.ln2.hook_in", lambda now: now + shift(now))]
+
+    def _rms_norm(self, block: Any) -> tuple[Tensor | None, float]:
+        norm = block.ln1.original_component
+        if "RMSNorm" not in type(norm).__name__:
+            raise TypeError(f"the norm before them is a {type(norm).__name__}, no RMS norm")
+        eps = getattr(norm, "variance_epsilon", None)
+        weight = norm.weight
+        if getattr(block.ln1.config, "rmsnorm_uses_offset", False):
+            weight = 1.0 + weight
+        return weight, float(norm.eps if eps is None else eps)
+
+    def _projection(self, attention: Any, letter: str) -> tuple[Tensor, Tensor | None]:
+        return getattr(attention, f"W_{letter}"), getattr(attention, f"b_{letter}")
 
     def register(self, name: str, point: Any) -> None:  # noqa: D102
         private.enter_in_registry(self.model, name, point)
@@ -213,6 +279,28 @@ class HookedBackend(Backend):
     def mlp_input_gradient(self, block: str) -> list[tuple[str, float]]:
         """That of the stream before the MLP less what skips it: it needs no flag."""
         return [(f"{block}.hook_resid_mid", 1.0), (f"{block}.hook_resid_post", -1.0)]
+
+    def shifted_mlp_input(self, block: str, shift: Callable[[Tensor], Tensor]) -> list[tuple[str, HookFunction]]:
+        """Into the stream before the MLP, and out of it again behind it."""
+        added: list[Tensor] = []
+
+        def forth(now: Tensor) -> Tensor:
+            added.append(shift(now))
+            return now + added[0]
+
+        return [(f"{block}.hook_resid_mid", forth), (f"{block}.hook_resid_post", lambda now: now - added.pop())]
+
+    def _rms_norm(self, block: Any) -> tuple[Tensor | None, float]:
+        name = type(block.ln1).__name__
+        if name not in ("RMSNorm", "RMSNormPre"):
+            raise TypeError(f"the norm before them is a {name}, no RMS norm")
+        return (block.ln1.w if name == "RMSNorm" else None), float(block.ln1.eps)
+
+    def _projection(self, attention: Any, letter: str) -> tuple[Tensor, Tensor | None]:
+        """Keys and values of grouped heads have their own, unexpanded weights."""
+        grouped = hasattr(attention, f"_W_{letter}")
+        prefix = "_" if grouped else ""
+        return getattr(attention, f"{prefix}W_{letter}"), getattr(attention, f"{prefix}b_{letter}")
 
     def register(self, name: str, point: Any) -> None:  # noqa: D102
         self.model.setup()

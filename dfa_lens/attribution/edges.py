@@ -1,0 +1,216 @@
+"""Edge attribution: how much every edge matters for the metric.
+
+With Δ_u = clean - corrupt of what writer u adds to the residual stream, and m the metric (positive scores: the clean
+activation on this edge helps):
+
+- ``eap``: Δ_u·∂m/∂(input of reader v) at the clean run.
+- ``eap-ig-inputs``: the gradient averaged over runs whose embedding is corrupt + (k/steps)(clean - corrupt).
+- ``eap-ig-activations``: for the edges of u, the gradient averaged over runs in which the hook point of u (all heads of
+  its layer; its MLP; the embedding), and nothing else, is at corrupt + (k/steps)(clean - corrupt).
+- ``exact``: m(clean) - m(clean in which v alone reads the corrupt activation of u).
+
+k = 1 … steps, or 0 … steps - 1 by name. The sum of an edge score by gradients over u's readers is the node score of u
+by the method of the same passes (``nap``, ``nap-ig-inputs``, ``nap-ig-activations``).
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from dfa_lens.attribution.attribute import INCOMPLETE, IntegrationWarning
+from dfa_lens.attribution.edge_methods import Eap, EapIgActivations, EapIgInputs, EdgeMethod, EdgeTask, ExactEdges
+from dfa_lens.attribution.method import Batch, Measurement
+from dfa_lens.data import metrics
+from dfa_lens.data.edges import EdgeScores, EdgeSet, Readers
+from dfa_lens.data.pairs import PromptPairs
+from dfa_lens.data.registry import Registry
+from dfa_lens.errors import DfaError, EdgeError, unknown
+from dfa_lens.models import backend, memory
+from dfa_lens.models.backend import HookedModel
+from dfa_lens.models.memory import Footprint, Need
+from dfa_lens.models.runner import Runner
+from dfa_lens.models.stream import Stream
+
+EDGE_METHODS: Registry[EdgeMethod] = Registry(
+    "edge method",
+    entries={
+        "eap": Eap(),
+        "eap-ig-inputs": EapIgInputs(),
+        "eap-ig-activations": EapIgActivations(),
+        "exact": ExactEdges(),
+    },
+)
+"""The edge attribution methods by name; see the module's text for their equations."""
+
+StepPoints = Literal["to-clean", "from-corrupt"]
+"""Where on the way from corrupt to clean the gradients of the ``eap-ig`` methods are taken.
+
+- ``to-clean``: k = 1 … steps; the last is the clean run. What node scores do as well.
+- ``from-corrupt``: k = 0 … steps - 1, as published edge scores have it.
+"""
+
+
+@backend.runs("model")
+def attribute_edges(
+    model: HookedModel,
+    pairs: PromptPairs,
+    *,
+    method: str = "eap-ig-inputs",
+    steps: int = 5,
+    readers: Readers = "grouped",
+    step_points: StepPoints = "to-clean",
+    edges: EdgeSet | None = None,
+    metric: str | Callable[..., Tensor] = "logit-difference",
+    batch_size: int | Literal["auto"] = 16,
+    progress: bool = False,
+    share_prefix: bool = True,
+) -> EdgeScores:
+    """Score every edge by how much the clean activation on it helps the metric.
+
+    No flag of the model is needed, and nothing of size [batch, pos, writers, d_model] is held.
+
+    Parameters
+    ----------
+    model:
+        A HookedTransformer or TransformerBridge with RMS norms before attention and MLP, as Llama, Qwen and Mistral
+        have them; left as it was.
+    pairs:
+        Clean and corrupt prompts with their answers.
+    method:
+        A name of :data:`EDGE_METHODS`. ``eap`` takes 3 passes a batch, ``eap-ig-inputs`` ``1 + 2·steps``, and both the
+        product of all writers with all readers, less than one more forward pass. ``eap-ig-activations`` takes passes in
+        proportion to the number of layers, ``exact`` one for each edge: for small models, or a sample
+        (``edges=EdgeSet.of_model(model).sample(100)``).
+    steps:
+        Integration steps of the two ``eap-ig`` methods, at least 1.
+    readers:
+        "grouped": keys and values are read by the model's key-value heads. "per-head": by every query head for itself,
+        for comparison with published results. Where ``edges`` are given, these decide.
+    step_points:
+        See :data:`StepPoints`.
+    edges:
+        Which edges; default: all. The gradient methods cost the same for fewer.
+    metric:
+        As in :func:`~dfa_lens.attribution.attribute.attribute`.
+    batch_size:
+        Examples a pass; "auto" takes what fits into free memory. Changes memory and time, never the scores.
+    progress:
+        Show a progress bar.
+    share_prefix:
+        As in :func:`~dfa_lens.attribution.attribute.attribute`.
+
+    Returns
+    -------
+    EdgeScores
+        On the CPU in float32. ``.meta["completeness"]`` of ``eap-ig-inputs`` as for nodes.
+
+    Raises
+    ------
+    DfaError
+        If a name is misspelt, ``steps`` is below 1, or the metric is not finite.
+    EdgeError
+        If ``edges`` are those of another model.
+    ModelError
+        If the model's residual stream is not the plain sum of what heads and MLP blocks add, or is read through other
+        norms: parallel attention and MLP, layer norms, norms behind attention.
+    PromptError
+        If the pairs do not fit the model.
+
+    Examples
+    --------
+    >>> import dfa_lens as dfa
+    >>> model = dfa.zoo.load("llama3-tiny-source")
+    >>> pairs = dfa.tasks.load("ioi", model.tokenizer, n=8)
+    >>> scores = dfa.attribute_edges(model, pairs, method="eap")
+    >>> scores.values.shape, len(scores)
+    (torch.Size([55, 79]), 2500)
+    """
+    own = EDGE_METHODS.find(method)
+    if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
+        raise DfaError(f"steps must be a whole number of at least 1, not {steps!r}.")
+    if step_points not in get_args(StepPoints):
+        raise unknown("step_points", step_points, get_args(StepPoints))
+    chosen = EdgeSet.of_model(model, readers=readers) if edges is None else _of_this_model(edges, model)
+    runner = Runner(model)
+    runner.require(pairs)
+    n = steps if own.integrates else 1
+    first = 1 if step_points == "to-clean" or not own.integrates else 0
+    fractions = [k / n for k in range(first, first + n)]
+
+    def work(size: int) -> EdgeScores:
+        totals = torch.zeros(chosen.shape, dtype=torch.float64)
+        sums: dict[str, float] = {}
+        units = own.units(chosen, n)
+        n_passes = 3 * (len(pairs) // size + 1) * max(1, units // max(1, size))
+        with (
+            runner.session(passes=n_passes),
+            tqdm(total=len(pairs) * units, desc=method, unit="run", disable=not progress) as bar,
+        ):
+            task = EdgeTask(Stream(runner, chosen), chosen, fractions)
+            measurement = Measurement(
+                runner,
+                chosen.nodes,
+                metrics.checked(metric),
+                steps=n,
+                batch_size=size,
+                share_prefix=share_prefix,
+                two_columns=metrics.reads_two_columns(metric),
+                done=bar.update,
+            )
+            for _, batch in runner.batches(pairs, size):
+                found = own.score(Batch(measurement, batch), task)
+                totals += found.scores
+                for key, value in found.values.items():
+                    sums[key] = sums.get(key, 0.0) + value
+        means = {key: value / len(pairs) for key, value in sums.items()}
+        meta = _meta(method, metric, pairs, runner, means)
+        if own.integrates:
+            meta |= {"steps": n, "step_points": step_points}
+        return EdgeScores(totals / len(pairs), chosen, meta)
+
+    def need(footprint: Footprint, size: int) -> Need:
+        return own.need(footprint, chosen, steps=n, examples=len(pairs), batch=size)
+
+    scores = memory.run(work, batch_size, runner, pairs, chosen.nodes, need)
+    residual = scores.meta.get("completeness", {}).get("residual", 0.0)
+    if residual > INCOMPLETE:
+        warnings.warn(
+            f"{method} with {steps} steps leaves {residual:.0%} of the metric's change unexplained (see "
+            "meta['completeness']): take more steps.",
+            IntegrationWarning,
+            stacklevel=2,
+        )
+    return scores
+
+
+def _meta(
+    method: str, metric: str | Callable[..., Tensor], pairs: PromptPairs, runner: Runner, means: dict[str, float]
+) -> dict[str, Any]:
+    """The provenance, from what was found on average."""
+    meta: dict[str, Any] = {
+        "method": method,
+        "metric": metrics.name_of(metric),
+        "examples": len(pairs),
+        "model": runner.name,
+        "d_model": int(runner.model.cfg.d_model),
+        "metric_clean": means["clean"],
+        "metric_corrupt": means["corrupt"],
+    }
+    if "expected" in means:
+        expected, explained = means["expected"], means["explained"]
+        residual = abs(expected - explained) / max(abs(expected), 1e-12)
+        meta["completeness"] = {"expected": expected, "explained": explained, "residual": residual}
+    return meta
+
+
+def _of_this_model(edges: EdgeSet, model: HookedModel) -> EdgeSet:
+    own = [EdgeSet.of_model(model, readers=readers) for readers in get_args(Readers)]
+    if edges.all_of_model not in own:
+        raise EdgeError(f"The {edges!r} are those of another model; this one has the {own[0]!r}.")
+    return edges

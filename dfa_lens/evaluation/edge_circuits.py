@@ -1,0 +1,162 @@
+"""Circuits of edges: the clean run in which edges outside the circuit carry their writers' corrupt activations."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Literal, get_args
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from dfa_lens.data import metrics
+from dfa_lens.data.curve import FaithfulnessCurve, Protocol
+from dfa_lens.data.edges import EdgeScores, EdgeSet, Readers, ReaderSite, Selection
+from dfa_lens.data.pairs import PromptPairs
+from dfa_lens.data.scores import Ranking
+from dfa_lens.errors import FaithfulnessError, ScoreError
+from dfa_lens.evaluation.runs import Runs, grid
+from dfa_lens.models import memory
+from dfa_lens.models.edge_patches import EdgePatch
+from dfa_lens.models.hooks import Activations
+from dfa_lens.models.memory import Footprint, Need
+from dfa_lens.models.paired_run import PairedRun
+from dfa_lens.models.runner import Runner
+from dfa_lens.models.stream import Stream
+
+
+@dataclass(frozen=True)
+class CurveOfEdges:
+    """What is asked for, as in :func:`~dfa_lens.evaluation.faithfulness.faithfulness_curve`."""
+
+    protocol: Protocol
+    ranking: Ranking
+    selection: Selection
+    sizes: Sequence[int] | None
+    fractions: Sequence[float] | None
+    metric: str | Callable[..., Tensor]
+    progress: bool
+    share_prefix: bool
+
+    def run(
+        self, runner: Runner, pairs: PromptPairs, scores: EdgeScores, batch_size: int | Literal["auto"]
+    ) -> FaithfulnessCurve:
+        """The curve."""
+        _check_model(scores, runner)
+        ranked = self._ranked(scores)
+        order, n = ranked.order(self.ranking, selection=self.selection), len(ranked)
+        fractions, ks = grid(n, self.protocol, self.sizes, self.fractions)
+        # the empty circuit gives the floor: run in addition where it is not asked for (in mib it is the corrupt run)
+        added = int(self.protocol == "nodes" and ks[0] > 0)
+        ends = ranked.edges.positions[order]
+        always = scores.edges.existing & ~ranked.edges.chosen
+        circuits = [_with(always, ends[:k]) for k in [0] * added + ks]
+        chosen = metrics.checked(self.metric)
+
+        def work(size: int) -> Runs:
+            return self._run_all(runner, pairs, scores.edges, circuits, chosen, size)
+
+        def need(footprint: Footprint, size: int) -> Need:
+            # of each batch the corrupt activations, the differences that run, and the streams that readers are given
+            held = size * (2 * footprint.site_bytes + 2 * footprint.embed_bytes + 3 * footprint.logit_bytes)
+            forward = len(pairs) * (2 + len(circuits))
+            return Need("faithfulness_curve", forward, 0, held, 0, 2 * footprint.working_bytes(size))
+
+        runs = memory.run(work, batch_size, runner, pairs, scores.edges.nodes, need)
+        curve = runs.curve(fractions, ks, added=added, protocol=self.protocol, ranking=self.ranking, n=n)
+        live = torch.tensor([int(scores.edges.live(kept).sum()) for kept in circuits[added:]])
+        return replace(curve, unit="edges", live_sizes=live.numpy())
+
+    def _ranked(self, scores: EdgeScores) -> EdgeScores:
+        """The scores of the edges that the protocol ranks; whatever else there is stays in every circuit."""
+        if self.protocol == "mib":
+            if len(scores) < len(scores.edges.all_of_model):
+                raise FaithfulnessError(
+                    f"The mib protocol ranks all {len(scores.edges.all_of_model)} edges of the model, and there are "
+                    f"scores of {len(scores)}. Use protocol='nodes': edges without a score are then always in it."
+                )
+            return scores
+        chosen = scores.edges.chosen.clone()
+        chosen[0] = False
+        if not chosen.any():
+            raise FaithfulnessError(
+                "All of the scores are of edges of the input, which are always in the circuit: use protocol='mib'."
+            )
+        return EdgeScores(scores.values, scores.edges.choose(chosen), scores.meta)
+
+    def _run_all(
+        self,
+        runner: Runner,
+        pairs: PromptPairs,
+        edges: EdgeSet,
+        circuits: list[Bool[Tensor, "writer reader"]],
+        metric: metrics.Metric,
+        batch_size: int,
+    ) -> Runs:
+        runs = Runs.empty(len(circuits), len(pairs))
+        total = len(pairs) * len(circuits)
+        with (
+            torch.no_grad(),
+            runner.session(passes=len(circuits)),
+            tqdm(total=total, desc="curve", unit="run", disable=not self.progress) as bar,
+        ):
+            stream = Stream(runner, edges)
+            for rows, batch in runner.batches(pairs, batch_size):
+                run = PairedRun(runner, batch, edges.nodes, share_prefix=self.share_prefix)
+                _, clean = run.record("clean", nodes=False)
+                corrupt, corrupt_logits = run.record("corrupt")
+                runs.clean[rows] = metric(clean, batch, clean).double().cpu()
+                runs.corrupt[rows] = metric(corrupt_logits, batch, clean).double().cpu()
+                for i, kept in enumerate(circuits):
+                    if torch.equal(kept, edges.existing):
+                        logits = clean
+                    elif not edges.live(kept).any():  # no clean information arrives: exactly the corrupt run
+                        logits = corrupt_logits
+                    else:
+                        logits = run_circuit(stream, run, kept, corrupt)
+                    runs.record(i, rows, batch, metric, logits, clean)
+                    bar.update(len(batch))
+        return runs
+
+
+def run_circuit(
+    stream: Stream, batch: PairedRun, kept: Bool[Tensor, "writer reader"], corrupt: Activations
+) -> Float[Tensor, "example vocab"]:
+    """The logits of a batch with some edges in the circuit, and all others at their writers' corrupt activations.
+
+    What a reader reads is the stream as it runs, plus corrupt less running activation of every writer that is outside.
+    """
+    out = stream.edges.existing & ~kept
+    rows = len(batch)
+    missing: Activations = {}  # corrupt less running activations
+
+    def compare(point: str, now: Tensor) -> None:
+        missing[point] = corrupt[point] - now[:rows].detach()
+
+    def change(sites: Sequence[ReaderSite], places: Int[Tensor, " place"]) -> Float[Tensor, "place reader d_model"]:
+        n, own = sites[0].n_before, torch.cat([out[: sites[0].n_before, site.columns] for site in sites], 1)
+        written = stream.written_until(n, missing, places)
+        return torch.einsum("wr,wpd->prd", own.to(written), written)
+
+    patched = [site for site in stream.edges.sites if bool(out[:, site.columns].any())]
+    patch = EdgePatch(stream, patched, change, stream.places(batch), rows)
+    also = [(point, partial(compare, point)) for point in stream.edges.nodes.points]
+    return patch.run(batch, also=also)
+
+
+def _with(always: Bool[Tensor, "writer reader"], ends: Int[Tensor, "edge 2"]) -> Bool[Tensor, "writer reader"]:
+    kept = always.clone()
+    kept[ends[:, 0], ends[:, 1]] = True
+    return kept
+
+
+def _check_model(scores: EdgeScores, runner: Runner) -> None:
+    own = [EdgeSet.of_model(runner.model, readers=readers) for readers in get_args(Readers)]
+    if scores.edges.all_of_model not in own:
+        raise ScoreError(
+            f"The scores belong to the {scores.edges!r}, but this model has the {own[0]!r}: they come from another "
+            "model."
+        )

@@ -1,0 +1,197 @@
+"""The residual stream taken apart: what every writer adds to it, and what every reader reads of it.
+
+The stream is the sum of what the embedding, the heads and the MLP blocks add, plus biases that no prompt changes. A
+head's part is z·W_O, so the difference between two runs is the difference of z times W_O. Queries, keys and values read
+the stream through an RMS norm: q = (w⊙x/s)·W_Q + b, s = √(mean x² + eps), each head its own part, which is what lets
+one head read another stream than the rest without any flag of the model.
+
+What is d_model wide for every writer is made for a few tokens at a time (:meth:`Stream.tiles`), never for a batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from functools import cache
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from dfa_lens.data.edges import EdgeSet
+from dfa_lens.data.nodes import INPUT_POINT, Site
+from dfa_lens.errors import HookError, ModelError
+from dfa_lens.models.backend import AttentionWeights, HookFunction
+from dfa_lens.models.paired_run import PairedRun
+from dfa_lens.models.runner import Runner
+
+#: What a tile may take: all writers and the readers of a layer, d_model wide, for some tokens.
+TILE_BYTES = {"cpu": 32 * 2**20, "cuda": 256 * 2**20}
+#: Rounding errors of the dtype that the parts may differ by from the whole, and the least that is asked for.
+ROUNDING_ERRORS, LEAST_OFF = 8.0, 1e-4
+
+
+class Stream:
+    """The residual stream of a model, between the writers and readers of an edge set.
+
+    Parameters
+    ----------
+    runner:
+        The model, inside a :meth:`~dfa_lens.models.runner.Runner.session`.
+    edges:
+        The edges; only their writers and readers count, not which of them are chosen.
+
+    Raises
+    ------
+    ModelError
+        If the model's stream is no plain sum, or is not read through RMS norms: parallel attention and MLP, norms
+        behind them, layer norms, learned positions.
+    """
+
+    def __init__(self, runner: Runner, edges: EdgeSet) -> None:
+        self.runner, self.edges = runner, edges
+        self.device = runner.device
+        #: What sums are made in: float32, or wider where the model is.
+        self.dtype = torch.promote_types(runner.backend.dtype, torch.float32)
+        self.attention = cache(self._attention)
+        self._check()
+
+    @property
+    def members(self) -> int:
+        """How many readers share each of the model's key-value heads: 1 where the edges are grouped as the model is."""
+        return self.edges.n_kv_heads // self.attention(0).projections["k"][0].shape[0]
+
+    def _attention(self, layer: int) -> AttentionWeights:
+        return self.runner.backend.attention_weights(layer)
+
+    # --- tokens ----------------------------------------------------------------------------------------------
+
+    def places(self, batch: PairedRun) -> Int[Tensor, " place"]:
+        """The tokens of a batch, counted through its examples, in which anything can differ between the two runs.
+
+        From the first token that differs to the last real one of the clean prompt, but for those not run again.
+        """
+        pairs = batch.pairs
+        position = torch.arange(pairs.clean.shape[1])
+        differs = (position >= pairs.shared[:, None]) & (position < pairs.lengths[:, None])
+        return differs[:, batch.first :].flatten().nonzero()[:, 0].to(self.device)
+
+    def tiles(self, places: Int[Tensor, " place"], columns: int) -> Iterator[Int[Tensor, " place"]]:
+        """The places, as many at a time as keep all writers and ``columns`` readers small."""
+        d_model = self.attention(0).output.shape[2]
+        each = (len(self.edges.nodes) + 2 * columns) * d_model * self.dtype.itemsize
+        return iter(places.split(max(1, TILE_BYTES["cpu" if self.device.type == "cpu" else "cuda"] // each)))
+
+    # --- writers ---------------------------------------------------------------------------------------------
+
+    def written(
+        self, site: Site, activation: Float[Tensor, "batch pos *width"], places: Int[Tensor, " place"]
+    ) -> Float[Tensor, "writer place d_model"]:
+        """What the writers of a site add at some places, from their activation or a difference of two."""
+        own = activation.flatten(0, 1).to(self.device)[places].to(self.dtype)
+        if site.axis is None:
+            return own[None]
+        return torch.einsum("phe,hed->hpd", own, self.attention(site.layer).output.to(own))
+
+    def written_until(
+        self, n: int, activations: Mapping[str, Tensor], places: Int[Tensor, " place"]
+    ) -> Float[Tensor, "writer place d_model"]:
+        """What the first ``n`` writers add."""
+        sites = [site for site in self.edges.nodes.sites if site.positions[0] < n]
+        return torch.cat([self.written(site, activations[site.point], places) for site in sites])
+
+    # --- readers ---------------------------------------------------------------------------------------------
+
+    def scale(self, layer: int, stream: Float[Tensor, "*place d_model"]) -> Float[Tensor, "*place 1"]:
+        """What the norm before a layer's attention divides by."""
+        eps = self.attention(layer).eps
+        return (stream.to(self.dtype).pow(2).mean(-1, keepdim=True) + eps).sqrt()
+
+    def read(
+        self, layer: int, letter: str, streams: Float[Tensor, "place reader d_model"], members: int = 1
+    ) -> Float[Tensor, "place reader d_head"]:
+        """The queries, keys or values of a layer whose readers each read a stream of their own.
+
+        With ``members``, so many readers in a row share the weights of one head.
+        """
+        weights = self.attention(layer)
+        matrix, bias = weights.projections[letter]
+        normed = streams.to(self.dtype) / self.scale(layer, streams)
+        if weights.norm is not None:
+            normed = normed * weights.norm.to(normed)
+        if members > 1:
+            matrix = matrix.repeat_interleave(members, 0)
+            bias = bias if bias is None else bias.repeat_interleave(members, 0)
+        found = torch.einsum("phd,hde->phe", normed.to(matrix), matrix)
+        return found if bias is None else found + bias
+
+    # --- whether it is so ------------------------------------------------------------------------------------
+
+    def _check(self) -> None:
+        """Run a few tokens, and compare the parts with the whole."""
+        model = self.runner.model
+        if getattr(model.cfg, "parallel_attn_mlp", False):
+            raise ModelError("Edges of a model whose attention and MLP run in parallel are not supported yet.")
+        seen: dict[str, Tensor] = {}
+
+        def look(name: str) -> tuple[str, HookFunction]:
+            return name, lambda now: seen.__setitem__(name, now.detach())
+
+        middle = {layer: self.runner.backend.mlp_input_gradient(f"blocks.{layer}")[0][0] for layer in self._layers}
+        own = ("hook_resid_pre", "attn.hook_q", "attn.hook_k", "attn.hook_v", "attn.hook_z")
+        rest = ("hook_attn_out", "hook_mlp_out", "hook_resid_post")
+        names = [INPUT_POINT, *(f"blocks.{layer}.{name}" for layer in self._layers for name in (*own, *rest))]
+        tokens = (torch.arange(6).reshape(2, 3) * 7919 + 13) % self.runner.d_vocab
+        try:
+            with torch.no_grad():
+                taps = [look(name) for name in [*names, *middle.values()]]
+                self.runner.run_as_told(tokens, torch.full((2,), 3), taps)
+        except HookError as error:
+            raise ModelError(f"Edges need hook points that this model does not have: {error}") from error
+        self._same("the stream before block 0", seen["blocks.0.hook_resid_pre"], seen[INPUT_POINT])
+        for layer in self._layers:
+            block = {name: seen[f"blocks.{layer}.{name}"] for name in (*own, *rest)}
+            self._check_block(layer, block, seen[middle[layer]])
+
+    def _check_block(self, layer: int, block: Mapping[str, Tensor], middle: Tensor) -> None:
+        before, places = block["hook_resid_pre"], torch.arange(6, device=self.device)
+        self._same(f"what the MLP of block {layer} reads", middle, before + block["hook_attn_out"])
+        whole = before + block["hook_attn_out"] + block["hook_mlp_out"]
+        self._same(f"the stream behind block {layer}", block["hook_resid_post"], whole)
+        site = next(site for site in self.edges.nodes.sites if site.point == f"blocks.{layer}.attn.hook_z")
+        heads = self.written(site, block["attn.hook_z"], places).sum(0)
+        added = block["hook_attn_out"].flatten(0, 1).to(heads)
+        # less the first token's, and so less the bias
+        self._same(f"what the heads of block {layer} add", added - added[0], heads - heads[0], like=added)
+        flat = before.flatten(0, 1).to(self.device)
+        for letter in "qkv":
+            now = block[f"attn.hook_{letter}"].flatten(0, 1)
+            n_heads = self.attention(layer).projections[letter][0].shape[0]
+            if now.shape[1] != n_heads or self.edges.n_kv_heads % (n_heads if letter != "q" else 1):
+                raise ModelError(
+                    f"Block {layer} has {now.shape[1]} heads at attn.hook_{letter}, and weights for {n_heads}: switch "
+                    "model.cfg.ungroup_grouped_query_attention off."
+                )
+            read = self.read(layer, letter, flat[:, None].expand(-1, n_heads, -1))
+            self._same(f"what attn.hook_{letter} of block {layer} reads", now, read)
+
+    @property
+    def _layers(self) -> range:
+        return range(self.runner.n_layers)
+
+    def _same(self, what: str, whole: Tensor, parts: Tensor, like: Tensor | None = None) -> None:
+        whole, parts = whole.to(self.device).double(), parts.to(self.device).double()
+        size = float((whole if like is None else like.double()).abs().max())
+        off = float((whole - parts).abs().max())
+        most = max(ROUNDING_ERRORS * torch.finfo(self.runner.backend.dtype).eps, LEAST_OFF)
+        if not off <= most * max(size, 1e-30):
+            raise ModelError(
+                f"Edges need a residual stream that is the plain sum of what embedding, heads and MLP blocks add, and "
+                f"is read through RMS norms. Here {what} differs from the sum of its parts by {off:.2g} ({size:.2g} at "
+                "most): another kind of model (norms behind attention, learned positions, scaled sums), or somebody's "
+                "hooks on it. Node scores do not need it: dfa.attribute."
+            )
+
+
+def head_mask(n_heads: int, members: int, member: int) -> Bool[Tensor, " head"]:
+    """The heads that are number ``member`` of those that share a key-value head."""
+    return torch.arange(n_heads) % members == member
