@@ -129,7 +129,7 @@ def attribute_edges(
     >>> pairs = dfa.tasks.load("ioi", model.tokenizer, n=8)
     >>> scores = dfa.attribute_edges(model, pairs, method="eap")
     >>> scores.values.shape, len(scores)
-    (torch.Size([55, 79]), 2500)
+    (torch.Size([55, 103]), 2500)
     """
     own = EDGE_METHODS.find(method)
     if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
