@@ -334,7 +334,22 @@ def add_hook_point(
 
 
 def remove_hook_point(model: HookedModel, name: str) -> None:
-    """Take away a hook point that :func:`add_hook_point` made; ``name`` is what it returned."""
+    """Take away a hook point that :func:`add_hook_point` made; ``name`` is what it returned.
+
+    Raises
+    ------
+    HookError
+        If no such point was added.
+
+    Examples
+    --------
+    >>> import dfa_lens as dfa
+    >>> model = dfa.zoo.load("llama3-tiny-source")
+    >>> point = dfa.hooks.add_hook_point(model, "blocks.3.mlp", "hook_mine")
+    >>> dfa.hooks.remove_hook_point(model, point)
+    >>> point in model.hook_dict
+    False
+    """
     Runner(model).remove_point(name)
 
 
