@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from helpers import unchecked
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -67,7 +68,7 @@ def test_selection_by_pattern():
         (lambda: EDGES.position("m0->a1.h0<k>"), r"There is no reader 'a1\.h0<k>'; they are like .*'a0\.kv0<k>'"),
         (lambda: EDGES.position("m0"), "An edge is 'writer->reader', or the two names, not 'm0'"),
         (lambda: EDGES["m1", "a0.*"], r"None of the \d+ edges goes from 'm1' to 'a0\.\*'"),
-        (lambda: EDGES["m1"], "Edges are chosen by a writer and a reader"),
+        (lambda: unchecked(dfa.EdgeSet.__getitem__)(EDGES, "m1"), "Edges are chosen by a writer and a reader"),
         (lambda: EDGES.sample(0), r"Between 1 and \d+ edges can be sampled, not 0"),
         (lambda: dfa.EdgeSet(2, 4, 3), "4 heads can't share 3 key-value heads evenly"),
         (lambda: dfa.EdgeSet(0, 4), "The number of layers is an integer of at least 1, not 0"),
@@ -75,8 +76,11 @@ def test_selection_by_pattern():
         (lambda: EDGES.choose(torch.zeros(EDGES.shape, dtype=torch.bool)), "at least one edge"),
         (lambda: EDGES.choose(torch.zeros(3, 3, dtype=torch.bool)), r"boolean tensor \[11, 19\] \[writer, reader\]"),
         (lambda: made().top(10**6), "k must be between 0 and the number of edges"),
-        (lambda: made().order("sined"), "Unknown ranking 'sined'.*Did you mean 'signed'"),
-        (lambda: made().order(selection="gredy"), "Unknown selection 'gredy'.*Did you mean 'greedy'"),
+        (lambda: unchecked(dfa.EdgeScores.order)(made(), "sined"), "Unknown ranking 'sined'.*Did you mean 'signed'"),
+        (
+            lambda: unchecked(dfa.EdgeScores.order)(made(), selection="gredy"),
+            "Unknown selection 'gredy'.*Did you mean 'greedy'",
+        ),
         (
             lambda: dfa.EdgeScores(torch.zeros(2, 2), EDGES),
             r"Edge scores of shape \[2, 2\] for 11 writers and 19 readers",
