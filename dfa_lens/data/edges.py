@@ -144,7 +144,7 @@ class EdgeSet(ByContent):
         self.chosen = self.existing if chosen is None else self._checked(chosen)
 
     @classmethod
-    def of_model(cls, model: Any, *, readers: Readers = "grouped") -> EdgeSet:
+    def of_model(cls, model: Any, *, readers: str = "grouped") -> EdgeSet:
         """All edges of a model.
 
         Parameters
