@@ -150,7 +150,6 @@ def made(edges):
         (made(dfa.EdgeSet(3, 4, 2)["m*", "*"]), {"protocol": "mib"}, FaithfulnessError, "ranks all 190 edges"),
         (made(dfa.EdgeSet(3, 4, 2)["input", "*"]), {}, FaithfulnessError, "are always in the circuit"),
         (made(dfa.EdgeSet(3, 4, 2)), {"sizes": [3, 2]}, FaithfulnessError, "rising, and between 0 and 162"),
-        (made(dfa.EdgeSet(3, 4, 2)), {"selection": "best"}, ScoreError, "Unknown selection 'best'"),
         (
             dfa.NodeScores(torch.ones(15), dfa.NodeSet.for_sizes(3, 4)),
             {"selection": "greedy"},
