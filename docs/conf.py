@@ -36,7 +36,7 @@ linkcheck_retries = 2
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
 autodoc_typehints_format = "short"
-autodoc_preserve_defaults = True
+# not autodoc_preserve_defaults: the options that `fit` shows are those of a recipe, and stand in no source of its own
 napoleon_google_docstring = False
 napoleon_use_rtype = False
 napoleon_use_ivar = True

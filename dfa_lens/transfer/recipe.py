@@ -247,4 +247,4 @@ def takes_options(function: Function) -> Function:
 
 
 def _signature(value: Callable[..., Any]) -> list[inspect.Parameter]:
-    return list(inspect.signature(value).parameters.values())
+    return list(inspect.signature(value, eval_str=True).parameters.values())
