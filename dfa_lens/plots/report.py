@@ -65,7 +65,7 @@ def report(results: Results, path: str | Path) -> Path:
     --------
     >>> import dfa_lens as dfa
     >>> import tempfile
-    >>> from dfa_lens import demo
+    >>> from dfa_lens.experiments import demo
     >>> budget = demo.Budget(train=4, test=4, steps=2, curve_points=3)
     >>> results = demo.run(families=["llama3"], only=["ioi"], budget=budget)
     >>> dfa.plots.report(results, tempfile.mkdtemp()).name
