@@ -16,7 +16,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 
 import dfa_lens as dfa
-from dfa_lens import models
+from dfa_lens.models import loading
 from dfa_lens.zoo.tokenizer import build
 
 LLAMA = {"vocab_size": 128256, "rope_theta": 500000.0, "max_position_embeddings": 131072}
@@ -51,7 +51,7 @@ def estimate(name: str, n_layers: int, n: int, width: int, batch_size: int) -> d
     hf_model = AutoModelForCausalLM.from_config(
         config(name, n_layers), dtype=torch.bfloat16, attn_implementation="eager"
     ).eval()
-    model = models._bridge(name, hf_model, build(begin_of_text=False), torch.bfloat16, "cpu")
+    model = loading._bridge(name, hf_model, build(begin_of_text=False), torch.bfloat16, "cpu")
     tokens = torch.ones(n, width, dtype=torch.long)
     pairs = dfa.PromptPairs(tokens, tokens + 1, tokens[:, 0], tokens[:, 0] + 1)
     return dfa.estimate(model, pairs, batch_size=batch_size)
