@@ -601,8 +601,8 @@ class EdgeScores(ByContent):
 
         Examples
         --------
-        >>> import dfa_lens as dfa
-        >>> nodes = dfa.NodeScores([0.0, 3.0, 1.0], dfa.NodeSet.for_sizes(1, 1, with_input=True))
+        >>> import torch, dfa_lens as dfa
+        >>> nodes = dfa.NodeScores(torch.tensor([0.0, 3.0, 1.0]), dfa.NodeSet.for_sizes(1, 1, with_input=True))
         >>> dfa.EdgeScores.from_nodes(nodes, dfa.EdgeSet(1, 1)).top(2)
         {'a0.h0->m0': 1.5, 'a0.h0->logits': 1.5}
         """
