@@ -83,6 +83,14 @@ def resampled(
         [example], at least two.
     statistic:
         Of (examples, axis=…); it may give several values, on axes before that of the resamples.
+
+    Examples
+    --------
+    >>> import dfa_lens as dfa
+    >>> import numpy as np
+    >>> (low, high), means = dfa.statistics.resampled(np.arange(20.0), np.mean, 0.95, 500, seed=0)
+    >>> bool(low < 9.5 < high), means.shape
+    (True, (500,))
     """
     from scipy import stats
 
