@@ -170,12 +170,14 @@ class Runner:
     def batches(self, pairs: PromptPairs, batch_size: int) -> Iterator[tuple[Int[Tensor, " batch"], PromptPairs]]:
         """:meth:`PromptPairs.batches`; of equal length each, where padding would be attended to."""
         for rows, batch in pairs.batches(batch_size):
-            if bool((batch.lengths == batch.clean.shape[1]).all()) or self.allows_padding(batch.clean.shape[1]):
-                yield rows, batch
-                continue
-            for length in batch.lengths.unique(sorted=True).flip(0).tolist():
-                own = (batch.lengths == length).nonzero()[:, 0]
+            for own in self.together(batch.longest):
                 yield rows[own], batch[own]
+
+    def together(self, lengths: Int[Tensor, " prompt"]) -> list[Int[Tensor, " group"]]:
+        """Which prompts may share a pass: all, or those of each length where padding would be attended to."""
+        if bool((lengths == lengths[0]).all()) or self.allows_padding(int(lengths.max())):
+            return [torch.arange(len(lengths))]
+        return [(lengths == length).nonzero()[:, 0] for length in lengths.unique(sorted=True).flip(0)]
 
     # --- hook points -------------------------------------------------------------------------------------------
 

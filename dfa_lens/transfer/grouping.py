@@ -8,17 +8,8 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from dfa_lens.models.runner import Runner
-
 #: What a pass costs on a CPU beside its tokens, in tokens (27 to 128: `python tests/benchmarks/speed.py --overhead`).
 PASS_IN_TOKENS = 64
-
-
-def where_padding_allows(runner: Runner, lengths: Int[Tensor, " prompt"]) -> list[Int[Tensor, " group"]]:
-    """All prompts together, or those of each length where padding would be attended to."""
-    if bool((lengths == lengths[0]).all()) or runner.allows_padding(int(lengths.max())):
-        return [torch.arange(len(lengths))]
-    return [(lengths == length).nonzero()[:, 0] for length in lengths.unique()]
 
 
 def cheapest(spans: Sequence[tuple[int, int]], *, pass_in_tokens: int = PASS_IN_TOKENS) -> list[Int[Tensor, " group"]]:

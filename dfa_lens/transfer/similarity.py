@@ -20,7 +20,6 @@ from dfa_lens.models import backend
 from dfa_lens.models.backend import HookedModel, HookFunction
 from dfa_lens.models.paired_run import PairedRun
 from dfa_lens.models.runner import Runner
-from dfa_lens.transfer import grouping
 
 ATTENTION = ("previous-token", "duplicate-token", "induction", "first-token", "current-token")
 """What :func:`attention_features` measures, in order."""
@@ -148,7 +147,7 @@ def attention_features(
         return function
 
     with torch.no_grad(), runner.session():
-        together = grouping.where_padding_allows(runner, lengths)
+        together = runner.together(lengths)
         for rows in (rows for group in together for rows in group.split(batch_size)):
             taps = [(point, look(layer, wanted[rows])) for layer, point in points.items()]
             runner.run(tokens[rows], lengths[rows], taps, positions="all")

@@ -149,10 +149,10 @@ class ExampleStore:
         """Which examples of a batch go through the model together: on a GPU all of them, on a CPU what costs least."""
         lengths = self.pairs.longest[rows]
         if self.runner.device.type != "cpu" or self.cache == "recompute" or self.positions == "all":
-            return grouping.where_padding_allows(self.runner, lengths)
+            return self.runner.together(lengths)
         spans = list(zip(lengths.tolist(), self._first[rows].tolist(), strict=True))
         if len(set(spans)) > 1 and not self.runner.allows_padding(max(lengths.tolist())):
-            return grouping.where_padding_allows(self.runner, lengths)
+            return self.runner.together(lengths)
         return grouping.cheapest(spans)
 
     def batch(self, rows: Int[Tensor, " batch"]) -> Batch:
