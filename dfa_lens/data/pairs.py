@@ -14,7 +14,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from dfa_lens.data import selection
-from dfa_lens.data import tokenization as screening
+from dfa_lens.data import tokenization
 from dfa_lens.data.content import ByContent
 from dfa_lens.errors import PromptError, PromptIndexError, short, unknown
 
@@ -226,9 +226,9 @@ class PromptPairs(ByContent):
         PromptPairs(1 pair, 5 tokens)
         """
         given = {"clean": clean, "corrupt": corrupt, "answer": answer, "wrong": wrong}
-        texts = {name: screening.texts(name, column) for name, column in given.items()}
+        texts = {name: tokenization.texts(name, column) for name, column in given.items()}
         options = {
-            name: None if column is None else screening.texts(name, column)
+            name: None if column is None else tokenization.texts(name, column)
             for name, column in (("choices", choices), ("corrupt_choices", corrupt_choices))
         }
         sizes = {name: len(values) for name, values in texts.items()}
@@ -243,11 +243,11 @@ class PromptPairs(ByContent):
         ):
             if value not in valid:
                 raise unknown(name, value, valid, PromptError)
-        screened = screening.screen(tokenizer, **texts, first_token=first_token)
+        screened = tokenization.screen(tokenizer, **texts, first_token=first_token)
         kept: list[int] = []
         dropped: dict[str, int] = {}
         for i, misfit in enumerate(screened.misfits):
-            policy = different_lengths if misfit and misfit.reason == screening.DIFFERENT_LENGTHS else unusable
+            policy = different_lengths if misfit and misfit.reason == tokenization.DIFFERENT_LENGTHS else unusable
             if misfit is None or policy == "pad-left-aligned":
                 kept.append(i)
             elif policy == "error":
@@ -510,8 +510,8 @@ def _first_tokens(tokenizer: Any, name: str, offered: Mapping[int, Any]) -> Int[
     """The first token of every choice, -1 where a pair has fewer; ``offered`` by the pair's number."""
     rows = []
     for i, choices in offered.items():
-        listed = screening.texts(f"{name} of pair {i}", choices)
-        found = screening.tokens(tokenizer, listed, special=False) if all(isinstance(c, str) for c in listed) else [[]]
+        listed = tokenization.texts(f"{name} of pair {i}", choices)
+        found = tokenization.tokens(tokenizer, listed, special=False) if all(isinstance(c, str) for c in listed) else [[]]
         if listed and not all(found):
             raise PromptError(f"{name} of pair {i} must be texts of at least one token, not {short(repr(listed))}.")
         rows.append([row[0] for row in found] if listed else [])

@@ -223,17 +223,12 @@ def _check_placement(backend: Any, device: Any, n_devices: Any, placed: bool) ->
 
 @contextmanager
 def _ordinary_torch() -> Iterator[None]:
-    """Loading does not depend on what the caller has set: inference mode, autocast, a default device.
+    """Loading does not depend on what the caller has set: torch's modes, a default device.
 
     Through weights that are made in inference mode there is no gradient, ever after; and the comparison with Hugging
     Face's logits is one of the two models as they are.
     """
-    with (
-        torch.inference_mode(False),
-        torch.autocast("cpu", enabled=False),
-        torch.autocast("cuda", enabled=False),
-        torch.device("cpu"),
-    ):
+    with classes.neutral(torch.device("cuda")), torch.device("cpu"):  # on a GPU, too: a device map may name one
         yield
 
 

@@ -13,7 +13,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from dfa_lens.data import tokenization as screening
+from dfa_lens.data import tokenization
 from dfa_lens.data.pairs import LengthPolicy, PromptPairs
 from dfa_lens.errors import TaskError, unknown
 from dfa_lens.tasks import mib, offline
@@ -215,9 +215,9 @@ def _select(
             if isinstance(reason, str):
                 drop(reason)
         columns = ([getattr(e, name) for e in found] for name in ("clean", "corrupt", "answer", "wrong"))
-        misfits = screening.screen(tokenizer, *columns, first_token=first).misfits if found else []
+        misfits = tokenization.screen(tokenizer, *columns, first_token=first).misfits if found else []
         for example, misfit in zip(found, misfits, strict=True):
-            if misfit and not (keep_lengths and misfit.reason == screening.DIFFERENT_LENGTHS):
+            if misfit and not (keep_lengths and misfit.reason == tokenization.DIFFERENT_LENGTHS):
                 drop(misfit.reason)
             elif example.clean in seen:
                 drop("repeated")

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dfa_lens.data import tokenization as screening
+from dfa_lens.data import tokenization
 from dfa_lens.data.registry import Registry
 from dfa_lens.errors import TaskError, short, unknown
 from dfa_lens.tasks.offline import Example
@@ -66,7 +66,7 @@ def _text(value: object) -> str:
 
 
 def _n_tokens(tokenizer: Any, text: str) -> int:
-    return len(screening.tokens(tokenizer, [text], special=False)[0])
+    return len(tokenization.tokens(tokenizer, [text], special=False)[0])
 
 
 def _ioi(row: Mapping[str, Any], other: Mapping[str, Any], tokenizer: Any) -> Example:

@@ -90,7 +90,6 @@ class ExampleStore:
     ) -> None:
         self.runner, self.nodes, self.intervention, self.cache = runner, nodes, intervention, cache
         self.tasks = tuple(pairs)
-        # the loss is measured here, whatever metric the pairs are otherwise measured by
         self.pairs = PromptPairs.concat(list(pairs.values()))
         if positions == "all-padded":  # padding is taken for real tokens
             full = torch.full_like(self.pairs.lengths, self.pairs.clean.shape[1])
