@@ -13,8 +13,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from dfa_lens.data import selection
-from dfa_lens.data import tokenization
+from dfa_lens.data import selection, tokenization
 from dfa_lens.data.content import ByContent
 from dfa_lens.errors import PromptError, PromptIndexError, short, unknown
 
@@ -511,7 +510,8 @@ def _first_tokens(tokenizer: Any, name: str, offered: Mapping[int, Any]) -> Int[
     rows = []
     for i, choices in offered.items():
         listed = tokenization.texts(f"{name} of pair {i}", choices)
-        found = tokenization.tokens(tokenizer, listed, special=False) if all(isinstance(c, str) for c in listed) else [[]]
+        are_texts = all(isinstance(c, str) for c in listed)
+        found = tokenization.tokens(tokenizer, listed, special=False) if are_texts else [[]]
         if listed and not all(found):
             raise PromptError(f"{name} of pair {i} must be texts of at least one token, not {short(repr(listed))}.")
         rows.append([row[0] for row in found] if listed else [])
