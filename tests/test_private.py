@@ -108,17 +108,41 @@ def test_accelerate_says_where_offloaded_weights_are_used():
 
 
 @pytest.mark.parametrize("own", BACKENDS, indirect=True)
-def test_a_hook_is_put_on_and_taken_off_a_hook_point(own):
+def test_a_hook_is_found_on_a_hook_point_and_taken_off(own):
     point = own.hook_dict["blocks.0.hook_mlp_out"]
     point.add_hook(lambda now, hook: None)
     theirs = list(point.fwd_hooks)
     seen = []
-    handle = private.add_hook(point, lambda now, hook: seen.append(now.shape))
-    own(torch.ones(1, 3, dtype=torch.long), attention_mask=torch.ones(1, 3, dtype=torch.long))
-    private.remove_hook(point, handle)
-    own(torch.ones(1, 3, dtype=torch.long), attention_mask=torch.ones(1, 3, dtype=torch.long))
-    assert len(seen) == 1
-    assert point.fwd_hooks == theirs
+
+    def mine(now, hook):
+        seen.append(now.shape)
+
+    for _ in range(2):
+        point.add_hook(mine)
+        assert mine in private.hooked(point)
+        own(torch.ones(1, 3, dtype=torch.long), attention_mask=torch.ones(1, 3, dtype=torch.long))
+        point.fwd_hooks[:] = point.fwd_hooks[: 1 + len(seen) % 2]  # the second time as if add_hook had been cut short
+        private.remove_hook(point, mine)
+        private.remove_hook(point, mine)
+        own(torch.ones(1, 3, dtype=torch.long), attention_mask=torch.ones(1, 3, dtype=torch.long))
+        assert point.fwd_hooks == theirs and len(point._forward_hooks) == 1
+    assert len(seen) == 2
+
+
+@pytest.mark.parametrize("with_kwargs", [False, True])
+def test_a_function_is_taken_off_a_module(with_kwargs):
+    module = torch.nn.Linear(2, 2)
+    seen = []
+
+    def hook(*args):
+        seen.append(args)
+
+    module.register_forward_hook(hook, with_kwargs=with_kwargs)
+    module.register_forward_pre_hook(hook, with_kwargs=with_kwargs)
+    for _ in range(2):
+        private.remove_torch_hook(module, hook)
+    module(torch.ones(2))
+    assert not seen and not module._forward_hooks_with_kwargs and not module._forward_pre_hooks_with_kwargs
 
 
 def test_a_bridge_s_registry_can_be_written():

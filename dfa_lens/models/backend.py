@@ -19,7 +19,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from dfa_lens.errors import ModelError
-from dfa_lens.models import private
+from dfa_lens.models import kept, private
 
 HookFunction = Callable[[Tensor], "Tensor | None"]
 """Takes an activation; returns its replacement, or None to leave it as it is."""
@@ -413,6 +413,7 @@ def runs(*models: str) -> Callable[[Function], Function]:
     """The gate of every function that runs models: what its arguments ``models`` name must be usable.
 
     The function is called with torch's modes as they are by default, and with the model inside a ``torch.compile``.
+    Whatever ends it, an interrupt at any time among it, the models are as they were before.
     """
 
     def decorate(function: Function) -> Function:
@@ -423,8 +424,18 @@ def runs(*models: str) -> Callable[[Function], Function]:
             bound = signature.bind(*args, **kwargs)
             for name in models:
                 bound.arguments[name] = usable(bound.arguments[name])
-            with neutral(Backend.of(bound.arguments[models[0]]).device):
-                return function(*bound.args, **bound.kwargs)
+            own = [bound.arguments[name] for name in models]
+            first, second = kept.locks(own)
+            with first, second:
+                before = kept.Kept(*own)
+                try:
+                    try:
+                        with neutral(Backend.of(own[0]).device):
+                            return function(*bound.args, **bound.kwargs)
+                    finally:
+                        before.restore()
+                finally:
+                    before.restore()
 
         return call  # type: ignore[return-value]
 

@@ -25,10 +25,14 @@ def nobody_else_holds(parameter: torch.nn.Parameter) -> bool:
 
     torch counts the users of a storage, but offers the count to Python under a private name only (2.6 to 2.14).
     """
+    return parameter.is_contiguous() and not parameter.is_shared() and users_of(parameter) <= 2
+
+
+def users_of(tensor: Tensor) -> float:
+    """How many tensors and storages share a tensor's memory, one that is made here included (torch 2.6 to 2.14)."""
     count = getattr(torch._C, "_storage_Use_Count", None)
-    storage = parameter.untyped_storage()
-    # two: the parameter and `storage`
-    return count is not None and parameter.is_contiguous() and not parameter.is_shared() and count(storage._cdata) <= 2
+    storage = tensor.untyped_storage()
+    return float("inf") if count is None else count(storage._cdata)
 
 
 def out_of_memory(error: BaseException) -> bool:
@@ -81,16 +85,21 @@ def replaced_forward(module: Any, function: Any) -> Iterator[None]:
     Set in the module's dictionary: a bridge hands ``setattr`` on to the module that it wraps (TransformerLens 3.9,
     4.3), and accelerate may have put a ``forward`` of its own there, which comes back afterwards.
     """
-    own = vars(module)
-    before = own.get("forward")
-    own["forward"] = function
+    before = vars(module).get("forward")
     try:
+        put_forward(module, function)
         yield
     finally:
-        if before is None:
-            own.pop("forward", None)
-        else:
-            own["forward"] = before
+        put_forward(module, before)
+
+
+def put_forward(module: Any, function: Any) -> None:
+    """Make ``function`` a module's own ``forward``, or (None) let it have that of its class."""
+    own = vars(module)
+    if function is None:
+        own.pop("forward", None)
+    elif own.get("forward") is not function:
+        own["forward"] = function
 
 
 def execution_device(model: Any) -> torch.device | None:
@@ -105,19 +114,46 @@ def execution_device(model: Any) -> torch.device | None:
 # --- TransformerLens -----------------------------------------------------------------------------------------------
 
 
-def add_hook(point: Any, function: Callable[..., Any]) -> Any:
-    """Put a function on a hook point, and hand back what takes it off again.
+def hooked(point: Any) -> list[Any]:
+    """The functions on a hook point.
 
-    ``HookPoint.add_hook`` returns nothing (TransformerLens 3.9, 4.3); the handle is the last of ``fwd_hooks``.
+    ``HookPoint.add_hook`` wraps each, and keeps it in a closure (TransformerLens 3.9, 4.3).
     """
-    point.add_hook(function)
-    return point.fwd_hooks[-1]
+    return [found for wrapped in point._forward_hooks.values() for found in _held(wrapped)]
 
 
-def remove_hook(point: Any, handle: Any) -> None:
-    """Take one function off a hook point; nothing happens if somebody has reset all hooks meanwhile."""
-    handle.hook.remove()
-    point.fwd_hooks[:] = [kept for kept in point.fwd_hooks if kept is not handle]
+def _held(wrapped: Any) -> list[Any]:
+    return [cell.cell_contents for cell in getattr(wrapped, "__closure__", None) or ()]
+
+
+def remove_hook(point: Any, function: Callable[..., Any]) -> None:
+    """Take a function off a hook point, also where putting it on was cut short; nothing if it is not there.
+
+    It is in torch's lists of a module's hooks (private names, torch 2.6 to 2.14) before it is in ``fwd_hooks``, where a
+    handle has its number.
+    """
+    numbers = [number for number, wrapped in point._forward_hooks.items() if any(f is function for f in _held(wrapped))]
+    point.fwd_hooks[:] = [kept for kept in point.fwd_hooks if kept.hook.id not in numbers]
+    for number in numbers:
+        point._forward_hooks_with_kwargs.pop(number, None)
+        point._forward_hooks_always_called.pop(number, None)
+        point._forward_hooks.pop(number, None)
+
+
+def remove_torch_hook(module: Any, function: Callable[..., Any]) -> None:
+    """Take a function off a module's own hooks, also where registering it was cut short (torch 2.6 to 2.14)."""
+    for kind in ("_forward_hooks", "_forward_pre_hooks"):
+        hooks, with_kwargs = getattr(module, kind), getattr(module, f"{kind}_with_kwargs")
+        for number in [number for number, own in hooks.items() if own is function]:
+            with_kwargs.pop(number, None)
+            hooks.pop(number, None)
+
+
+def remove_cache_hooks(module: Any) -> None:
+    """Take away what :func:`bridge_cache_arguments` has left on a module, if it was cut short."""
+    for own in list(module._forward_pre_hooks.values()):
+        if getattr(own, "__qualname__", "").startswith("bridge_cache_arguments."):
+            remove_torch_hook(module, own)
 
 
 def enter_in_registry(bridge: Any, name: str, point: Any) -> None:
@@ -126,7 +162,7 @@ def enter_in_registry(bridge: Any, name: str, point: Any) -> None:
     Its own scan of the whole model would list a new point's aliases as points, too (TransformerLens 3.9, 4.3).
     """
     if point is None:
-        bridge._hook_registry.pop(name)
+        bridge._hook_registry.pop(name, None)
     else:
         point.name = name
         bridge._hook_registry[name] = point
@@ -186,8 +222,8 @@ def bridge_cache_arguments(bridge: Any, cache: Any) -> Iterator[dict[str, Any]]:
                 return args, kwargs | {"past_key_values": kwargs.get("cache", kwargs.get("past_key_values"))}
 
             for block in bridge.blocks:
-                handle = block.attn.register_forward_pre_hook(both_names, with_kwargs=True)
-                stack.callback(handle.remove)
+                stack.callback(remove_torch_hook, block.attn, both_names)
+                block.attn.register_forward_pre_hook(both_names, with_kwargs=True)
         yield {name: cache, "use_cache": True}
 
 

@@ -17,13 +17,12 @@ a :class:`ShortCutWarning`, once per model, and the pass is made the plain way.
 from __future__ import annotations
 
 import logging
-import threading
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
-from weakref import WeakKeyDictionary
 
 import einops
 import torch
@@ -35,6 +34,7 @@ from dfa_lens.data.pairs import PromptPairs
 from dfa_lens.errors import HookError, PromptError
 from dfa_lens.models import private, trials
 from dfa_lens.models.backend import Backend, HookFunction, neutral, usable
+from dfa_lens.models.kept import Kept, OwnHook, TurnedWeights, each_of, remembered_of
 from dfa_lens.models.passes import Layout, Prefix, Start, attention_mask
 from dfa_lens.models.trials import ShortCut, Verdict
 
@@ -87,25 +87,7 @@ class ShortCutWarning(UserWarning):
 class _AddedPoint:
     module: Any
     attribute: str
-    handle: Any
-
-
-@dataclass
-class _State:
-    """What is remembered of a model from one operation to the next; one lock for all of them."""
-
-    lock: threading.RLock = field(default_factory=threading.RLock)
-    points: dict[str, Any] = field(default_factory=dict)
-    added: dict[str, _AddedPoint] = field(default_factory=dict)
-    verdicts: dict[Any, Verdict] = field(default_factory=dict)
-    plain: dict[int, Any] = field(default_factory=dict)  #: what trials are compared with; of the running operation
-    told: set[str] = field(default_factory=set)
-    setting: Any = None  #: of the running operation: what trials depend on, None outside of one
-    foreign: str | None = None  #: of the running operation: where somebody else's hooks are
-
-
-_states: WeakKeyDictionary[Any, _State] = WeakKeyDictionary()
-_states_lock = threading.Lock()
+    function: Any
 
 
 class Runner:
@@ -125,8 +107,7 @@ class Runner:
     def __init__(self, model: Any) -> None:
         self.model: Any = usable(model)
         self.backend = Backend.of(self.model)
-        with _states_lock:
-            self.state = _states.setdefault(self.model, _State())
+        self.state = remembered_of(self.model)
 
     # --- what the model is -------------------------------------------------------------------------------------
 
@@ -261,7 +242,6 @@ class Runner:
         if hasattr(place, name) or full in self.model.hook_dict:
             raise HookError(f"Module {module!r} already has {name!r}.")
         point = HookPoint()
-        setattr(place, name, point)
 
         def first(value: Any) -> Any:
             return (point(value[0]), *value[1:]) if isinstance(value, tuple) else point(value)
@@ -272,52 +252,79 @@ class Runner:
             key = next(key for key, value in kwargs.items() if isinstance(value, Tensor))
             return args, kwargs | {key: point(kwargs[key])}
 
-        if at == "output":
-            handle = place.register_forward_hook(lambda _module, _args, output: first(output))
-        else:
-            handle = place.register_forward_pre_hook(before, with_kwargs=True)
-        self.state.added[full] = _AddedPoint(place, name, handle)
-        self._register(full, point)
+        def behind(_: Any, args: Any, output: Any) -> Any:
+            return first(output)
+
+        entry = _AddedPoint(place, name, behind if at == "output" else before)
+        done = False
+        try:
+            try:
+                setattr(place, name, point)
+                if at == "output":
+                    place.register_forward_hook(behind)
+                else:
+                    place.register_forward_pre_hook(before, with_kwargs=True)
+                self._register(full, point)
+                self.state.added[full] = entry
+                done = True
+            finally:
+                if not done:
+                    self._take_away(full, entry)
+        finally:  # an interrupt may have cut the first round short
+            if not done:
+                self._take_away(full, entry)
         return full
 
     def remove_point(self, name: str) -> None:
         """See :func:`dfa_lens.hooks.remove_hook_point`."""
         if name not in self.state.added:
             raise HookError(f"{name!r} is not a hook point that was added to this model.")
-        entry = self.state.added.pop(name)
-        entry.handle.remove()
-        delattr(entry.module, entry.attribute)
-        self._register(name, None)
+        entry = self.state.added[name]
+        try:
+            self._take_away(name, entry)
+        finally:  # an interrupt may have cut the first round short; half a point is of no use to anybody
+            self._take_away(name, entry)
+
+    def _take_away(self, name: str, entry: _AddedPoint) -> None:
+        def attribute() -> None:
+            if entry.attribute in entry.module._modules:
+                delattr(entry.module, entry.attribute)
+
+        each_of(
+            (
+                partial(private.remove_torch_hook, entry.module, entry.function),
+                attribute,
+                partial(self._register, name, None),
+                partial(self.state.added.pop, name, None),
+            )
+        )
 
     def _register(self, name: str, point: Any) -> None:
         self.state.points = {}
         self.backend.register(name, point)
 
     @contextmanager
-    def attach(self, hooks: Sequence[tuple[str, HookFunction]]) -> Iterator[list[int]]:
+    def attach(self, hooks: Sequence[tuple[str, HookFunction]]) -> Iterator[list[OwnHook]]:
         """Put functions on hook points for the length of the context; in the order given where a point occurs twice.
 
-        Yields how often each was called so far. A function that was never called by the end of a context that ended
-        well is a :class:`~dfa_lens.errors.HookError`: a node that was silently not gated looks like a result.
+        Yields what was put on, which counts how often it was called. A function that was never called by the end of a
+        context that ended well is a :class:`~dfa_lens.errors.HookError`: a node that was silently not gated looks like
+        a result.
         """
         taken = self.points([name for name, _ in hooks])
-        fired = [0] * len(hooks)
-
-        def wrap(index: int, function: HookFunction) -> Callable[..., Tensor]:
-            def hook(activation: Tensor, hook: Any = None) -> Tensor:
-                fired[index] += 1
-                out = function(activation)
-                # Always hand a tensor on: a bridge drops a tensor that was captured but not returned from the graph.
-                return activation if out is None else out
-
-            return hook
-
-        with ExitStack() as stack:
-            for index, (name, function) in enumerate(hooks):
-                handle = private.add_hook(taken[name], wrap(index, function))
-                stack.callback(private.remove_hook, taken[name], handle)
-            yield fired
-        missing = [name for (name, _), n in zip(hooks, fired, strict=True) if n == 0]
+        own = [OwnHook(function) for _, function in hooks]
+        places = [(taken[name], hook) for (name, _), hook in zip(hooks, own, strict=True)]
+        away = [partial(private.remove_hook, point, hook) for point, hook in places]
+        try:
+            try:
+                for point, hook in places:
+                    point.add_hook(hook)
+                yield own
+            finally:
+                each_of(away)
+        finally:  # an interrupt may have cut the first round short
+            each_of(away)
+        missing = [name for (name, _), hook in zip(hooks, own, strict=True) if hook.fired == 0]
         if missing:
             raise HookError(
                 f"Hook point {missing[0]!r} did not fire ({len(missing)} of {len(hooks)}): was the model run?"
@@ -336,53 +343,23 @@ class Runner:
             the passes read them.
         """
         state = self.state
-        with state.lock, neutral(self.device), self._frozen():
-            before = state.setting, state.foreign
-            state.setting, state.foreign = self._setting(), self._foreign_hooks()
+        with state.lock, neutral(self.device):
+            before = Kept(self.model)
             try:
-                with self._transposed_weights() if passes >= WORTH_LAYING_OUT else nullcontext():
+                try:
+                    state.setting, state.foreign = self._setting(), self._foreign_hooks()
+                    for parameter in self.model.parameters():
+                        parameter.requires_grad_(False)
+                    for module in [module for module in self.model.modules() if module.training]:
+                        module.training = False
+                    if passes >= WORTH_LAYING_OUT:
+                        state.turned = TurnedWeights()
+                        state.turned.turn(self.backend.copied_weights())
                     yield
-            finally:
-                state.setting, state.foreign = before
-                state.plain.clear()
-
-    @contextmanager
-    def _frozen(self) -> Iterator[None]:
-        """No gradient for weights and no dropout inside; ``requires_grad`` and training modes as before afterwards."""
-        # by number, because accelerate makes new parameters of those that it loads from elsewhere
-        trainable = [parameter.requires_grad for parameter in self.model.parameters()]
-        training = [module for module in self.model.modules() if module.training]
-        try:
-            for parameter in self.model.parameters():
-                parameter.requires_grad_(False)
-            for module in training:
-                module.training = False
-            yield
-        finally:
-            for parameter, before in zip(self.model.parameters(), trainable, strict=True):
-                parameter.requires_grad_(before)
-            for module in training:
-                module.training = True
-
-    @contextmanager
-    def _transposed_weights(self) -> Iterator[None]:
-        """The weights in memory as the passes read them.
-
-        A HookedTransformer copies its whole weights on every pass, and a pass with gradients keeps that copy until it
-        has gone backward. A matrix that lies in memory the other way round, with the same values at the same indices,
-        needs no copy.
-        """
-        turned: list[torch.nn.Parameter] = []
-        try:
-            for parameter, order in self.backend.copied_weights():
-                if private.nobody_else_holds(parameter):
-                    turned.append(parameter)
-                    back = [order.index(axis) for axis in range(len(order))]
-                    parameter.data = parameter.data.permute(order).contiguous().permute(back)
-            yield
-        finally:
-            for parameter in turned:
-                parameter.data = parameter.data.contiguous()
+                finally:
+                    before.restore()
+            finally:  # an interrupt may have cut the first round short
+                before.restore()
 
     def _foreign_hooks(self) -> str | None:
         """Where somebody else has hooks on the model now, or None."""
@@ -572,12 +549,12 @@ class Runner:
                     stack.enter_context(private.replaced_forward(block, _skip))
             if short_unembedding:
                 self._shorten_unembedding(stack, columns)
-            fired = stack.enter_context(self.attach(hooks))
+            own = stack.enter_context(self.attach(hooks))
             if prefix is None:
                 logits = self.model(tokens, attention_mask=mask)
             else:
                 logits = self.backend.run_after(prefix.kept, tokens, mask)
-        often = [(name, n) for (name, _), n in zip(hooks, fired, strict=True) if n > 1]
+        often = [(name, hook.fired) for (name, _), hook in zip(hooks, own, strict=True) if hook.fired > 1]
         if often:
             raise HookError(f"Hook point {often[0][0]!r} fired {often[0][1]} times in one pass: it can't be a node.")
         if not isinstance(logits, Tensor):
