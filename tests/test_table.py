@@ -51,6 +51,60 @@ def test_rows_survive_their_file(tmp_path):
         table.read(path)
 
 
+ROWS = [table.row(family="llama3", seed=0, task=task, setting="gold", cpr=0.5) for task in ("a", "b")]
+
+
+def test_rows_cut_anywhere_are_a_beginning(tmp_path):
+    """The whole rows that there are stay, and what is appended to them gives the file that nobody cut."""
+    path, cut = tmp_path / "rows.csv", tmp_path / "cut.csv"
+    for one in ROWS:
+        table.append(path, one)
+    whole = path.read_bytes()
+    for length in range(len(whole)):
+        cut.write_bytes(whole[:length])
+        known = table.read_rows(cut)
+        assert len(known) == max(0, whole[:length].count(b"\n") - 1)
+        for one in ROWS[len(known) :]:
+            table.append(cut, one)
+        assert cut.read_bytes() == whole
+
+
+def test_what_is_no_beginning_of_a_table_is_not_cut_away(tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_text("my notes")
+    with pytest.raises(FileError, match="is not a table of a study"):
+        table.read_rows(path)
+    assert path.read_text() == "my notes"
+
+
+def test_damaged_doubled_and_infinite_rows_are_refused(tmp_path):
+    path = tmp_path / "rows.csv"
+    table.append(path, ROWS[0])
+    whole = path.read_text()
+    path.write_text(whole.replace("0.5", "0.6"))
+    with pytest.raises(FileError, match="line 2 was damaged after it was written"):
+        table.read(path)
+    path.write_text(whole + whole.splitlines()[1] + "\n")
+    with pytest.raises(FileError, match="the row of setting 'gold', task 'a', seed 0 twice"):
+        table.read_rows(path)
+    table.frame([table.row(**(ROWS[0] | {"cpr": np.inf}))]).to_csv(path, index=False)
+    with pytest.raises(FileError, match="cpr is infinite"):
+        table.read(path)
+    table.frame(ROWS).assign(more=1).to_csv(path, index=False)
+    with pytest.raises(FileError, match="a column 'more' too much"):
+        table.read(path)
+
+
+def test_rows_of_an_earlier_version_get_checksums(tmp_path):
+    path = tmp_path / "rows.csv"
+    table.frame(ROWS[:1]).drop(columns="stability").to_csv(path, index=False)
+    found = table.read_rows(path)
+    pd.testing.assert_frame_equal(found, table.frame(ROWS[:1]), check_dtype=False)
+    table.append(path, ROWS[1])
+    pd.testing.assert_frame_equal(table.read(path), table.frame(ROWS), check_dtype=False)
+    assert path.read_text().startswith(",".join(COLUMNS) + ",checksum\n")
+
+
 def test_the_demo_and_studies_have_one_schema():
     nodes = dfa.NodeSet.for_sizes(1, 1)
     scores = dfa.controls.uniform(nodes)

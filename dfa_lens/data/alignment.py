@@ -245,7 +245,7 @@ class Alignment(ByContent):
         FileError
             If the file is missing, broken, or not an alignment.
         """
-        tensors, metadata = load_tensors(path, _FORMAT)
+        tensors, metadata = load_tensors(path, _FORMAT, ("alignment",))
         return made_from(path, "an alignment", lambda: cls._read(tensors, parse_json(metadata["alignment"])))
 
     @classmethod

@@ -687,13 +687,13 @@ class EdgeScores(ByContent):
         FileError
             If the file is missing, broken, or not a file of edge scores.
         """
-        tensors, metadata = load_tensors(path, _FORMAT)
+        tensors, metadata = load_tensors(path, _FORMAT, ("sizes", "meta"))
 
         def make() -> EdgeScores:
             flat, meta, sizes = tensors["scores"], parse_json(metadata["meta"]), parse_json(metadata["sizes"])
             if not flat.is_floating_point() or not isinstance(meta, dict) or not isinstance(sizes, dict):
                 raise ScoreError(f"the scores are {flat.dtype}, the provenance is a {type(meta).__name__}")
-            edges = EdgeSet(sizes["n_layers"], sizes["n_heads"], sizes["n_kv_heads"])
+            edges = _of_file(sizes, None if "edges" in tensors else flat.numel())
             if "edges" in tensors:
                 edges = edges.choose(_mask(edges, tensors["edges"]))
             if flat.shape != (len(edges),):
@@ -750,9 +750,24 @@ class EdgeScores(ByContent):
         return made_from(path, mib_graphs.WHAT, lambda: cls(graph.values, edges, graph.meta))
 
 
+#: The most cells (writers times readers) that a file of chosen edges may ask for, which says so by three numbers alone.
+MOST_CELLS = 10**8
+
+
+def _of_file(sizes: Mapping[str, Any], n_edges: int | None) -> EdgeSet:
+    """The edges of a model of a file's sizes, which are compared with what it holds before anything of them is made."""
+    given = [sizes[name] for name in ("n_layers", "n_heads", "n_kv_heads")]
+    layers, heads, kv_heads = (selection.integer(number) or 0 for number in given)
+    if n_edges is not None and n_edges != mib_graphs.n_edges(layers, heads, kv_heads):
+        raise ScoreError(f"it has {n_edges} scores, not those of {short(given)} layers, heads and key-value heads")
+    if (1 + layers * (heads + 1)) * (1 + layers * (heads + 2 * kv_heads + 1)) > MOST_CELLS:
+        raise ScoreError(f"its sizes are {short(given)}: more than {MOST_CELLS:.0e} writers times readers")
+    return EdgeSet(*given)
+
+
 def _mask(edges: EdgeSet, positions: Tensor) -> Bool[Tensor, "writer reader"]:
     """The boolean matrix of saved positions."""
-    if positions.ndim != 2 or positions.shape[1] != 2 or positions.is_floating_point():
+    if positions.ndim != 2 or positions.shape[1] != 2 or positions.dtype not in (torch.int32, torch.int64):
         raise ScoreError(f"its edges are {positions.dtype}{list(positions.shape)}")
     positions = positions.long()
     if bool((positions < 0).any() | (positions >= torch.tensor(edges.shape)).any()):

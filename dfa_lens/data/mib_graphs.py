@@ -97,9 +97,9 @@ def _from_json(data: Mapping[str, Any], frame: Frame) -> Graph:
     if not isinstance(entries, dict):
         raise ScoreError(f"edges is a {type(entries).__name__}, not an object")
     # by the number first, so that a wrong size costs nothing
-    n_edges = _n_edges(layers, heads)
-    if len(entries) != n_edges:
-        raise ScoreError(f"it has {len(entries)} edges; {layers} layers × {heads} heads have {n_edges}")
+    expected = n_edges(layers, heads, heads)
+    if len(entries) != expected:
+        raise ScoreError(f"it has {len(entries)} edges; {layers} layers × {heads} heads have {expected}")
     writers, readers, existing = frame(layers, heads)
     values = torch.zeros(existing.shape, dtype=torch.float64)
     in_graph = torch.zeros(existing.shape, dtype=torch.bool)
@@ -112,9 +112,10 @@ def _from_json(data: Mapping[str, Any], frame: Frame) -> Graph:
     return Graph(layers, heads, values, in_graph, _meta(cfg))
 
 
-def _n_edges(layers: int, heads: int) -> int:
-    writers = [1 + layer * (heads + 1) for layer in range(layers)]
-    return sum(3 * heads * before + before + heads for before in writers) + 1 + layers * (heads + 1)
+def n_edges(layers: int, heads: int, kv_heads: int) -> int:
+    """How many edges a model of these sizes has, told without making any."""
+    before = layers + (heads + 1) * layers * (layers - 1) // 2  # the writers before each layer, added up
+    return (heads + 2 * kv_heads + 1) * before + layers * heads + 1 + layers * (heads + 1)
 
 
 def _from_pt(data: Any, frame: Frame) -> Graph:

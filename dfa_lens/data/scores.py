@@ -145,7 +145,7 @@ class NodeScores(ByContent):
         FileError
             If the file is missing, broken, or not a file of scores.
         """
-        tensors, metadata = load_tensors(path, _FORMAT)
+        tensors, metadata = load_tensors(path, _FORMAT, ("nodes", "meta"))
 
         def make() -> NodeScores:
             values, meta = tensors["values"], parse_json(metadata["meta"])

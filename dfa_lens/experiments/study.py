@@ -11,11 +11,9 @@ where it was stopped: every row is on disk as soon as it is known.
 from __future__ import annotations
 
 import json
-import multiprocessing
-import os
 import warnings
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -26,9 +24,10 @@ from tqdm.auto import tqdm
 from dfa_lens import zoo
 from dfa_lens.attribution.attribute import IntegrationWarning
 from dfa_lens.data.content import fingerprint
-from dfa_lens.data.files import read_json, write_atomically
+from dfa_lens.data.files import checked_name, file_name, held, read_json, writable, write_atomically
 from dfa_lens.errors import DfaError, FileError, TaskError, unknown
 from dfa_lens.experiments import table
+from dfa_lens.experiments import workers as processes
 from dfa_lens.experiments.experiment import FULL, QUICK, Budget, Experiment, ModelPair, Outcome
 from dfa_lens.experiments.setting import Regime, Setting
 from dfa_lens.experiments.settings import SETTINGS
@@ -85,9 +84,10 @@ def run(
         How much to run.
     out:
         A folder for the rows: ``<pair>-<seed>.csv`` grows row by row, and a second call with the same folder runs only
-        what is missing. ``study.json`` keeps what the rows were made with. Without a folder nothing is kept on disk.
+        what is missing, however the first one ended. ``study.json`` keeps what the rows were made with. One run at a
+        time holds the folder. Without a folder nothing is kept on disk.
     workers:
-        Processes, a pair and seed in each; each takes its share of the processor's cores.
+        Processes, a pair and seed in each; each takes its share of the processor's cores. They end when this one does.
     device, dtype:
         For shipped models.
     collection:
@@ -102,8 +102,10 @@ def run(
     Raises
     ------
     DfaError
-        If a pair, task or setting is unknown, or the folder holds rows of another budget, or of other settings, models
-        or tasks by the same names.
+        If a pair, task or setting is unknown or has a name that can't stand in a table, or the folder holds rows of
+        another budget, or of other settings, models or tasks by the same names.
+    FileError
+        If the folder can't be written, another run holds it, or what is in it is damaged.
 
     Examples
     --------
@@ -124,23 +126,27 @@ def run(
         device,
         dtype,
     )
-    folder = None if out is None else Path(out)
-    if folder is not None:
-        _check_folder(folder, study)
+    folder = None if out is None else writable(out, folder=True)
     plans = [
         _Plan(study, models, seed, study.tested(test_tasks), folder) for seed in seeds for models in study.families
     ]
-    with tqdm(total=len(plans), desc="study", unit="experiment", disable=not progress) as bar:
-        if workers <= 1:
-            frames = [_counted(bar, _run_plan(plan)) for plan in plans]
-        else:
-            threads = max(1, (os.cpu_count() or 1) // workers)
-            with ProcessPoolExecutor(
-                workers, mp_context=multiprocessing.get_context("spawn"), initializer=_threads, initargs=(threads,)
-            ) as pool:
-                futures = as_completed([pool.submit(_run_plan, plan) for plan in plans])
-                frames = [_counted(bar, done.result()) for done in futures]
+    with (
+        nullcontext() if folder is None else _held(folder, "study"),
+        tqdm(total=len(plans), desc="study", unit="experiment", disable=not progress) as bar,
+    ):
+        if folder is not None:
+            _check_folder(folder, study)
+        frames = []
+        with closing(processes.each(_run_plan, plans, workers)) as made:
+            for frame in made:
+                frames.append(frame)
+                bar.update()
     return pd.concat(frames, ignore_index=True).sort_values(["family", "seed"], kind="stable", ignore_index=True)
+
+
+def _held(folder: Path, name: str, wait: float = 0.0) -> AbstractContextManager[None]:
+    refusal = f"Another run writes {name} in {folder}: wait until it has ended, or take another folder."
+    return held(folder / f".{name}.lock", refusal, wait=wait)
 
 
 @dataclass(frozen=True)
@@ -159,6 +165,11 @@ class Study:
         double = next((name for i, name in enumerate(names) if name in names[:i]), None)
         if double is not None:
             raise DfaError(f"Two pairs of models are called {double!r}: their rows could not be told apart.")
+        for what, chosen in (("pair of models", names), ("setting", self.settings)):
+            for name in chosen:
+                checked_name(name, what)
+        for setting in self.settings.values():
+            checked_name(setting.method, "method")
 
     def tested(self, chosen: Sequence[str] | None) -> tuple[str, ...]:
         """The test tasks; all, if none are chosen."""
@@ -178,16 +189,24 @@ class Study:
         }
 
 
+def _description(path: Path) -> dict[str, Any]:
+    """What rows were made with, as :meth:`Study.to_meta` was written down."""
+    found = read_json(path, "the description of a study")
+    checksum = found.pop("checksum", None)  # those of the first versions have none
+    if checksum is not None and checksum != fingerprint(found):
+        raise FileError(f"{path} was damaged after it was written: its checksum is not that of its content.")
+    known = {"budget": dict, "dtype": str, "pairs": dict, "tasks": dict, "settings": dict}
+    if found.keys() != known.keys() or any(not isinstance(found[name], kind) for name, kind in known.items()):
+        raise FileError(f"{path} does not describe a study: it lacks what rows were made with. Take another folder.")
+    return found
+
+
 def _check_folder(folder: Path, study: Study) -> None:
     """Rows that are there already must have been made in the same way; then what is to come is noted, too."""
     path = folder / "study.json"
     ours = study.to_meta()
     if path.exists():
-        theirs = read_json(path, "the description of a study")
-        if any(not isinstance(theirs.get(name), type(value)) for name, value in ours.items()):
-            raise FileError(
-                f"{path} does not describe a study: it lacks what rows were made with. Take another folder."
-            )
+        theirs = _description(path)
         changed = [name for name in ("budget", "dtype") if theirs[name] != ours[name]]
         # zero-shot training uses all tasks: with one more, no row is what it was
         if theirs["tasks"].keys() != ours["tasks"].keys():
@@ -200,7 +219,8 @@ def _check_folder(folder: Path, study: Study) -> None:
             raise DfaError(
                 f"The rows in {folder} were made with another {' and '.join(changed)}: take another folder or name."
             )
-    write_atomically(path, json.dumps(ours, indent=1).encode())
+    written = json.loads(json.dumps(ours))  # a tuple is read as a list, and a number as a key as its text
+    write_atomically(path, json.dumps({**written, "checksum": fingerprint(written)}, indent=1).encode())
 
 
 @dataclass(frozen=True)
@@ -215,7 +235,7 @@ class _Plan:
 
     @property
     def path(self) -> Path | None:
-        return None if self.folder is None else self.folder / f"{self.models.name}-{self.seed}.csv"
+        return None if self.folder is None else self.folder / f"{file_name(self.models.name)}-{self.seed}.csv"
 
     def experiment(self) -> Experiment:
         study = self.study
@@ -223,19 +243,20 @@ class _Plan:
         return Experiment(self.models, self.seed, study.budget, **options)  # type: ignore[arg-type]
 
 
-def _threads(n: int) -> None:
-    torch.set_num_threads(n)
-
-
-def _counted(bar: Any, frame: Any) -> Any:
-    bar.update()
-    return frame
-
-
 def _run_plan(plan: _Plan) -> Any:
+    if plan.path is None:
+        return _run_rows(plan, None)
+    # a worker of a run that was killed may still be about, for a moment
+    with _held(plan.path.parent, plan.path.name, wait=30):
+        return _run_rows(plan, plan.path)
+
+
+def _run_rows(plan: _Plan, path: Path | None) -> Any:
     import pandas as pd
 
-    known = table.frame([]) if plan.path is None else table.read_rows(plan.path)
+    known = table.frame([]) if path is None else table.read_rows(path)
+    if not known.empty and (set(known["family"]) != {plan.models.name} or set(known["seed"]) != {plan.seed}):
+        raise FileError(f"{path} has rows of other models or another seed than its name says.")
     done = set(known[list(table.KEY)].itertuples(index=False, name=None))
     gold = dict(known.loc[known["setting"] == GOLD, ["task", "cpr"]].itertuples(index=False, name=None))
     experiment, rows = plan.experiment(), []
@@ -257,8 +278,8 @@ def _run_plan(plan: _Plan) -> Any:
                 **experiment.diagnose(outcome),
             )
             rows.append(row)
-            if plan.path is not None:
-                table.append(plan.path, row)
+            if path is not None:
+                table.append(path, row)
     parts = [part for part in (known, table.frame(rows)) if len(part)]
     frame = pd.concat(parts, ignore_index=True) if parts else known
     return frame[frame["setting"].isin({GOLD, *plan.study.settings}) & frame["task"].isin(plan.test_tasks)]

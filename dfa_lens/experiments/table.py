@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import csv
+import hashlib
 import io
+import math
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from dfa_lens.data import files
 from dfa_lens.data.alignment import Alignment
 from dfa_lens.data.curve import FaithfulnessCurve
-from dfa_lens.data.files import read_bytes, write_atomically
 from dfa_lens.data.scores import NodeScores
 from dfa_lens.errors import FileError, short
 
@@ -63,6 +67,9 @@ WORDS = tuple(name for name, (kind, _) in COLUMNS.items() if kind is str)
 NUMBERS = tuple(name for name, (kind, _) in COLUMNS.items() if kind is not str)
 #: What tells one row of a pair of models and seed from another.
 KEY = ("setting", "task", "trained_on")
+#: The last cell of a row that was appended: a hash of what is before it. No column of the table.
+CHECKSUM = "checksum"
+_HEADER = ",".join(COLUMNS)
 
 
 # --- rows ----------------------------------------------------------------------------------------------------------
@@ -118,7 +125,8 @@ def read(path: str | Path) -> Any:
     Raises
     ------
     FileError
-        If it is not such a table.
+        If it is not such a table, a row is there twice, was damaged after it was written, or holds a number that is
+        infinite.
 
     Examples
     --------
@@ -130,36 +138,98 @@ def read(path: str | Path) -> Any:
     >>> read(path)["cpr"].tolist()
     [0.5]
     """
-    import pandas as pd
-
-    data = read_bytes(path)
-    try:
-        table = pd.read_csv(io.BytesIO(data), keep_default_na=False, dtype=dict.fromkeys(WORDS, str))
-        if not {*WORDS, "seed", "cpr"} <= set(table.columns):
-            raise ValueError(f"its columns are {', '.join(map(str, table.columns[:4]))} …")
-        numbers = [name for name in table.columns if name not in WORDS]
-        return table.assign(
-            **{name: pd.to_numeric(table[name].mask(table[name].astype(str) == "")) for name in numbers}
-        )
-    except (ValueError, pd.errors.ParserError, pd.errors.EmptyDataError) as error:
-        reason = short(error).rstrip(".")
-        raise FileError(f"{path} is not a table of a study: {reason}. Remove it to start again.") from error
+    return _read(path, files.read_bytes(path))
 
 
 def read_rows(path: Path) -> Any:
     """The rows that were appended so far; a last line that an interruption cut short is dropped, also from the file."""
     if not path.exists():
         return frame([])
-    data = read_bytes(path)
+    data = files.read_bytes(path)
+    header = f"{_HEADER},{CHECKSUM}\n".encode()
     whole = data[: data.rfind(b"\n") + 1]
+    if not whole and header.startswith(data):
+        whole = header
+    if not whole:
+        whole = data  # no table: the reader says so
+    table = _read(path, whole)
+    if not whole.startswith(header):  # rows of an earlier version get checksums, and the columns of today
+        rows = [row(**one) for one in table.to_dict("records")]
+        whole, table = header + b"".join(map(_line, rows)), frame(rows)
     if whole != data:
-        write_atomically(path, whole)
-    return read(path)
+        files.write_atomically(path, whole)
+    return table
 
 
 def append(path: Path, added: Mapping[str, Any]) -> None:
     """One more row at the end of a file, which is begun with a header."""
-    frame([added]).to_csv(path, mode="a", header=not path.is_file(), index=False)
+    new = not path.is_file() or not path.stat().st_size
+    files.append(path, (f"{_HEADER},{CHECKSUM}\n".encode() if new else b"") + _line(added))
+
+
+def _line(row: Mapping[str, Any]) -> bytes:
+    text = frame([row]).to_csv(index=False, header=False, lineterminator="\n")[:-1]
+    return f"{text},{_hash(text)}\n".encode()
+
+
+def _hash(line: str) -> str:
+    return hashlib.blake2b(line.encode(), digest_size=6).hexdigest()
+
+
+def _read(path: str | Path, data: bytes) -> Any:
+    try:
+        return _parsed(data.decode("utf-8-sig"))
+    except (ValueError, csv.Error, OverflowError) as error:
+        reason = (
+            f"byte {error.start} is no UTF-8" if isinstance(error, UnicodeDecodeError) else short(error).rstrip(".")
+        )
+        raise FileError(f"{path} is not a table of a study: {reason}. Remove it to start again.") from error
+
+
+def _parsed(text: str) -> Any:
+    header, *lines = text.split("\n")[:-1] if text.endswith("\n") else text.split("\n")
+    names = next(csv.reader([header], strict=True), [])
+    if not {*WORDS, "seed", "cpr"} <= set(names):
+        raise ValueError(f"its columns are {', '.join(names[:4])} …")
+    foreign = next(
+        (name for i, name in enumerate(names) if name not in (*COLUMNS, CHECKSUM) or name in names[:i]), None
+    )
+    if foreign is not None:
+        raise ValueError(f"it has a column {foreign!r} too much")
+    if CHECKSUM in names:
+        for number, line in enumerate(lines, 2):
+            before, _, checksum = line.rpartition(",")
+            if checksum != _hash(before):
+                raise ValueError(f"line {number} was damaged after it was written")
+    rows = [row for row in csv.reader(io.StringIO(text, newline=""), strict=True) if row][1:]
+    wrong = next((number for number, row in enumerate(rows, 2) if len(row) != len(names)), None)
+    if wrong is not None:
+        raise ValueError(f"line {wrong} has not as many cells as the header")
+    cells = dict(zip(names, zip(*rows, strict=True) if rows else [()] * len(names), strict=True))
+    return _checked({name: _column(name, cells[name]) for name in names if name != CHECKSUM})
+
+
+def _column(name: str, cells: tuple[str, ...]) -> list[Any]:
+    """The values in a column's cells."""
+    if name in WORDS:
+        return list(cells)
+    whole = COLUMNS[name][0] is int and all(re.fullmatch(r"-?\d{1,18}", cell) for cell in cells)
+    values = [(int(cell) if whole else float(cell)) if cell else math.nan for cell in cells]
+    if any(math.isinf(value) for value in values):
+        raise ValueError(f"{name} is infinite in a row")
+    return values
+
+
+def _checked(columns: Mapping[str, list[Any]]) -> Any:
+    import pandas as pd
+
+    table = pd.DataFrame(columns)
+    double = table.duplicated(["family", "seed", *KEY])
+    if double.any():
+        one = table[double].iloc[0]
+        which = f"setting {short(one['setting'])!r}, task {short(one['task'])!r}, seed {one['seed']}"
+        raise ValueError(f"it has the row of {which} twice")
+    return table
 
 
 # --- what a table says ---------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from typing import Any, Protocol, get_args, runtime_checkable
 
 import torch
 
-from dfa_lens.data.files import parse_json, read_bytes
+from dfa_lens.data.files import checked_name, parse_json, read_bytes
 from dfa_lens.data.pairs import COLUMNS, PromptPairs
 from dfa_lens.errors import FileError, PromptError, TaskError, short, unknown
 
@@ -43,7 +43,7 @@ def sources(tasks: Mapping[str, str | TaskSource] | None, collection: str = "off
     Raises
     ------
     TaskError
-        If there are no tasks, or ours has no task of that name.
+        If there are no tasks, ours has no task of that name, or a name can't stand in a table.
 
     Examples
     --------
@@ -61,6 +61,7 @@ def sources(tasks: Mapping[str, str | TaskSource] | None, collection: str = "off
         raise unknown("collection", collection, get_args(ours.Collection), TaskError)
     made: dict[str, TaskSource] = {}
     for name, source in tasks.items():
+        checked_name(name, "task", TaskError)
         if isinstance(source, str):
             ours.describe(source)  # an unknown name is an error here, not after minutes
             made[name] = partial(ours.load, source, collection=collection)  # type: ignore[arg-type]
