@@ -11,7 +11,8 @@ from typing import Annotated, Any
 
 import typer
 
-from dfa_lens.errors import DfaError, ModelError, TaskError, unknown
+from dfa_lens.data.files import writable, write_atomically
+from dfa_lens.errors import DfaError, ModelError, TaskError, plain_text, short, unknown
 
 app = typer.Typer(
     help="Carry a circuit from a small language model to a large one.",
@@ -41,7 +42,18 @@ BatchOption = Annotated[str, typer.Option(help="Examples a pass, or auto: what f
 SplitOption = Annotated[str, typer.Option(help="train, validation or test.")]
 ExamplesOption = Annotated[int, typer.Option("--examples", "-n", help="Prompt pairs.")]
 SeedOption = Annotated[int, typer.Option(help="Of prompts and training.")]
-OutOption = Annotated[Path, typer.Option("--out", "-o", help="File to write.")]
+
+
+def _writable(path: Path | None) -> Path | None:
+    """Asked before the work: that a file can't be written is not to be learned after it."""
+    return path if path is None else writable(path)
+
+
+def _writable_folder(path: Path) -> Path:
+    return writable(path, folder=True)
+
+
+OutOption = Annotated[Path, typer.Option("--out", "-o", help="File to write.", callback=_writable)]
 BackendOption = Annotated[str, typer.Option(help="auto, hooked or bridge.")]
 
 
@@ -61,8 +73,8 @@ def _model(name: str, backend: str = "auto", device: str = "cpu", dtype: str = "
 
 
 def _batch_size(given: str) -> Any:
-    if given != "auto" and not given.isdecimal():
-        raise DfaError(f"--batch-size must be a number or auto, not {given!r}.")
+    if given != "auto" and not (given.isdecimal() and len(given) < 10):
+        raise DfaError(f"--batch-size must be a number or auto, not {short(given)!r}.")
     return given if given == "auto" else int(given)
 
 
@@ -98,7 +110,7 @@ def _all_tasks(pairs: list[str] | None) -> dict[str, Any] | None:
 
 @app.command(epilog="Example: dfa-lens demo --quick --family llama3 --out report")
 def demo(
-    out: Annotated[Path, typer.Option(help="Folder for the report.")] = Path("report"),
+    out: Annotated[Path, typer.Option(help="Folder for the report.", callback=_writable_folder)] = Path("report"),
     family: Annotated[list[str] | None, typer.Option(help="llama3 or qwen2.5; default: both.")] = None,
     task: Annotated[
         list[str] | None, typer.Option(help="A task; may be given several times. Default: all six.")
@@ -127,8 +139,7 @@ def demo(
         collection=collection,
         progress=True,
     )
-    out.mkdir(parents=True, exist_ok=True)
-    results.table().to_csv(out / "results.csv", index=False)
+    write_atomically(out / "results.csv", results.table().to_csv(index=False).encode())
     page = write_report(results, out / "index.html")
     typer.echo("CPR (area under the faithfulness curve; higher is better)\n")
     typer.echo(results.summary().round(3).to_string())
@@ -229,7 +240,10 @@ def fit(
 
 @app.command(epilog="Example: dfa-lens study --quick --setting zero-shot --setting uniform-s --out study")
 def study(
-    out: Annotated[Path, typer.Option(help="Folder for the rows; what is there already is not run again.")],
+    out: Annotated[
+        Path,
+        typer.Option(help="Folder for the rows; what is there already is not run again.", callback=_writable_folder),
+    ],
     setting: Annotated[
         list[str] | None, typer.Option(help="One of dfa.study.SETTINGS; may be given several times. Default: all.")
     ] = None,
@@ -266,7 +280,7 @@ def study(
         collection=collection,
         progress=True,
     )
-    table.to_csv(out / "table.csv", index=False)
+    write_atomically(out / "table.csv", table.to_csv(index=False).encode())
     typer.echo(f"{means(table).round(3).to_string()}\n{out / 'table.csv'} written.")
 
 
@@ -303,7 +317,7 @@ def evaluate(
     device: DeviceOption = "cpu",
     dtype: DtypeOption = "float32",
     batch_size: BatchOption = "16",
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="Write the curve as CSV.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Write the curve as CSV.", callback=_writable)] = None,
 ) -> None:
     """Measure a circuit: its faithfulness curve, CPR and CMD."""
     import dfa_lens as dfa
@@ -320,8 +334,7 @@ def evaluate(
         progress=True,
     )
     if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        curve.to_frame().to_csv(out, index=False)
+        write_atomically(out, curve.to_frame().to_csv(index=False).encode())
     typer.echo(f"CPR {curve.cpr:.3f} {curve.cpr_interval()}, CMD {curve.cmd:.3f} {curve.cmd_interval()}")
     typer.echo(f"empty circuit: CPR {curve.floor:.3f}, CMD {curve.cmd_floor:.3f}")
 
@@ -338,7 +351,6 @@ def report(
 ) -> None:
     """Draw saved scores as an interactive aligned heatmap in one HTML file."""
     import dfa_lens as dfa
-    from dfa_lens.data.files import write_atomically
 
     figure = dfa.plots.aligned_heatmap(
         dfa.NodeScores.load(source),
@@ -367,12 +379,12 @@ def main() -> None:
     try:
         app()
     except DfaError as error:
-        typer.echo(f"dfa-lens: {error}", err=True)
+        typer.echo(f"dfa-lens: {plain_text(error)}", err=True)
         sys.exit(2)
 
 
 def _one_line_warning(message: Warning | str, *_: Any, **__: Any) -> None:
-    typer.echo(f"warning: {message}", err=True)
+    typer.echo(f"warning: {plain_text(message)}", err=True)
 
 
 if __name__ == "__main__":

@@ -85,4 +85,16 @@ def unknown(what: str, given: object, valid: Iterable[str], error: type[DfaError
 def short(text: object, limit: int = 120) -> str:
     """At most so many characters of a text, for messages: what is wrong, not the file that it is in."""
     whole = str(text)
-    return whole if len(whole) <= limit else f"{whole[:limit]}…"
+    return plain_text(whole) if len(whole) <= limit else f"{plain_text(whole[:limit])}…"
+
+
+def plain_text(text: object) -> str:
+    """A text as a terminal may have it: a name out of a file can't move its cursor or set its title.
+
+    Examples
+    --------
+    >>> from dfa_lens.errors import plain_text
+    >>> plain_text("a\\x1b[2J")
+    'a\\\\x1b[2J'
+    """
+    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in str(text))

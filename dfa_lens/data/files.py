@@ -51,6 +51,19 @@ def write_atomically(path: str | Path, data: bytes) -> None:
             raise
 
 
+@contextmanager
+def writing(file: Any) -> Iterator[None]:
+    """Around another library's writing of a file: a :class:`FileError` if it can't be done, before it is begun."""
+    if not isinstance(file, (str, os.PathLike)):  # an open file is its owner's
+        yield
+        return
+    path = writable(file)
+    try:
+        yield
+    except OSError as error:
+        raise FileError(f"Can't write {_shown(path)}: {error.strerror or short(error)}.") from error
+
+
 def append(path: Path, data: bytes) -> None:
     """Put some bytes behind a file; they are on the disk when this returns.
 
@@ -67,7 +80,7 @@ def append(path: Path, data: bytes) -> None:
             os.fsync(file.fileno())
 
 
-def writable(path: str | Path, *, folder: bool = False) -> Path:
+def writable(path: str | os.PathLike[str], *, folder: bool = False) -> Path:
     """The path, if a file (or ``folder``) can be written there: asked before the work, not after it.
 
     Raises
@@ -77,7 +90,7 @@ def writable(path: str | Path, *, folder: bool = False) -> Path:
         where nothing may be written.
     """
     text = os.fspath(path)
-    if not text or "\0" in text:
+    if (text in ("", ".") and not folder) or "\0" in text:
         raise FileError(f"Can't write a file called {short(repr(text))}.")
     path = Path(path)
     with _as_file_error(f"Can't write {_shown(path)}"):

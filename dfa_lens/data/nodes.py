@@ -63,6 +63,10 @@ class Node:
         for text in ("name", "point", "kind"):
             if not isinstance(getattr(self, text), str) or not getattr(self, text):
                 raise NodeError(f"A node's {text} is a text, not {short(repr(getattr(self, text)))}.")
+            if not getattr(self, text).isprintable():  # it is shown in terminals and in figures
+                raise NodeError(
+                    f"A node's {text} is one line without control characters, not {short(repr(getattr(self, text)))}."
+                )
         for number in ("layer", "axis", "index", "size"):
             given = getattr(self, number)
             whole = selection.integer(given)  # numpy's integers become Python's, which JSON can hold

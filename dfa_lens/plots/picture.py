@@ -7,6 +7,7 @@ from typing import Any
 
 import plotly.graph_objects as go
 
+from dfa_lens.data.files import writing
 from dfa_lens.errors import DfaError
 
 
@@ -38,17 +39,19 @@ class Picture(go.Figure):
         """As plotly's, with the script for clicks."""
         return super().to_html(*args, **self._with_script(kwargs))
 
-    def write_html(self, *args: Any, **kwargs: Any) -> None:
-        """As plotly's, with the script for clicks."""
-        super().write_html(*args, **self._with_script(kwargs))
+    def write_html(self, file: Any, *args: Any, **kwargs: Any) -> None:
+        """As plotly's, with the script for clicks; a :class:`~dfa_lens.errors.FileError` if it can't be written."""
+        with writing(file):
+            super().write_html(file, *args, **self._with_script(kwargs))
 
     def to_image(self, *args: Any, **kwargs: Any) -> bytes:
         """As plotly's (kaleido and a Chromium are needed), without sliders and buttons."""
         return self._still().to_image(*args, **kwargs)
 
-    def write_image(self, *args: Any, **kwargs: Any) -> None:
-        """As plotly's (kaleido and a Chromium are needed), without sliders and buttons."""
-        self._still().write_image(*args, **kwargs)
+    def write_image(self, file: Any, *args: Any, **kwargs: Any) -> None:
+        """As plotly's (kaleido and a Chromium are needed), without sliders and buttons; a FileError as well."""
+        with writing(file):
+            self._still().write_image(file, *args, **kwargs)
 
     def _still(self) -> go.Figure:
         still = go.Figure(self)

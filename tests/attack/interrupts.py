@@ -108,15 +108,16 @@ def operations(model: Any) -> dict[str, Operation]:
 class Target:
     """A model under attack; a new one as soon as it was changed, and the findings by operation and kind."""
 
-    def __init__(self, backend: str) -> None:
-        self.backend = backend
+    def __init__(self, backend: str, only: tuple[str, ...] | None = None) -> None:
+        self.backend, self.only = backend, only
         self.tries = self.hit = 0
         self.changed: Counter[str] = Counter()
         self.renew()
 
     def renew(self) -> None:
         self.model = fresh(self.backend)
-        self.operations = operations(self.model)
+        every = operations(self.model)
+        self.operations = every if self.only is None else {name: every[name] for name in self.only}
         for work in self.operations.values():  # what is remembered of a model is remembered from here on
             work()
         self.before = state(self.model)
@@ -217,12 +218,18 @@ def _quiet() -> Iterator[None]:
         sys.unraisablehook = hook
 
 
-def run(tries: int, kind: str, seed: int = 0, backends: tuple[str, ...] = BACKENDS) -> dict[str, Any]:
-    """``tries`` interrupts of a kind ("times" or "lines") over all operations and backends."""
+def run(
+    tries: int,
+    kind: str,
+    seed: int = 0,
+    backends: tuple[str, ...] = BACKENDS,
+    only: tuple[str, ...] | None = None,
+) -> dict[str, Any]:
+    """``tries`` interrupts of a kind ("times" or "lines") over all operations, or some, and backends."""
     rng = random.Random(f"{seed} {kind}")
     started = time.perf_counter()
     with _quiet():
-        targets = [Target(backend) for backend in backends]
+        targets = [Target(backend, only) for backend in backends]
         ways = [(Alarm if kind == "times" else Lines)(rng) for _ in targets]
         for i in range(tries):
             target, way = targets[i % len(targets)], ways[i % len(targets)]
