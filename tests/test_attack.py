@@ -9,6 +9,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from attack import files, interrupts, names
 from helpers import BACKENDS
 
@@ -133,6 +134,35 @@ def test_sizes_are_compared_with_the_file_first(tmp_path, sizes):
     path.write_text(json.dumps(content))
     with pytest.raises(FileError, match="edges"):
         dfa.EdgeScores.from_mib(path)
+
+
+@pytest.mark.parametrize(
+    "W", [torch.ones(1, 1, dtype=torch.int64), torch.ones(1, 1, dtype=torch.complex64), [[1.0]], None]
+)
+def test_a_released_file_has_a_matrix_of_numbers(tmp_path, W):
+    torch.save({"W": W, "small_nodes": ["m0"], "large_nodes": ["m0"]}, tmp_path / "w.pt")
+    with pytest.raises(FileError, match="its W is"):
+        dfa.Alignment.from_released(tmp_path / "w.pt")
+
+
+@pytest.mark.parametrize("key", ["edges_scores", "edges_in_graph"])
+def test_a_graph_has_numbers_and_booleans(tmp_path, key):
+    files._edges().to_mib(tmp_path / "g.pt")
+    content = torch.load(tmp_path / "g.pt", weights_only=True)
+    torch.save(content | {key: content[key].to(torch.int32)}, tmp_path / "g.pt")
+    with pytest.raises(FileError, match="not numbers and booleans"):
+        dfa.EdgeScores.from_mib(tmp_path / "g.pt")
+
+
+def test_a_description_that_was_damaged_is_refused(tmp_path):
+    from dfa_lens.experiments import study
+
+    path = tmp_path / "study.json"
+    files._description(path)
+    assert study._description(path)["budget"]["train"] == study.QUICK.train
+    path.write_text(path.read_text().replace('"train": 8', '"train": 9'))
+    with pytest.raises(FileError, match="was damaged after it was written"):
+        study._description(path)
 
 
 # --- the command line ----------------------------------------------------------------------------------------------

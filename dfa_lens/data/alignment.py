@@ -294,8 +294,12 @@ class Alignment(ByContent):
             raise FileError(f"{path} has no {missing[0]!r}: it is not an alignment saved by the released code.")
 
         def make() -> Alignment:
+            W = data["W"]
+            if not isinstance(W, Tensor) or not W.is_floating_point():
+                kind = W.dtype if isinstance(W, Tensor) else f"a {type(W).__name__}"
+                raise AlignmentError(f"its W is {kind}, not a matrix of floating-point numbers")
             source, target = _named_nodes(data["small_nodes"]), _named_nodes(data["large_nodes"])
-            return cls.of(data["W"], source, target, scaling="raw", meta=dict(data.get("meta") or {}))
+            return cls.of(W, source, target, scaling="raw", meta=dict(data.get("meta") or {}))
 
         return made_from(path, "an alignment saved by the released code", make)
 

@@ -133,7 +133,11 @@ def _from_pt(data: Any, frame: Frame) -> Graph:
         if not isinstance(tensor, Tensor) or tensor.shape != existing.shape:
             shape = list(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
             raise ScoreError(f"{what} is {shape}, not {list(existing.shape)}")
-    return Graph(layers, heads, values, in_graph.bool() & existing, _meta(cfg))
+    if not values.is_floating_point() or in_graph.dtype != torch.bool:
+        raise ScoreError(
+            f"edges_scores is {values.dtype} and edges_in_graph {in_graph.dtype}, not numbers and booleans"
+        )
+    return Graph(layers, heads, values, in_graph & existing, _meta(cfg))
 
 
 def _meta(cfg: Mapping[str, Any]) -> dict[str, Any]:
