@@ -18,7 +18,7 @@ from dfa_lens.data.edges import EdgeScores, EdgeSet, Readers, ReaderSite, Select
 from dfa_lens.data.pairs import PromptPairs
 from dfa_lens.data.scores import Ranking
 from dfa_lens.errors import FaithfulnessError, ScoreError
-from dfa_lens.evaluation.runs import Runs, grid
+from dfa_lens.evaluation.runs import Runs, extra, grid
 from dfa_lens.models import memory
 from dfa_lens.models.edge_patches import EdgePatch
 from dfa_lens.models.hooks import Activations
@@ -49,8 +49,7 @@ class CurveOfEdges:
         ranked = self._ranked(scores)
         order, n = ranked.order(self.ranking, selection=self.selection), len(ranked)
         fractions, ks = grid(n, self.protocol, self.sizes, self.fractions)
-        # the empty circuit gives the floor: run in addition where it is not asked for (in mib it is the corrupt run)
-        added = int(self.protocol == "nodes" and ks[0] > 0)
+        added = extra(self.protocol, ks)
         ends = ranked.edges.positions[order]
         always = scores.edges.existing & ~ranked.edges.chosen
         circuits = [_with(always, ends[:k]) for k in [0] * added + ks]
@@ -108,8 +107,7 @@ class CurveOfEdges:
                 run = PairedRun(runner, batch, edges.nodes, share_prefix=self.share_prefix)
                 _, clean = run.record("clean", nodes=False)
                 corrupt, corrupt_logits = run.record("corrupt")
-                runs.clean[rows] = metric(clean, batch, clean).double().cpu()
-                runs.corrupt[rows] = metric(corrupt_logits, batch, clean).double().cpu()
+                runs.record_whole(rows, batch, metric, clean, corrupt_logits)
                 for i, kept in enumerate(circuits):
                     if torch.equal(kept, edges.existing):
                         logits = clean
