@@ -1,11 +1,14 @@
 """Alignments of edges as values, and alignments of nodes put at both ends of edges."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
 from helpers import unchecked
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 
 import dfa_lens as dfa
 from dfa_lens.data.edge_alignment import EdgeMap
@@ -101,6 +104,36 @@ def test_files(tmp_path):
     dfa.controls.depth_mean(SOURCE.nodes, TARGET.nodes).save(tmp_path / "nodes.safetensors")
     with pytest.raises(FileError, match="not a file of 'dfa_lens edge alignment'"):
         dfa.EdgeAlignment.load(tmp_path / "nodes.safetensors")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"stages": []}, {"stages": [{}]}, {"stages": 3}, {"temperature": -1.0}, {"source": [1, 1]}, {"source": [0, 4, 2]},
+        {"target": "abc"}, {"target": [10**9, 10**9, 1]}, {"scaling": "none"}, {"B.0": None}, {"C.0": torch.ones(1)},
+        {"A.0": torch.ones(2, 2)}, {"A.0": torch.ones(11, 22, dtype=torch.long)}, {"edges.0": torch.ones(3, 3)},
+    ],
+)  # fmt: skip
+def test_what_is_no_edge_alignment(tmp_path, change):
+    """Files that another program might write, wrong in one place."""
+    random = dfa.controls.random_w(SOURCE, TARGET).stages[0]
+    stage = {"scaling": "unit", "source": [2, 4, 2], "target": [3, 6, 3]}
+    description = {"temperature": 1.0, "meta": {}, "history": [], "stages": [stage]}
+    tensors = {"A.0": random.A, "B.0": random.B}
+    path = tmp_path / "file"
+
+    def write():
+        kept = {name: each for name, each in tensors.items() if each is not None}
+        save_file(kept, path, {"format": "dfa_lens edge alignment 1", "alignment": json.dumps(description)})
+
+    write()
+    assert dfa.EdgeAlignment.load(path).stages[0] == random
+    for name, value in change.items():
+        place = tensors if name[1:] == ".0" or "edges" in name else stage if name in stage else description
+        place[name] = value
+    write()
+    with pytest.raises(FileError, match="is not an edge alignment"):
+        dfa.EdgeAlignment.load(path)
 
 
 def test_nodes_at_both_ends():

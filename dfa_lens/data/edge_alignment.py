@@ -254,7 +254,8 @@ class EdgeAlignment(Chain):
             raise AlignmentError(f"{wrong} is {tensors[wrong].dtype}")
         stages, used = [], 0
         for i, record in enumerate(description["stages"]):
-            source, target = EdgeSet(*record["source"]), EdgeSet(*record["target"])
+            writers = tensors[f"A.{i}"].shape
+            source, target = (_of_sizes(record[end], n) for end, n in zip(("source", "target"), writers, strict=True))
             chosen, bias = tensors.get(f"edges.{i}"), tensors.get(f"bias.{i}")
             if chosen is not None:
                 target = target.choose(chosen.bool())
@@ -267,6 +268,14 @@ class EdgeAlignment(Chain):
 
 def _sizes(edges: EdgeSet) -> list[int]:
     return [edges.n_layers, edges.n_heads, edges.n_kv_heads]
+
+
+def _of_sizes(sizes: Sequence[int], n_writers: int) -> EdgeSet:
+    """The edges of saved sizes, which must be those of so many writers: a broken file makes no huge set."""
+    n_layers, n_heads, n_kv_heads = sizes
+    if 1 + n_layers * (n_heads + 1) != n_writers:
+        raise AlignmentError(f"it has matrices for {n_writers} writers, but sizes {sizes}")
+    return EdgeSet(n_layers, n_heads, n_kv_heads)
 
 
 def sizes_of(nodes: NodeSet) -> tuple[int, int]:
