@@ -92,8 +92,10 @@ def test_an_edge_begins_at_its_writer_and_ends_at_its_reader(scores):
     assert len(set(places)) == len(places)
     for name, line in lines(figure).items():
         writer, reader = name.split("->")
-        assert (line.x[0], line.y[0]) == pytest.approx(marks[writer], abs=1e-3)
-        assert (line.x[-1], line.y[-1]) == pytest.approx(marks[reader], abs=1e-3)
+        assert line.x[0] == pytest.approx(marks[writer][0], abs=1e-3)
+        assert line.x[-1] == pytest.approx(marks[reader][0], abs=1e-3)
+        assert 0 < line.y[0] - marks[writer][1] < 0.5  # just above the one, just below the other
+        assert 0 < marks[reader][1] - line.y[-1] < 0.5
         assert line.y[0] < line.y[-1]
         assert (np.diff(line.y) >= 0).all()
     assert marks["input"][1] == min(y for _, y in places)
@@ -324,3 +326,38 @@ def test_names_and_words():
     assert edge_graph._reader_text("a3.h10<q>") == "queries of head 10, layer 3"
     assert edge_graph._node_text("a3.h10") == "head 10 of layer 3"
     assert edge_graph._node_text("m4") == "MLP of layer 4"
+
+
+# --- the report ----------------------------------------------------------------------------------------------------
+
+
+def test_a_report_of_edges(tmp_path):
+    scores = scores_of(3, 4, 2)
+    several = {"one": scores, "<b>two": scores_of(2, 6, 2)}
+    page = dfa.plots.report(several, tmp_path / "page.html").read_text()
+    assert "<h1>Circuits of edges</h1>" in page
+    assert "CPR by task" not in page
+    assert page.count('class="plotly-graph-div"') == 4
+    assert "<b>two" not in page
+    assert "&lt;b&gt;two" in page
+    alone = dfa.plots.report(dfa.EdgeScores(scores.values, scores.edges, {"model": "a model"}), tmp_path / "a.html")
+    assert ">a model</h3>" in alone.read_text()
+
+
+def test_a_report_of_results_and_edges(tmp_path):
+    from test_plots import made_up_results
+
+    page = dfa.plots.report(made_up_results(1), tmp_path / "page.html", edges={"one": scores_of(3, 4, 2)}).read_text()
+    assert "CPR by task" in page
+    assert ">edges: one</a>" in page
+
+
+def test_a_report_of_edges_without_a_path(tmp_path):
+    """A sample of edges has scores, and rarely a path."""
+    scores = scores_of(2, 2).where(writer="m0", reader="m1")
+    assert "m0->m1" in dfa.plots.report(scores, tmp_path / "page.html").read_text().replace("\\u003e", ">")
+
+
+def test_a_report_of_nothing(tmp_path):
+    with pytest.raises(dfa.DfaError, match="no results to report"):
+        dfa.plots.report({}, tmp_path / "page.html")

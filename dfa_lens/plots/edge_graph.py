@@ -27,7 +27,9 @@ ENDS = {"input": "the embedding", "logits": "what the unembedding reads"}
 
 #: Height of a layer and, within it, of what it holds, in units of the y axis.
 LAYER = 3.0
-KEYS, QUERIES, HEADS, BLOCK = 0.5, 1.05, 1.75, 2.4
+KEYS, QUERIES, HEADS, BLOCK = 0.5, 1.05, 1.75, 2.7
+#: How far from the middle of a node, and of a reader, edges begin and end: what is hovered there is the node.
+NEAR_NODE, NEAR_READER = 0.35, 0.2
 #: Points of a curve: hovering finds the nearest.
 N_POINTS = 24
 #: Names that the line below the figure lists in each direction.
@@ -42,7 +44,7 @@ _NOTE = {
     "y": 0,
     "xanchor": "left",
     "yanchor": "top",
-    "yshift": -104,
+    "yshift": -118,
     "width": 480,
     "align": "left",
     "showarrow": False,
@@ -123,6 +125,8 @@ class Map:
     def curve(self, writer: str, reader: str) -> tuple[np.ndarray, np.ndarray]:
         """The way of an edge: up from its writer, and up into its reader, around what stands between."""
         start, end = self.writers[writer], self.readers[reader]
+        start = Point(start.x, start.y + NEAR_NODE)
+        end = Point(end.x, end.y - (NEAR_READER if "<" in reader else NEAR_NODE))
         rise = (end.y - start.y) / 2
         bow = 0.0
         if abs(end.x - start.x) < 0.75 and rise > 1:  # the column is full of others: go round them
@@ -416,9 +420,9 @@ def _node_traces(drawn: Sequence[Drawn], place: Map, prune: bool, scale: float) 
                 **_marked(names, place.writers, _node_text),
                 "name": "nodes",
                 "text": [_label(name) for name in names],
-                "textfont": {"size": 11 * scale, "color": styling.INK},
+                "textfont": {"size": 10.5 * scale, "color": styling.INK},
                 "marker": {
-                    "size": 20 * scale,
+                    "size": 23 * scale,
                     "symbol": ["circle" if head else "square" for head in heads],
                     "color": [HEAD if head else MLP for head in heads],
                     "line": {"color": "#555555", "width": 1},
@@ -515,7 +519,7 @@ def _add_slider(figure: go.Figure, labels: Sequence[str], first: int, entries: S
     indices = list(range(len(entries)))
     figure.update_layout(
         meta=first,
-        margin={"b": 210},
+        margin={"b": 224},
         sliders=[
             {
                 "active": first,
@@ -530,7 +534,7 @@ def _add_slider(figure: go.Figure, labels: Sequence[str], first: int, entries: S
                 "x": 0,
                 "len": 1,
                 "y": 0,
-                "pad": {"t": 40, "b": 0},
+                "pad": {"t": 54, "b": 0},
                 "currentvalue": {"prefix": "edges: ", "font": {"size": 13, "color": styling.INK}},
                 "ticklen": 0,
                 "minorticklen": 0,

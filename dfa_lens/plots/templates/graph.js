@@ -25,7 +25,7 @@ function (graph, {edges, reads, writes, note, listed, columns, opacity}) {
   let before = null;
   const fit = () => {
     const room = graph._fullLayout._size.w / columns;  // pixels from head to head
-    const scale = Math.min(1, room / 24);
+    const scale = Math.min(1, room / 26);
     if (scale === before) { return; }
     before = scale;
     const chosen = graph.data.map((trace, i) => i).filter(i => sizes[i] && graph.data[i].name && !graph.data[i].textposition);
@@ -33,7 +33,7 @@ function (graph, {edges, reads, writes, note, listed, columns, opacity}) {
       'marker.size': chosen.map(i => sizes[i] * scale),
       mode: chosen.map(i => graph.data[i].name === 'nodes' ? (room > 11 ? 'markers+text' : 'markers')
         : (room > 22 ? 'markers+text' : 'markers')),
-      'textfont.size': chosen.map(i => (graph.data[i].name === 'nodes' ? 11 : 9) * Math.max(0.7, scale)),
+      'textfont.size': chosen.map(i => (graph.data[i].name === 'nodes' ? 10.5 : 9) * Math.max(0.7, scale)),
     }, chosen);
   };
   graph.on('plotly_afterplot', fit);
