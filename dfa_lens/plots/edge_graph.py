@@ -28,6 +28,11 @@ ENDS = {"input": "the embedding", "logits": "what the unembedding reads"}
 #: Height of a layer and, within it, of what it holds, in units of the y axis.
 LAYER = 3.0
 KEYS, QUERIES, HEADS, BLOCK = 0.5, 1.05, 1.75, 2.7
+#: Where the y axis begins, and how far it goes beyond the logits.
+FLOOR, CEILING = -2.0, 1.1
+#: Pixels of a unit (of models with more than twelve layers less), and above and below the graph.
+UNIT, UNIT_OF_MANY, UNIT_ON_PAPER = 25, 20, 11
+TOP, BOTTOM = 80, 224
 #: How far from the middle of a node, and of a reader, edges begin and end: what is hovered there is the node.
 NEAR_NODE, NEAR_READER = 0.35, 0.2
 #: Points of a curve: hovering finds the nearest.
@@ -271,10 +276,10 @@ def circuit_graph(
     ]
     entries = [entry for entry, _ in traces]
     figure = Picture([go.Scatter(**trace, visible=entry <= first, showlegend=False) for entry, trace in traces])
-    rows = scores.edges.n_layers
-    tall = height or round((30 if on_paper else 72 if rows <= 12 else 54) * rows + (90 if on_paper else 270))
+    unit = UNIT_ON_PAPER if on_paper else UNIT if scores.edges.n_layers <= 12 else UNIT_OF_MANY
+    tall = height or round(unit * (place.top - FLOOR + CEILING) + TOP + (BOTTOM if slider else 60))
     styling.layout(figure, title, width=width, height=tall, style=style)
-    _axes(figure, place, titled=title is not None, tall=tall)
+    _axes(figure, place, tall)
     if slider:
         labels = [f"{k} of {len(scores)}" + (f", {n} on a path" * prune) for k, n in zip(sizes, numbers, strict=True)]
         _add_slider(figure, labels, first, entries)
@@ -397,6 +402,7 @@ def _node_traces(drawn: Sequence[Drawn], place: Map, prune: bool, scale: float) 
             {
                 **_marked(names, {**place.readers, **place.writers}, ENDS.__getitem__),
                 "name": "nodes",
+                "cliponaxis": False,
                 "text": names,
                 "textfont": {"size": 12 * scale},
                 "textposition": ["bottom center" if name == "input" else "top center" for name in names],
@@ -464,7 +470,7 @@ def _reader_text(name: str) -> str:
     return f"{kind} of {of}, layer {layer}"
 
 
-def _axes(figure: go.Figure, place: Map, *, titled: bool, tall: int) -> None:
+def _axes(figure: go.Figure, place: Map, tall: int) -> None:
     """Layers and heads along the sides, layers on stripes, a legend of the two colours."""
     layers, heads = place.edges.n_layers, place.edges.n_heads
     every = 1 if heads <= 12 else 4 if heads <= 32 else 8
@@ -477,7 +483,7 @@ def _axes(figure: go.Figure, place: Map, *, titled: bool, tall: int) -> None:
         **plain,
     )
     figure.update_yaxes(
-        range=[-2.1, place.top + 1.2],
+        range=[FLOOR, place.top + CEILING],
         tickvals=[LAYER * layer + LAYER / 2 for layer in range(layers)],
         ticktext=[str(layer) for layer in range(layers)],
         title={"text": "layer", "standoff": 6},
@@ -502,13 +508,13 @@ def _axes(figure: go.Figure, place: Map, *, titled: bool, tall: int) -> None:
         legend={
             "orientation": "h",
             "yref": "container",
-            "y": 1 - (34 if titled else 6) / tall,
+            "y": 1 - 34 / tall,
             "yanchor": "top",
             "x": 0,
         },
-        margin={"t": 90 if titled else 60, "b": 60},
+        margin={"t": TOP, "b": 60},
     )
-    if titled:
+    if figure.layout.title.text:
         figure.update_layout(title={"y": 1 - 8 / tall, "yanchor": "top"})
     for name, color in (("helps", POSITIVE), ("hurts", NEGATIVE)):
         figure.add_scatter(x=[None], y=[None], mode="lines", name=name, line={"color": color, "width": 4})
@@ -519,7 +525,7 @@ def _add_slider(figure: go.Figure, labels: Sequence[str], first: int, entries: S
     indices = list(range(len(entries)))
     figure.update_layout(
         meta=first,
-        margin={"b": 224},
+        margin={"b": BOTTOM},
         sliders=[
             {
                 "active": first,
