@@ -171,6 +171,7 @@ def test_doctor(tmp_path, zoo_source):
         "threads for torch",
         "llama3-tiny-target",
         "shared beginnings  run once",
+        "edges              2,500 (per head: 3,628); eap takes 3 passes, eap-ig-inputs 11 with 5 steps",
     ):
         assert text in out
     assert "NOT INSTALLED" not in out
