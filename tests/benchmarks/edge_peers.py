@@ -66,9 +66,15 @@ def main() -> None:
         setattr(other.cfg, flag, True)
     pairs = dfa.tasks.load("ioi", tokenizer, n=options.examples, templates=[0])
     rows = texts(pairs, tokenizer)
-    batch = ([clean for clean, _ in rows], [corrupt for _, corrupt in rows], torch.stack([pairs.answer, pairs.wrong], 1))
+    batch = (
+        [clean for clean, _ in rows],
+        [corrupt for _, corrupt in rows],
+        torch.stack([pairs.answer, pairs.wrong], 1),
+    )
     bench = Bench(model, options.repeats)
-    print("| method | ours, CPU s | theirs | theirs / ours | ours, peak | theirs | theirs / ours | largest difference |")
+    print(
+        "| method | ours, CPU s | theirs | theirs / ours | ours, peak | theirs | theirs / ours | largest difference |"
+    )
     print("| --- " * 8 + "|")
     for method, (name, steps) in METHODS.items():
         settings = {"readers": "per-head", "step_points": "from-corrupt", "batch_size": len(pairs), "steps": steps}
