@@ -243,7 +243,7 @@ class EdgeAlignment(Chain):
         FileError
             If the file is missing, broken, or not an alignment of edges.
         """
-        tensors, metadata = load_tensors(path, _FORMAT)
+        tensors, metadata = load_tensors(path, _FORMAT, ("alignment",))
         return made_from(path, "an edge alignment", lambda: cls._read(tensors, parse_json(metadata["alignment"])))
 
     @classmethod

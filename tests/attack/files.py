@@ -183,6 +183,11 @@ def _some_edges(path: Path) -> None:
     dfa.EdgeScores(whole.values.where(chosen.chosen, torch.nan), chosen).save(path)
 
 
+def _edge_alignment() -> dfa.EdgeAlignment:
+    whole = dfa.EdgeSet(1, 2, 1)
+    return dfa.controls.random_w(whole, dfa.EdgeSet(1, 3)) @ dfa.controls.random_w(dfa.EdgeSet(2, 2), whole)
+
+
 def _released(path: Path) -> None:
     nodes = ["a0.h0", "a0.h1", "m0", "input"]
     torch.save({"W": torch.ones(4, 2), "small_nodes": nodes, "large_nodes": ["m0", "m1"], "meta": {"lr": 0.1}}, path)
@@ -233,6 +238,7 @@ FORMATS: dict[str, Format] = {
     "edges": Format(lambda p: _edges().save(p), dfa.EdgeScores.load, content=of_safetensors),
     "chosen edges": Format(_some_edges, dfa.EdgeScores.load, content=of_safetensors),
     "alignments": Format(lambda p: _alignment().save(p), dfa.Alignment.load, content=of_safetensors),
+    "edge alignments": Format(lambda p: _edge_alignment().save(p), dfa.EdgeAlignment.load, content=of_safetensors),
     "MIB": Format(
         lambda p: dfa.controls.uniform(INPUT).to_mib(p), dfa.NodeScores.from_mib, ours=False, content=of_json
     ),

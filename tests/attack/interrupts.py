@@ -66,6 +66,7 @@ def operations(model: Any) -> dict[str, Operation]:
     nodes = dfa.NodeSet.heads_and_mlps(model)
     ranking = dfa.controls.random_scores(nodes)
     source = {"a": dfa.controls.random_scores(dfa.NodeSet.for_sizes(1, 2))}
+    edge_scores = {"a": dfa.controls.random_scores(dfa.EdgeSet(1, 2))}
     mask = torch.ones(len(nodes), 1)[:, 0]
 
     def contexts() -> None:
@@ -97,6 +98,7 @@ def operations(model: Any) -> dict[str, Operation]:
         "check": lambda: dfa.check(model, pairs),
         "fit": lambda: dfa.fit(model, source, {"a": pairs}, steps=2, batch_size=2),
         "fit, recompute": lambda: dfa.fit(model, source, {"a": pairs}, steps=2, batch_size=2, cache="recompute"),
+        "fit, edges": lambda: dfa.fit(model, edge_scores, {"a": pairs}, steps=2, batch_size=2),
         "attention features": lambda: dfa.similarity.attention_features(model, nodes),
         "batch size": lambda: dfa.attribute(model, pairs, method="nap", batch_size="auto"),
         "contexts": contexts,
