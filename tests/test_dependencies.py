@@ -95,14 +95,14 @@ def test_writing(environment, tmp_path, monkeypatch):
     """A file that its own environment passes; doctor's file has this package's dependencies of all lock files."""
     monkeypatch.setattr(lock, "TESTED", tmp_path / "tested.json")
     monkeypatch.setattr(lock, "REQUIREMENTS", tmp_path)
-    (tmp_path / "old.txt").write_text("torch==2.9.0\nfilelock==4.0\n")
-    found = environment(torch=["2.13.0+cpu"], filelock=["4.3.1"], dfa_lens=["0.1.0"])
+    (tmp_path / "old.txt").write_text("torch==2.9.0\nfsspec==4.0\n")
+    found = environment(torch=["2.13.0+cpu"], fsspec=["4.3.1"], dfa_lens=["0.1.0"])
     lock.write(tmp_path / "new.txt", found)
-    assert (tmp_path / "new.txt").read_text().splitlines()[1:] == ["filelock==4.3.1", "torch==2.13.0"]
+    assert (tmp_path / "new.txt").read_text().splitlines()[1:] == ["fsspec==4.3.1", "torch==2.13.0"]
     assert lock.problems(lock.read(tmp_path / "new.txt"), found) == []
     tested = json.loads((tmp_path / "tested.json").read_text())
     assert tested["torch"] == ["2.9.0", "2.13.0"]
-    assert "filelock" not in tested
+    assert "fsspec" not in tested
 
 
 def test_doctor_marks_what_was_not_tested(monkeypatch):
