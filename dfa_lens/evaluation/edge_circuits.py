@@ -57,10 +57,7 @@ class CurveOfEdges:
             return self._run_all(runner, pairs, scores.edges, circuits, chosen, size)
 
         def need(footprint: Footprint, size: int) -> Need:
-            # of each batch the corrupt activations, the differences that run, and the streams that readers are given
-            held = size * (2 * footprint.site_bytes + 2 * footprint.embed_bytes + 3 * footprint.logit_bytes)
-            forward = len(pairs) * (2 + len(circuits))
-            return Need("faithfulness_curve", forward, 0, held, 0, 2 * footprint.working_bytes(size))
+            return need_of_edge_curve(footprint, len(pairs), size, len(circuits))
 
         runs = memory.run(work, batch_size, runner, pairs, scores.edges.nodes, need)
         curve = runs.curve(fractions, ks, added=added, protocol=self.protocol, ranking=self.ranking, n=n)
@@ -116,6 +113,13 @@ class CurveOfEdges:
                     runs.record(i, rows, batch, metric, logits, clean)
                     bar.update(len(batch))
         return runs
+
+
+def need_of_edge_curve(footprint: Footprint, examples: int, batch: int, sizes: int) -> Need:
+    """What a curve of circuits of edges needs: so many examples and sizes."""
+    # of each batch the corrupt activations, the differences that run, and the streams that readers are given
+    held = batch * (2 * footprint.site_bytes + 2 * footprint.embed_bytes + 3 * footprint.logit_bytes)
+    return Need("faithfulness_curve", examples * (2 + sizes), 0, held, 0, 2 * footprint.working_bytes(batch))
 
 
 def _with(always: Bool[Tensor, "writer reader"], ends: Int[Tensor, "edge 2"]) -> Bool[Tensor, "writer reader"]:
