@@ -35,7 +35,9 @@ def test_interrupted_models_are_as_they_were(backend, kind):
     found = interrupts.run(
         24, kind, backends=(backend,), only=("nap", "eap", "curve", "fit", "contexts", "hook points")
     )
-    assert not found["failed"] and found["interrupted"] > 8, found
+    assert not found["failed"], found
+    if kind == "lines":  # an operation may be over before its time is up
+        assert found["interrupted"] > 0.8 * found["tries"]
 
 
 def test_the_attack_notices_a_change():
