@@ -15,7 +15,6 @@ from typing import Any, get_args
 import torch
 
 from dfa_lens import __version__, zoo
-from dfa_lens.attribution.edges import EDGE_METHODS
 from dfa_lens.data.edges import EdgeSet, Readers
 from dfa_lens.errors import ModelError
 from dfa_lens.models import memory
@@ -95,7 +94,7 @@ def _of(model: Any) -> Iterator[str]:
     yield f"  tokenizer          {type(tokenizer).__name__ if tokenizer is not None else 'NONE: tasks need one'}"
 
 
-def _edges(runner: Runner, steps: int = 5) -> str:
+def _edges(runner: Runner) -> str:
     """How many edges there are and what scoring them takes, or why they can't be scored."""
     grouped, per_head = (EdgeSet.of_model(runner.model, readers=readers) for readers in get_args(Readers))
     try:
@@ -103,12 +102,7 @@ def _edges(runner: Runner, steps: int = 5) -> str:
             Stream(runner, grouped)
     except ModelError as error:
         return f"can't be scored: {error}"
-    passes = (sum(EDGE_METHODS.find(name).passes(grouped, n)) for name, n in (("eap", 1), ("eap-ig-inputs", steps)))
-    eap, integrated = passes
-    return (
-        f"{len(grouped):,} (per head: {len(per_head):,}); eap takes {eap} passes, eap-ig-inputs {integrated} with "
-        f"{steps} steps"
-    )
+    return f"{len(grouped):,} (per head: {len(per_head):,}): eap in 3 passes, eap-ig-inputs in 1 + 2 x steps"
 
 
 def _yes(works: bool) -> str:

@@ -171,7 +171,7 @@ def test_doctor(tmp_path, zoo_source):
         "threads for torch",
         "llama3-tiny-target",
         "shared beginnings  run once",
-        "edges              2,500 (per head: 3,628); eap takes 3 passes, eap-ig-inputs 11 with 5 steps",
+        "edges              2,500 (per head: 3,628): eap in 3 passes, eap-ig-inputs in 1 + 2 x steps",
     ):
         assert text in out
     assert "NOT INSTALLED" not in out
@@ -186,6 +186,17 @@ def test_doctor_on_a_model_without_a_tokenizer(zoo_source, monkeypatch):
     report = "\n".join(diagnosis.lines(zoo_source))
     assert "NONE: tasks need one" in report
     assert "shared beginnings  can't be used" in report
+
+
+def test_doctor_on_a_model_without_edges(zoo_source, monkeypatch):
+    from dfa_lens import doctor as diagnosis
+    from dfa_lens.errors import ModelError
+
+    def refuse(*args):
+        raise ModelError("its attention and MLP run in parallel")
+
+    monkeypatch.setattr(diagnosis, "Stream", refuse)
+    assert "  edges              can't be scored: its attention and MLP run in parallel" in diagnosis.lines(zoo_source)
 
 
 def test_shell_completion():
