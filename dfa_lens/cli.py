@@ -237,7 +237,10 @@ def fit(
     steps: Annotated[int, typer.Option(help="Optimiser steps.")] = 200,
     sparsity_weight: Annotated[float, typer.Option(help="The weight of the mean mask in the loss.")] = 10.0,
     form: Annotated[
-        str, typer.Option(help="full, kernel, full+bias, low-rank, block or depth-band: what W is made of.")
+        str,
+        typer.Option(
+            help="full, kernel, full+bias, low-rank, block or depth-band: what W is made of; of edges: full or free."
+        ),
     ] = "full",
     objective: Annotated[str, typer.Option(help="sparse, target-size or matryoshka.")] = "sparse",
     examples: ExamplesOption = 64,
@@ -249,13 +252,13 @@ def fit(
     dtype: DtypeOption = "float32",
     batch_size: Annotated[int, typer.Option(help="Examples of each step.")] = 16,
 ) -> None:
-    """Learn an alignment from source scores to a target model, and save it."""
+    """Learn an alignment from source scores to a target model, and save it; scores of edges give one of edges."""
     import dfa_lens as dfa
 
     recipe = dfa.Recipe(
         form=form, objective=objective, sparsity_weight=sparsity_weight, steps=steps, batch_size=batch_size, seed=seed
     )
-    loaded = {task: dfa.NodeScores.load(path) for task, path in _named(scores, "Scores").items()}
+    loaded = {task: _scores(path) for task, path in _named(scores, "Scores").items()}
     own = _own_tasks(pairs)
     foreign = next((task for task in own if task not in loaded), None)
     if foreign is not None:
@@ -324,13 +327,19 @@ def study(
 )
 def transfer(
     alignment: Annotated[Path, typer.Option(help="A saved alignment.")],
-    scores: Annotated[Path, typer.Option(help="Saved source scores.")],
+    scores: Annotated[Path, typer.Option(help="Saved source scores, of nodes or of edges as the alignment is.")],
     out: OutOption,
 ) -> None:
     """Carry source scores to the target, and save them."""
     import dfa_lens as dfa
 
-    circuit = dfa.Alignment.load(alignment).transfer(dfa.NodeScores.load(scores))
+    kind = dfa.EdgeAlignment if "edge" in _kind(alignment) else dfa.Alignment
+    carrier, given = kind.load(alignment), _scores(scores)
+    if isinstance(given, dfa.EdgeScores) != isinstance(carrier, dfa.EdgeAlignment):
+        raise DfaError(
+            f"{scores} holds {given!r}, and {alignment} an {carrier!r}: one is of edges, the other of nodes."
+        )
+    circuit = carrier.transfer(given)
     circuit.save(out)
     typer.echo(circuit.to_frame().nsmallest(10, "rank").to_string(index=False))
     typer.echo(f"{out} written.")
@@ -343,20 +352,22 @@ def _edge_scores(path: Path) -> Any:
     return dfa.EdgeScores.from_mib(path) if path.suffix in MIB_SUFFIXES else dfa.EdgeScores.load(path)
 
 
-def _scores(path: Path) -> Any:
-    """Scores of nodes or of edges, whichever the file says that it holds."""
+def _kind(path: Path) -> str:
+    """What a file of ours says that it holds, or nothing; what is wrong with it is said by the loading."""
     from safetensors import SafetensorError, safe_open
 
-    import dfa_lens as dfa
-
-    if path.suffix in MIB_SUFFIXES:
-        return _edge_scores(path)
     try:
         with safe_open(str(path), framework="pt") as file:
-            kind = (file.metadata() or {}).get("format", "")
-    except (SafetensorError, OSError):  # what is wrong is said by the loading
-        kind = ""
-    return _edge_scores(path) if "edge scores" in kind else dfa.NodeScores.load(path)
+            return str((file.metadata() or {}).get("format", ""))
+    except (SafetensorError, OSError):
+        return ""
+
+
+def _scores(path: Path) -> Any:
+    """Scores of nodes or of edges, whichever the file says that it holds."""
+    import dfa_lens as dfa
+
+    return _edge_scores(path) if path.suffix in MIB_SUFFIXES or "edge" in _kind(path) else dfa.NodeScores.load(path)
 
 
 @app.command(epilog="Example: dfa-lens evaluate --model llama3-tiny-target --scores ioi-target.safetensors --task ioi")

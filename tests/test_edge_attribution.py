@@ -14,7 +14,7 @@ from test_reference import pytestmark as hooked_only
 import dfa_lens as dfa
 from dfa_lens.data.nodes import INPUT_POINT
 from dfa_lens.errors import DfaError, EdgeError, ModelError
-from dfa_lens.models import stream
+from dfa_lens.models import memory, stream
 
 #: name of the reference scores → how attribute_edges gives them
 SCORES = {
@@ -310,3 +310,17 @@ def test_batch_size_auto(any_model, pairs):
 def test_bad_input(any_model, pairs, options, error, message):
     with pytest.raises(error, match=message):
         unchecked(dfa.attribute_edges)(any_model, pairs, **options)
+
+
+def test_more_memory_than_there_is(any_model, pairs, monkeypatch):
+    """Said before the work, with the amount: what the writers do, one float32 number after the other."""
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 1000)
+    least = 4 * int(pairs.longest.max()) * len(pairs) * any_model.cfg.d_model * (1 + 2 * any_model.cfg.n_layers)
+    amount = f"at least {least / 2**20:.2f} MiB, and 0.00 MiB are free on cpu: take a smaller one"
+    monkeypatch.setattr(type(any_model), "forward", None)
+    with pytest.raises(ModelError, match=f"attribute_edges with batch_size=16 would take {amount}"):
+        dfa.attribute_edges(any_model, pairs)
+    edges = dfa.EdgeSet.of_model(any_model)
+    scores = dfa.EdgeScores(torch.ones(edges.shape), edges)
+    with pytest.raises(ModelError, match=f"faithfulness_curve of edges with batch_size=16 would take {amount}"):
+        dfa.faithfulness_curve(any_model, pairs, scores)

@@ -114,6 +114,8 @@ def test_the_command_line_of_edges(tmp_path, monkeypatch):
         "evaluate --model llama3-tiny-source --scores edges.safetensors --task ioi -n 2 --selection greedy --out c.csv",
         "evaluate --model llama3-tiny-source --scores g.pt --task ioi -n 2 --protocol mib --ranking absolute",
         "report --edges ioi=edges.safetensors --edges per-head=g.pt --out edges.html",
+        "fit --target llama3-tiny-target --scores ioi=edges.safetensors --steps 1 -n 4 --out w.safetensors",
+        "transfer --alignment w.safetensors --scores edges.safetensors --out carried.safetensors",
     ):
         assert CliRunner().invoke(app, arguments.split(), catch_exceptions=False).output
     saved = dfa.EdgeScores.load(tmp_path / "edges.safetensors")
@@ -121,6 +123,8 @@ def test_the_command_line_of_edges(tmp_path, monkeypatch):
     assert saved.edges.grouped
     assert not dfa.EdgeScores.from_mib(tmp_path / "g.pt").edges.grouped
     assert "live" in (tmp_path / "c.csv").read_text().splitlines()[0]
+    alignment = dfa.EdgeAlignment.load(tmp_path / "w.safetensors")
+    assert dfa.EdgeScores.load(tmp_path / "carried.safetensors") == alignment.transfer(saved)
     page = (tmp_path / "edges.html").read_text()
     assert ">ioi</h3>" in page
     assert ">per-head</h3>" in page

@@ -7,8 +7,8 @@ import torch
 from helpers import random_model, random_pairs, unchecked
 
 import dfa_lens as dfa
-from dfa_lens.errors import AlignmentError, PromptError, ScoreError, TrainingError
-from dfa_lens.models import hooks
+from dfa_lens.errors import AlignmentError, ModelError, PromptError, ScoreError, TrainingError
+from dfa_lens.models import hooks, memory
 from dfa_lens.models.runner import Runner
 from dfa_lens.transfer import store
 from dfa_lens.transfer.forms import DepthBand, Full, Kernel, LowRank, Standardised
@@ -251,6 +251,31 @@ def test_warnings(any_model):
     dfa.fit(any_model, {"a": dfa.controls.uniform(SOURCE)}, {"a": pairs["a"]}, steps=1)  # a control says so itself
     with pytest.raises(AlignmentError, match="All source scores are zero"):
         dfa.fit(any_model, {"a": dfa.NodeScores(torch.zeros(6), SOURCE)}, {"a": pairs["a"]}, steps=1)
+
+
+@pytest.mark.parametrize("share_prefix", [True, False])
+def test_more_memory_than_there_is(any_model, share_prefix, monkeypatch):
+    """Said before anything is kept, and never where it would have fitted: what is kept is counted."""
+    scores, pairs = inputs()
+    options = {"steps": 1, "share_prefix": share_prefix}
+    asked = []
+    monkeypatch.setattr(memory, "require_room", lambda device, least, *words: asked.append(least))
+    kept = []
+    keep = store.ExampleStore._keep
+
+    def look(self, rows, made, axes):
+        kept.extend(each for run in made.runs.values() for each in run.values())
+        return keep(self, rows, made, axes)
+
+    monkeypatch.setattr(store.ExampleStore, "_keep", look)
+    dfa.fit(any_model, scores, pairs, **options)
+    held = sum(each.numel() * each.itemsize for each in kept)
+    assert 0.3 * held < asked[0] <= held
+    monkeypatch.undo()
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 1000)
+    with pytest.raises(ModelError, match=r"The runs of 1[0-9] training pairs, .*: take cache='cpu' or 'recompute'"):
+        dfa.fit(any_model, scores, pairs, **options)
+    dfa.fit(any_model, scores, pairs, cache="recompute", **options)
 
 
 def test_bad_input(any_model):

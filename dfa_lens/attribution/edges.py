@@ -35,7 +35,7 @@ from dfa_lens.models import backend, memory
 from dfa_lens.models.backend import HookedModel
 from dfa_lens.models.memory import Footprint, Need
 from dfa_lens.models.runner import Runner
-from dfa_lens.models.stream import Stream
+from dfa_lens.models.stream import Stream, require_room
 
 EDGE_METHODS: Registry[EdgeMethod] = Registry(
     "edge method",
@@ -139,6 +139,7 @@ def attribute_edges(
     chosen = EdgeSet.of_model(model, readers=readers) if edges is None else _of_this_model(edges, model)
     runner = Runner(model)
     runner.require(pairs)
+    require_room(runner, chosen, pairs, batch_size, "attribute_edges")
     n = steps if own.integrates else 1
     first = 1 if step_points == "to-clean" or not own.integrates else 0
     fractions = [k / n for k in range(first, first + n)]

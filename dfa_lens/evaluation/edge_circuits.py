@@ -23,7 +23,7 @@ from dfa_lens.models.edge_gates import run_gated
 from dfa_lens.models.memory import Footprint, Need
 from dfa_lens.models.paired_run import PairedRun
 from dfa_lens.models.runner import Runner
-from dfa_lens.models.stream import Stream
+from dfa_lens.models.stream import Stream, require_room
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,7 @@ class CurveOfEdges:
     ) -> FaithfulnessCurve:
         """The curve."""
         _check_model(scores, runner)
+        require_room(runner, scores.edges, pairs, batch_size, "faithfulness_curve of edges")
         ranked = self._ranked(scores)
         order, n = ranked.order(self.ranking, selection=self.selection), len(ranked)
         fractions, ks = grid(n, self.protocol, self.sizes, self.fractions)

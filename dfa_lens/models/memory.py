@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 from dfa_lens.data.metrics import divergence
 from dfa_lens.data.nodes import INPUT_POINT, NodeSet
 from dfa_lens.data.pairs import PromptPairs
-from dfa_lens.errors import DfaError
+from dfa_lens.errors import DfaError, ModelError
 from dfa_lens.models import hooks, private
 from dfa_lens.models.runner import WORTH_LAYING_OUT, Runner
 
@@ -258,6 +258,34 @@ def free_bytes(device: torch.device) -> int:
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + unused
     return max(0, min((psutil.virtual_memory().available, *_left_by_control_groups())))
+
+
+def require_room(device: torch.device, least: int, what: str, remedy: str) -> None:
+    """Refuse, before any work, what can't fit.
+
+    Parameters
+    ----------
+    device:
+        Where it would be.
+    least:
+        What it takes for certain, in bytes; it may take more.
+    what, remedy:
+        For the message: what takes it, and what to do.
+
+    Raises
+    ------
+    ModelError
+        If less is free.
+    """
+    free = free_bytes(device)
+    if least > free:
+        raise ModelError(
+            f"{what} would take at least {_amount(least)}, and {_amount(free)} are free on {device}: {remedy}."
+        )
+
+
+def _amount(n_bytes: int) -> str:
+    return f"{n_bytes / 2**30:.1f} GiB" if n_bytes >= 2**30 else f"{n_bytes / 2**20:.2f} MiB"
 
 
 def _left_by_control_groups() -> Iterator[int]:

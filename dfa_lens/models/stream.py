@@ -19,7 +19,9 @@ from torch import Tensor
 
 from dfa_lens.data.edges import EdgeSet
 from dfa_lens.data.nodes import INPUT_POINT, Site
+from dfa_lens.data.pairs import PromptPairs
 from dfa_lens.errors import HookError, ModelError
+from dfa_lens.models import memory
 from dfa_lens.models.backend import AttentionWeights, HookFunction
 from dfa_lens.models.paired_run import PairedRun
 from dfa_lens.models.runner import Runner
@@ -192,6 +194,24 @@ class Stream:
                 "most): another kind of model (norms behind attention, learned positions, scaled sums), or somebody's "
                 "hooks on it. Node scores do not need it: dfa.attribute."
             )
+
+
+def require_room(runner: Runner, edges: EdgeSet, pairs: PromptPairs, batch_size: int | str, what: str) -> None:
+    """Refuse batches whose writers alone, in one run, are more than there is memory for.
+
+    Raises
+    ------
+    ModelError
+        Says how much that would be.
+    """
+    if not isinstance(batch_size, int):  # "auto" takes what fits
+        return
+    width = 1 + 2 * edges.n_layers  # the embedding, and in every layer all heads' z and the MLP's output
+    tokens = min(batch_size, len(pairs)) * int(pairs.longest.max())
+    least = tokens * width * int(runner.model.cfg.d_model) * runner.backend.dtype.itemsize
+    memory.require_room(
+        runner.device, least, f"{what} with batch_size={batch_size}", "take a smaller one, or batch_size='auto'"
+    )
 
 
 def head_mask(n_heads: int, members: int, member: int) -> Bool[Tensor, " head"]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -14,11 +15,12 @@ from typing_extensions import override
 from dfa_lens.data.edges import EdgeSet
 from dfa_lens.data.nodes import NodeSet
 from dfa_lens.data.pairs import PromptPairs
+from dfa_lens.models import memory
 from dfa_lens.models.backend import KeysValues
 from dfa_lens.models.edge_gates import run_gated
 from dfa_lens.models.hooks import Activations, Intervention
 from dfa_lens.models.paired_run import PairedRun
-from dfa_lens.models.passes import Prefix
+from dfa_lens.models.passes import Layout, Prefix
 from dfa_lens.models.runner import Runner
 from dfa_lens.models.stream import Stream
 from dfa_lens.transfer import grouping
@@ -113,8 +115,24 @@ class ExampleStore:
             return
         layout = self.runner.layout(self.nodes.points, positions=self.positions)
         axes = {point: each.position_axes for point, each in layout.items()}
+        self._require_room(layout)
         for rows, part in self.runner.batches(self.pairs, batch_size):
             self._keep(rows, self._run(part, keep_before=True), axes)
+
+    def _require_room(self, layout: Mapping[str, Layout]) -> None:
+        """Refuse more examples than there is memory for: of each, what the nodes do in one run, but for the shared
+        beginning."""
+        own = self.pairs.longest - self.pairs.shared if self.share_prefix else self.pairs.longest
+        least = 0
+        for each in layout.values():
+            fixed = math.prod(size for axis, size in enumerate(each.shape) if axis and axis not in each.position_axes)
+            least += fixed * int((own.double() ** len(each.position_axes)).sum())
+        memory.require_room(
+            self.runner.device if self.cache == "device" else torch.device("cpu"),
+            least * self.runner.backend.dtype.itemsize,
+            f"The runs of {len(self.pairs)} training pairs, kept with cache={self.cache!r},",
+            "take cache='cpu' or 'recompute', or fewer pairs",
+        )
 
     def _keep(self, rows: Int[Tensor, " batch"], made: Batch, axes: Mapping[str, tuple[int, ...]]) -> None:
         self._first[rows] = made.first
