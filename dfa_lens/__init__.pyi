@@ -12,6 +12,7 @@ from .data.alignment import Alignment as Alignment
 from .data.curve import FaithfulnessCurve as FaithfulnessCurve
 from .data.edges import EdgeScores as EdgeScores
 from .data.edges import EdgeSet as EdgeSet
+from .data.measurements import Measurements as Measurements
 from .data.nodes import Node as Node
 from .data.nodes import NodeSet as NodeSet
 from .data.pairs import PromptPairs as PromptPairs
@@ -32,6 +33,7 @@ from .transfer import controls as controls
 from .transfer import forms as forms
 from .transfer import objectives as objectives
 from .transfer import similarity as similarity
+from .transfer.measure import measure as measure
 from .transfer.recipe import Recipe as Recipe
 from .transfer.trainer import Job as Job
 from .transfer.trainer import TrainingWarning as TrainingWarning

@@ -132,7 +132,7 @@ def attention_features(
     else:
         runner.require(pairs)
         tokens, lengths = pairs.clean, pairs.lengths
-        wanted = _keys(tokens, lengths)
+        wanted = keys_of(tokens, lengths)
     heads = [(i, node) for i, node in enumerate(nodes) if node.kind == "head"]
     points = {node.layer: f"blocks.{node.layer}.attn.hook_pattern" for _, node in heads}
     runner.points(points.values())
@@ -159,7 +159,9 @@ def attention_features(
     return NodeFeatures(out, nodes)
 
 
-def _keys(tokens: Int[Tensor, "prompt pos"], lengths: Int[Tensor, " prompt"]) -> Bool[Tensor, "prompt feature pos pos"]:
+def keys_of(
+    tokens: Int[Tensor, "prompt pos"], lengths: Int[Tensor, " prompt"]
+) -> Bool[Tensor, "prompt feature pos pos"]:
     """Which keys count for which feature, for every query of real prompts."""
     n = tokens.shape[1]
     where = torch.arange(n)
