@@ -185,8 +185,8 @@ def measure(
     >>> model = dfa.zoo.load("llama3-tiny-source")
     >>> pairs = dfa.tasks.load("ioi", model.tokenizer, n=8)
     >>> found = dfa.measure(model, pairs)
-    >>> found.shape, found.scores("group-share").top(1).keys()
-    ((54, 16), dict_keys(['m5']))
+    >>> found.shape, found.names[0], found.meta["passes"]
+    ((54, 16), 'change-at-answer', 72)
     """
     chosen = {name: MEASURES.find(name) for name in (MEASURES if names is None else names)}
     for what, number, least in (("groups", groups, 0), ("batch_size", batch_size, 1)):
