@@ -33,6 +33,8 @@ from .transfer import controls as controls
 from .transfer import forms as forms
 from .transfer import objectives as objectives
 from .transfer import similarity as similarity
+from .transfer.functional import FunctionalAlignment as FunctionalAlignment
+from .transfer.functional import fit_functional as fit_functional
 from .transfer.measure import measure as measure
 from .transfer.recipe import Recipe as Recipe
 from .transfer.trainer import Job as Job
