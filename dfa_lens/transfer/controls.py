@@ -10,7 +10,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Unpack
+from typing import Literal, Unpack
 
 import torch
 
@@ -18,7 +18,7 @@ from dfa_lens.data.alignment import Alignment, Scaling, scale
 from dfa_lens.data.nodes import Node, NodeSet
 from dfa_lens.data.pairs import PromptPairs
 from dfa_lens.data.scores import NodeScores
-from dfa_lens.errors import AlignmentError
+from dfa_lens.errors import AlignmentError, unknown
 from dfa_lens.models.backend import HookedModel
 from dfa_lens.transfer.recipe import Options
 from dfa_lens.transfer.trainer import fit
@@ -61,8 +61,14 @@ def permuted_w(alignment: Alignment, *, seed: int = 0) -> Alignment:
     return Alignment((*alignment.stages[:-1], *permuted.stages), alignment.temperature, (), meta)
 
 
-def scrambled(scores: NodeScores, *, seed: int = 0) -> NodeScores:
+def scrambled(scores: NodeScores, *, seed: int = 0, within: Literal["all", "kind and depth"] = "all") -> NodeScores:
     """The same values on the wrong nodes: put in for s at transfer.
+
+    Parameters
+    ----------
+    within:
+        "all": any node's value may come to any other. "kind and depth": only to nodes of its kind in the same third of
+        the layers, so that what is lost is which of them it was.
 
     Examples
     --------
@@ -72,7 +78,17 @@ def scrambled(scores: NodeScores, *, seed: int = 0) -> NodeScores:
     >>> bool((dfa.controls.scrambled(scores).values.sort()[0] == scores.values.sort()[0]).all())
     True
     """
-    order = torch.randperm(len(scores), generator=torch.Generator().manual_seed(seed))
+    if within not in ("all", "kind and depth"):
+        raise unknown("within", within, ("all", "kind and depth"), AlignmentError)
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.arange(len(scores))
+    groups: dict[tuple[str, int], list[int]] = {}
+    for i, node in enumerate(scores.nodes):
+        place = (node.kind, 3 * max(node.layer, 0) // scores.nodes.n_layers) if within == "kind and depth" else ("", 0)
+        groups.setdefault(place, []).append(i)
+    for members in groups.values():
+        own = torch.tensor(members)
+        order[own] = own[torch.randperm(len(own), generator=generator)]
     return NodeScores(scores.values[order], scores.nodes, {**scores.meta, "control": "scrambled-s", "seed": seed})
 
 
