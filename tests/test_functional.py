@@ -88,6 +88,42 @@ def test_features():
     assert found[:, 3].tolist() == [0, 1, 0, 1, 0, 1]
 
 
+def test_the_guard():
+    """A node that its group's exact effect calls critical, and that nothing taught, is not left out."""
+
+    def with_share(seed, layers=6):
+        plain = measured(layers, 7, seed)
+        share = torch.zeros(len(plain))
+        return dfa.Measurements(torch.cat([plain.values, share[:, None]], 1), plain.nodes, [*NAMES, "group-share"])
+
+    source = {task: with_share(i) for i, task in enumerate("abc")}
+    target = with_share(50)
+    target.values[3, 3] = 2.0
+    scores = {task: law(found) for task, found in source.items()}
+    off, on, twice = (dfa.fit_functional(scores, source, trees=10, guard=guard) for guard in (0, None, 2.0))
+    assert on.guard == 1.0 and off != on
+    share = torch.zeros(48)
+    share[3] = 48**0.5  # of mean square 1
+    base = off.transfer(target).values
+    torch.testing.assert_close(on.transfer(target).values, base + share)
+    torch.testing.assert_close(twice.transfer(target).values, base + 2 * share)
+    assert on.transfer(target).ranks()[3] == 1 < off.transfer(target).ranks()[3]
+    attention = dfa.fit_functional(scores, source, reader="attention", steps=4)
+    W = attention.alignment(target, law(source["a"]), source["a"])
+    torch.testing.assert_close(
+        W.transfer(law(source["a"])).values,
+        attention.transfer(target, law(source["a"]), source["a"]).values,
+        rtol=1e-3,
+        atol=1e-4,
+    )
+    with pytest.raises(AlignmentError, match="guard must be a number of at least 0, not -1"):
+        dfa.fit_functional(scores, source, trees=2, guard=-1)
+    without = {task: found.without("group-share") for task, found in source.items()}
+    assert dfa.fit_functional(scores, without, trees=2).guard == 0
+    with pytest.raises(MeasurementError, match="The guard needs 'group-share'"):
+        dfa.fit_functional(scores, without, trees=2, guard=1)
+
+
 # --- attention -----------------------------------------------------------------------------------------------------
 
 

@@ -37,12 +37,15 @@ class Table:
         φ of every node, see :func:`features`.
     scores:
         Its score; of each task, the root of their mean square is 1.
+    share:
+        Its part of what its group does exactly, on the same scale; 0 where groups were not measured.
     group:
         The number of the family of tasks that a row is of.
     """
 
     features: Float[Tensor, "row feature"]
     scores: Float[Tensor, " row"]
+    share: Float[Tensor, " row"]
     group: Int[Tensor, " row"]
 
     def __len__(self) -> int:
@@ -50,13 +53,14 @@ class Table:
 
     def where(self, rows: Tensor) -> Table:
         """Some of the rows."""
-        return Table(self.features[rows], self.scores[rows], self.group[rows])
+        return Table(self.features[rows], self.scores[rows], self.share[rows], self.group[rows])
 
     def plus(self, other: Table) -> Table:
         """These rows, and then those."""
         return Table(
             torch.cat([self.features, other.features]),
             torch.cat([self.scores, other.scores]),
+            torch.cat([self.share, other.share]),
             torch.cat([self.group, other.group]),
         )
 

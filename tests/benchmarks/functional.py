@@ -87,6 +87,8 @@ class Pair:
             "attention": lambda task: self.functional(task, reader="attention"),
             "attention, own scores": lambda task: self.functional(task, own=True, reader="attention"),
             **{f"{name} alone": lambda task, name=name: target.measured(task).scores(name) for name in SINGLE},
+            "functional, no guard": lambda task: self.functional(task, guard=0.0),
+            "functional, own scores, no guard": lambda task: self.functional(task, own=True, guard=0.0),
             "without groups": lambda task: self.functional(task, without=GROUP_MEASURES),
             "W": self.trained,
             "uniform-s": lambda task: self.trained(task, uniform=True),
@@ -109,6 +111,7 @@ class Pair:
         wrong: bool = False,
         reader: str = "trees",
         without: tuple[str, ...] = (),
+        guard: float | None = None,
     ) -> dfa.NodeScores:
         side = teacher or self.source
 
@@ -127,6 +130,7 @@ class Pair:
             families=dfa.tasks.FAMILIES,
             seed=side.seed,
             reader=reader,
+            guard=guard,
         )
         more = (scores(task), measured(side, task)) if own and others else ()
         return fitted.transfer(measured(self.target, self.others(task)[0] if wrong else task), *more)
