@@ -37,6 +37,7 @@ from .transfer.functional import FunctionalAlignment as FunctionalAlignment
 from .transfer.functional import fit_functional as fit_functional
 from .transfer.measure import measure as measure
 from .transfer.recipe import Recipe as Recipe
+from .transfer.refine import refine as refine
 from .transfer.trainer import Job as Job
 from .transfer.trainer import TrainingWarning as TrainingWarning
 from .transfer.trainer import fit as fit

@@ -122,8 +122,8 @@ class FunctionalAlignment(ByContent):
     ) -> Float[Tensor, "member node"]:
         """What each member (each tree) says; the arguments are those of :meth:`transfer`."""
         own = self._own(scores, measurements)
-        target = self._checked(target_measurements, "The target's measurements")
-        return self._read(self.table, own, features(target), _share(target), self.learned)
+        target = self.checked(target_measurements, "The target's measurements")
+        return self._read(self.table, own, features(target), shares(target), self.learned)
 
     def _read(
         self,
@@ -150,11 +150,11 @@ class FunctionalAlignment(ByContent):
             raise AlignmentError(f"Only an 'attention' is a linear map of the scores, not {self.reader.name!r}.")
         own = self._own(scores, measurements)
         assert own is not None
-        target = self._checked(target_measurements, "The target's measurements")
+        target = self.checked(target_measurements, "The target's measurements")
         phi = features(target)
         K = self.reader.weights(self.table, own, phi, self.learned)
         n = len(self.table)
-        bias = K[:, :n] @ self.table.scores + self.reader.linear(phi, self.learned) + self.guard * _share(target)
+        bias = K[:, :n] @ self.table.scores + self.reader.linear(phi, self.learned) + self.guard * shares(target)
         W = K[:, n:].T * len(own) ** 0.5  # scores of unit length, where the table's have a mean square of 1
         return Alignment.of(W, scores.nodes, target_measurements.nodes, bias=bias, meta={"method": "functional"})
 
@@ -166,10 +166,11 @@ class FunctionalAlignment(ByContent):
             raise AlignmentError(
                 f"The task's own scores and measurements on the source go together: {missing} are missing."
             )
-        measurements = self._checked(measurements, "The task's measurements on the source")
+        measurements = self.checked(measurements, "The task's measurements on the source")
         return _rows(scores, measurements, int(self.table.group.max()) + 1, "the task")
 
-    def _checked(self, measurements: Measurements, what: str) -> Measurements:
+    def checked(self, measurements: Measurements, what: str) -> Measurements:
+        """The columns that the alignment reads; a :class:`MeasurementError` that names ``what`` if some are missing."""
         missing = [name for name in self.names if name not in measurements.names]
         if missing:
             raise MeasurementError(
@@ -226,9 +227,9 @@ class FunctionalAlignment(ByContent):
         if not 0 < confidence < 1:
             raise AlignmentError(f"confidence must be between 0 and 1, not {confidence}.")
         known, truth = self._held_out, self.table.scores.double()
-        target = self._checked(target_measurements, "The target's measurements")
+        target = self.checked(target_measurements, "The target's measurements")
         phi = features(target)
-        members = self._read(self.table, None, phi, _share(target), self.learned)
+        members = self._read(self.table, None, phi, shares(target), self.learned)
         mean = members.mean(0)
         spread = float(members.std(0, correction=0).mean() / mean.std().clamp_min(1e-12)) if len(members) > 1 else 0.0
         # split conformal: what the held-out errors, in units of the members' disagreement, exceed seldom enough
@@ -324,7 +325,7 @@ class Trust(ByContent):
     confidence: float
 
 
-def _share(measurements: Measurements) -> Float[Tensor, " node"]:
+def shares(measurements: Measurements) -> Float[Tensor, " node"]:
     """Each node's share in its group's effect, of mean square 1."""
     if GUARD not in measurements.names:
         return torch.zeros(len(measurements), dtype=torch.float32)
@@ -335,7 +336,7 @@ def _share(measurements: Measurements) -> Float[Tensor, " node"]:
 def _rows(scores: NodeScores, measurements: Measurements, group: int, what: str) -> Table:
     scores.require(measurements.nodes, f"The scores of {what}")
     values = scale(scores.values, "unit") * len(scores) ** 0.5
-    return Table(features(measurements), values, _share(measurements), torch.full((len(scores),), group))
+    return Table(features(measurements), values, shares(measurements), torch.full((len(scores),), group))
 
 
 def fit_functional(
