@@ -59,6 +59,17 @@ class FunctionalAlignment(ByContent):
         mistakes, and what a reader averages over other tasks does not see it.
     meta:
         Tasks, families, where scores come from: JSON-like.
+
+    Examples
+    --------
+    >>> import torch, dfa_lens as dfa
+    >>> nodes = dfa.NodeSet.for_sizes(4, 3)
+    >>> measured = dfa.Measurements(torch.rand(16, 1), nodes, ["change"])
+    >>> scores = dfa.NodeScores(measured["change"], nodes)
+    >>> functional = dfa.fit_functional({"a task": scores}, {"a task": measured}, trees=10)
+    >>> larger = dfa.NodeSet.for_sizes(6, 4)
+    >>> functional.transfer(dfa.Measurements(torch.rand(30, 1), larger, ["change"])).nodes == larger
+    True
     """
 
     table: Table

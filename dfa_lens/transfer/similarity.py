@@ -162,7 +162,16 @@ def attention_features(
 def keys_of(
     tokens: Int[Tensor, "prompt pos"], lengths: Int[Tensor, " prompt"]
 ) -> Bool[Tensor, "prompt feature pos pos"]:
-    """Which keys count for which feature, for every query of real prompts."""
+    """Which keys count for which feature of :data:`ATTENTION`, for every query of real prompts but the first.
+
+    Examples
+    --------
+    >>> import dfa_lens as dfa
+    >>> import torch
+    >>> found = dfa.similarity.keys_of(torch.tensor([[5, 6, 5, 0]]), torch.tensor([3]))
+    >>> found[0, 1, 2].tolist()  # the third token is a copy of the first
+    [True, False, False, False]
+    """
     n = tokens.shape[1]
     where = torch.arange(n)
     query, key = where[:, None], where[None, :]
