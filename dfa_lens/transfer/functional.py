@@ -378,7 +378,7 @@ def fit_functional(
         :data:`dfa_lens.tasks.FAMILIES` has those of the shipped tasks. Default: every task is a family by itself.
     guard:
         See :class:`FunctionalAlignment`. Default: 1 where groups were measured, else 0. On the shipped models it lifts
-        the correlation with gold from .81 to .86 (docs/method.md).
+        CPR from .79 to .81 (docs/method.md).
     options:
         Fields of the reader: ``trees=200``, ``leaf=2``.
 

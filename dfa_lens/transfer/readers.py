@@ -2,8 +2,8 @@
 
 - ``trees`` (:class:`Trees`): extremely randomised trees.
 - ``attention`` (:class:`Attention`): ŝ_i = Σ_j K(φ_i, φ_j)·s_j + f(φ_i), an attention from target nodes to the nodes
-that
-  teach. Its numbers are few and differentiable; a fixed K over one task's source nodes, and f = 0, is the published W.
+  that teach. Its numbers are few and differentiable; a fixed K over one task's source nodes, and f = 0, is the
+  published W.
 
 Register one of your own in ``READERS``.
 """
