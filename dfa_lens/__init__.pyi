@@ -10,6 +10,7 @@ from .data import metrics as metrics
 from .data import statistics as statistics
 from .data.alignment import Alignment as Alignment
 from .data.curve import FaithfulnessCurve as FaithfulnessCurve
+from .data.edge_alignment import EdgeAlignment as EdgeAlignment
 from .data.edges import EdgeScores as EdgeScores
 from .data.edges import EdgeSet as EdgeSet
 from .data.measurements import Measurements as Measurements
@@ -30,6 +31,7 @@ from .models.hooks import prepared as prepared
 from .models.loading import load_model as load_model
 from .models.runner import ShortCutWarning as ShortCutWarning
 from .transfer import controls as controls
+from .transfer import edge_forms as edge_forms
 from .transfer import forms as forms
 from .transfer import objectives as objectives
 from .transfer import similarity as similarity

@@ -20,6 +20,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+#: Of MIB's graph files.
+MIB_SUFFIXES = (".json", ".pt")
+
 ModelOption = Annotated[str, typer.Option(help="A shipped model, a checkpoint folder, or a Hugging Face name.")]
 TaskOption = Annotated[
     str | None, typer.Option(help="ioi, mcqa, addition, subtraction, arc-easy or arc-challenge; or give --pairs.")
@@ -135,14 +138,30 @@ def demo(
     typer.echo(f"\n{page} and {out / 'results.csv'} written; it took {results.provenance['time']}.")
 
 
-@app.command(epilog="Example: dfa-lens attribute --model llama3-tiny-source --task ioi --out ioi-source.safetensors")
+@app.command(
+    epilog="Example: dfa-lens attribute --model llama3-tiny-source --task ioi --out ioi-source.safetensors; "
+    "of edges: dfa-lens attribute --edges --model llama3-tiny-source --task ioi --out ioi-edges.safetensors"
+)
 def attribute(
     model: ModelOption,
     out: OutOption,
     task: TaskOption = None,
     pairs: PairsOption = None,
-    method: Annotated[str, typer.Option(help="nap, nap-ig-inputs, nap-ig-activations or exact.")] = "nap-ig-inputs",
+    edges: Annotated[bool, typer.Option("--edges", help="Score edges, not nodes.")] = False,
+    method: Annotated[
+        str | None,
+        typer.Option(
+            help="nap, nap-ig-inputs (default), nap-ig-activations or exact; of edges: eap, eap-ig-inputs (default), "
+            "eap-ig-activations or exact."
+        ),
+    ] = None,
     steps: Annotated[int, typer.Option(help="Integration steps.")] = 5,
+    readers: Annotated[
+        str, typer.Option(help="Of edges: grouped, or per-head, as published results and MIB's files have them.")
+    ] = "grouped",
+    step_points: Annotated[
+        str, typer.Option(help="Of edges: to-clean (k = 1 … steps) or from-corrupt (0 … steps - 1).")
+    ] = "to-clean",
     split: SplitOption = "train",
     examples: ExamplesOption = 64,
     seed: SeedOption = 0,
@@ -152,20 +171,35 @@ def attribute(
     dtype: DtypeOption = "float32",
     batch_size: BatchOption = "16",
 ) -> None:
-    """Score every node of a model on a task, and save the scores."""
+    """Score every node of a model on a task, or every edge, and save the scores.
+
+    Scores of edges go to one of MIB's graph files where --out ends in .json or .pt; that needs --readers per-head.
+    """
     import dfa_lens as dfa
 
+    if not edges and (readers, step_points) != ("grouped", "to-clean"):
+        raise DfaError("--readers and --step-points are options of edges: add --edges.")
+    if edges and readers == "grouped" and out.suffix in MIB_SUFFIXES:
+        raise DfaError(f"MIB's graph files ({out.suffix}) hold per-head readers: add --readers per-head.")
     loaded = _model(model, backend, device, dtype)
     prompts = _pairs(loaded, task, pairs, split=split, examples=examples, seed=seed, collection=collection)
-    scores = dfa.attribute(
-        loaded,
-        prompts,
-        method=method,
-        steps=steps,
-        batch_size=_batch_size(batch_size),
-        progress=True,
-    )
-    scores.save(out)
+    common: dict[str, Any] = {"steps": steps, "batch_size": _batch_size(batch_size), "progress": True}
+    scores: Any
+    if edges:
+        scores = dfa.attribute_edges(
+            loaded,
+            prompts,
+            method=method or "eap-ig-inputs",
+            readers=readers,  # type: ignore[arg-type]
+            step_points=step_points,  # type: ignore[arg-type]
+            **common,
+        )
+    else:
+        scores = dfa.attribute(loaded, prompts, method=method or "nap-ig-inputs", **common)
+    if edges and out.suffix in MIB_SUFFIXES:
+        scores.to_mib(out)
+    else:
+        scores.save(out)
     typer.echo(scores.to_frame().nsmallest(10, "rank").to_string(index=False))
     typer.echo(f"{out} written.")
 
@@ -288,13 +322,38 @@ def transfer(
     typer.echo(f"{out} written.")
 
 
+def _edge_scores(path: Path) -> Any:
+    """Scores of edges, as saved or as one of MIB's graph files."""
+    import dfa_lens as dfa
+
+    return dfa.EdgeScores.from_mib(path) if path.suffix in MIB_SUFFIXES else dfa.EdgeScores.load(path)
+
+
+def _scores(path: Path) -> Any:
+    """Scores of nodes or of edges, whichever the file says that it holds."""
+    from safetensors import SafetensorError, safe_open
+
+    import dfa_lens as dfa
+
+    if path.suffix in MIB_SUFFIXES:
+        return _edge_scores(path)
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            kind = (file.metadata() or {}).get("format", "")
+    except (SafetensorError, OSError):  # what is wrong is said by the loading
+        kind = ""
+    return _edge_scores(path) if "edge scores" in kind else dfa.NodeScores.load(path)
+
+
 @app.command(epilog="Example: dfa-lens evaluate --model llama3-tiny-target --scores ioi-target.safetensors --task ioi")
 def evaluate(
     model: ModelOption,
-    scores: Annotated[Path, typer.Option(help="Saved scores on this model's nodes.")],
+    scores: Annotated[Path, typer.Option(help="Saved scores of this model's nodes or edges, or MIB's graph file.")],
     task: TaskOption = None,
     pairs: PairsOption = None,
     protocol: Annotated[str, typer.Option(help="nodes or mib.")] = "nodes",
+    ranking: Annotated[str, typer.Option(help="signed (for CPR) or absolute (for CMD).")] = "signed",
+    selection: Annotated[str, typer.Option(help="Of edges: top, or greedy, the best that lead to the logits.")] = "top",
     split: SplitOption = "test",
     examples: ExamplesOption = 64,
     seed: SeedOption = 0,
@@ -308,7 +367,7 @@ def evaluate(
     """Measure a circuit: its faithfulness curve, CPR and CMD."""
     import dfa_lens as dfa
 
-    ranked = dfa.NodeScores.load(scores)
+    ranked = _scores(scores)
     loaded = _model(model, backend, device, dtype)
     prompts = _pairs(loaded, task, pairs, split=split, examples=examples, seed=seed, collection=collection)
     curve = dfa.faithfulness_curve(
@@ -316,6 +375,8 @@ def evaluate(
         prompts,
         ranked,
         protocol=protocol,  # type: ignore[arg-type]
+        ranking=ranking,  # type: ignore[arg-type]
+        selection=selection,  # type: ignore[arg-type]
         batch_size=_batch_size(batch_size),
         progress=True,
     )
@@ -328,18 +389,31 @@ def evaluate(
 
 @app.command(
     epilog="Example: dfa-lens report --source ioi-source.safetensors --target ioi-target.safetensors "
-    "--alignment w.safetensors --out ioi.html"
+    "--alignment w.safetensors --out ioi.html; of edges: dfa-lens report --edges ioi=ioi-edges.safetensors "
+    "--out edges.html"
 )
 def report(
-    source: Annotated[Path, typer.Option(help="Saved source scores.")],
-    target: Annotated[Path, typer.Option(help="Saved scores on the target.")],
     out: OutOption,
+    source: Annotated[Path | None, typer.Option(help="Saved source scores.")] = None,
+    target: Annotated[Path | None, typer.Option(help="Saved scores on the target.")] = None,
     alignment: Annotated[Path | None, typer.Option(help="The alignment between them.")] = None,
+    edges: Annotated[
+        list[str] | None,
+        typer.Option(help="Instead: TASK=FILE, saved scores of edges or MIB's graph file; repeat for several."),
+    ] = None,
 ) -> None:
-    """Draw saved scores as an interactive aligned heatmap in one HTML file."""
+    """Draw saved scores in one interactive HTML file: an aligned heatmap, or circuits of edges."""
     import dfa_lens as dfa
     from dfa_lens.data.files import write_atomically
 
+    if edges:
+        if source or target or alignment:
+            raise DfaError("Give either --edges, or --source and --target.")
+        written = dfa.plots.report({task: _edge_scores(path) for task, path in _named(edges, "Edges").items()}, out)
+        typer.echo(f"{written} written.")
+        return
+    if source is None or target is None:
+        raise DfaError("Give --source and --target, or --edges.")
     figure = dfa.plots.aligned_heatmap(
         dfa.NodeScores.load(source),
         dfa.NodeScores.load(target),

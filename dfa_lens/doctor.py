@@ -10,14 +10,17 @@ import platform
 import shutil
 from collections.abc import Iterator
 from importlib.resources import files
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
 from dfa_lens import __version__, zoo
+from dfa_lens.data.edges import EdgeSet, Readers
+from dfa_lens.errors import ModelError
 from dfa_lens.models import memory
 from dfa_lens.models.loading import transformer_lens_major
 from dfa_lens.models.runner import Runner
+from dfa_lens.models.stream import Stream
 
 OPTIONAL = {
     "kaleido": "figures as PNG or PDF (dfa-lens[export])",
@@ -86,8 +89,20 @@ def _of(model: Any) -> Iterator[str]:
     yield f"  weights            {', '.join(runner.backend.processing()) or 'unprocessed'}"
     yield f"  shared beginnings  {_yes(runner.allows('prefix', 32))}"
     yield f"  starting at blocks {_yes(runner.allows('start', 32))}"
+    yield f"  edges              {_edges(runner)}"
     tokenizer = getattr(model, "tokenizer", None)
     yield f"  tokenizer          {type(tokenizer).__name__ if tokenizer is not None else 'NONE: tasks need one'}"
+
+
+def _edges(runner: Runner) -> str:
+    """How many edges there are and what scoring them takes, or why they can't be scored."""
+    grouped, per_head = (EdgeSet.of_model(runner.model, readers=readers) for readers in get_args(Readers))
+    try:
+        with runner.session(passes=1):
+            Stream(runner, grouped)
+    except ModelError as error:
+        return f"can't be scored: {error}"
+    return f"{len(grouped):,} (per head: {len(per_head):,}): eap in 3 passes, eap-ig-inputs in 1 + 2 x steps"
 
 
 def _yes(works: bool) -> str:

@@ -10,10 +10,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from dfa_lens.attribution.attribute import METHODS
+from dfa_lens.attribution.edges import EDGE_METHODS
 from dfa_lens.data.curve import default_sizes
+from dfa_lens.data.edges import EdgeSet
 from dfa_lens.data.nodes import NodeSet
 from dfa_lens.data.pairs import PromptPairs
 from dfa_lens.errors import DfaError
+from dfa_lens.evaluation.edge_circuits import need_of_edge_curve
 from dfa_lens.evaluation.faithfulness import need_of_curve
 from dfa_lens.models import backend
 from dfa_lens.models.backend import HookedModel
@@ -87,8 +90,9 @@ def estimate(
     pairs: PromptPairs,
     nodes: NodeSet | None = None,
     *,
+    edges: EdgeSet | None = None,
     batch_size: int = 16,
-    method: str = "nap-ig-inputs",
+    method: str | None = None,
     steps: int = 5,
     fit_steps: int = 200,
     sizes: int | None = None,
@@ -105,8 +109,12 @@ def estimate(
         The prompts of one call. Only their number and lengths matter.
     nodes:
         Default: all heads and MLP blocks.
+    edges:
+        Ask about edges instead: about :func:`~dfa_lens.attribution.edges.attribute_edges` and the curve of such scores.
     batch_size, method, steps:
-        As for :func:`~dfa_lens.attribution.attribute.attribute`; the batch size also as for the other two.
+        As for :func:`~dfa_lens.attribution.attribute.attribute`, or of edges, with the default of each; the batch size
+        also as for the other two. The product of all writers with all readers, less than one more forward pass, is
+        not among the passes of edge methods.
     fit_steps, cache:
         ``steps`` and ``cache`` of :func:`~dfa_lens.transfer.trainer.fit`, with the default intervention.
     sizes:
@@ -128,7 +136,12 @@ def estimate(
     >>> pairs = dfa.tasks.load("ioi", model.tokenizer, n=8)
     >>> dfa.estimate(model, pairs)["attribute"].forward_equivalents
     88
+    >>> dfa.estimate(model, pairs, edges=dfa.EdgeSet.of_model(model), method="eap").needs[0].forward_equivalents
+    24
     """
+    if edges is not None and nodes is not None:
+        raise DfaError("An estimate is about nodes or about edges, not both: give one of them.")
+    nodes = edges.nodes if edges is not None else nodes
     nodes = nodes if nodes is not None else NodeSet.heads_and_mlps(model)
     if batch_size < 1:
         raise DfaError(f"batch_size must be at least 1, not {batch_size}.")
@@ -136,20 +149,30 @@ def estimate(
         raise DfaError(f"sizes_per_pass must be at least 1, not {sizes_per_pass}.")
     runner = Runner(model)
     runner.check_points(nodes.points)
-    scoring = METHODS.find(method)
     parameters = {p.data_ptr() if p.device.type != "meta" else id(p): p for p in model.parameters()}.values()
     n = len(pairs)
     batch = min(batch_size, n)
     footprint = Footprint(runner, nodes, int(pairs.longest.max()))
-    n_sizes = len(default_sizes(len(nodes))) if sizes is None else sizes
-    return Estimate(
-        parameters=sum(p.numel() for p in parameters),
-        parameter_bytes=sum(p.numel() * p.element_size() for p in parameters),
-        needs=(
+    needs: tuple[Need, ...]
+    if edges is None:
+        scoring = METHODS.find(method or "nap-ig-inputs")
+        n_sizes = len(default_sizes(len(nodes))) if sizes is None else sizes
+        needs = (
             scoring.need(footprint, nodes, steps=steps, examples=n, batch=batch),
             _need_of_fit(footprint, n, batch, fit_steps, cache),
             need_of_curve(footprint, n, batch, n_sizes, sizes_per_pass),
-        ),
+        )
+    else:
+        edge_scoring = EDGE_METHODS.find(method or "eap-ig-inputs")
+        n_sizes = len(default_sizes(len(edges))) if sizes is None else sizes
+        needs = (
+            edge_scoring.need(footprint, edges, steps=steps if edge_scoring.integrates else 1, examples=n, batch=batch),
+            need_of_edge_curve(footprint, n, batch, n_sizes),
+        )
+    return Estimate(
+        parameters=sum(p.numel() for p in parameters),
+        parameter_bytes=sum(p.numel() * p.element_size() for p in parameters),
+        needs=needs,
     )
 
 

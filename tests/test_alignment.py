@@ -4,7 +4,8 @@ import torch
 from helpers import unchecked
 
 import dfa_lens as dfa
-from dfa_lens.data.alignment import LinearMap, scale
+from dfa_lens.data.alignment import LinearMap
+from dfa_lens.data.scaling import scale
 from dfa_lens.errors import AlignmentError, FileError, ScoreError
 
 A, B, C = dfa.NodeSet.for_sizes(2, 2), dfa.NodeSet.for_sizes(3, 3), dfa.NodeSet.for_sizes(4, 5)

@@ -346,8 +346,204 @@ def made_up(tmp_path_factory):
     return dfa.plots.report(Results(tasks, {"command": "none"}), tmp_path_factory.mktemp("made-up"))
 
 
+def made_up_edges(*sizes):
+    """Edge scores in which few are large, and some of those lie on a path."""
+    import torch
+
+    edges = dfa.EdgeSet(*sizes)
+    values = torch.sin(torch.arange(edges.existing.numel()) * 1.7).reshape(edges.shape) ** 15
+    values[0, : edges.n_heads] += 1
+    values[edges.position("input->m1")] = values[edges.position("m1->logits")] = 1.5
+    return dfa.EdgeScores(values, edges, {"method": "made up"})
+
+
+@pytest.fixture(scope="module")
+def graph(tmp_path_factory):
+    scores = made_up_edges(4, 6, 3)
+    path = tmp_path_factory.mktemp("edges") / "graph.html"
+    figure = dfa.plots.circuit_graph(scores, size=60, most=120, title="title")
+    figure.write_html(path)
+    return path, scores, figure
+
+
+def at(browser, name):
+    """Where a node or reader of a graph stands, in pixels of the window."""
+    return browser.execute_script(
+        f"""
+        const graph = document.querySelector('.plotly-graph-div');
+        const trace = graph.data.find(trace => trace.visible && (trace.customdata || []).includes('{name}'));
+        const i = trace.customdata.indexOf('{name}');
+        const {{xaxis: x, yaxis: y}} = graph._fullLayout;
+        const box = graph.getBoundingClientRect();
+        return [box.left + x._offset + x.d2p(trace.x[i]), box.top + y._offset + y.d2p(trace.y[i])];
+        """
+    )
+
+
+def press(browser, where, click=True):
+    from selenium.webdriver.common.action_chains import ActionBuilder
+
+    pointer = ActionBuilder(browser)
+    pointer.pointer_action.move_to_location(round(where[0]) - 2, round(where[1]))
+    pointer.pointer_action.move_to_location(round(where[0]), round(where[1]))
+    pointer.pointer_action.pause(0.3)
+    if click:
+        pointer.pointer_action.click()
+    pointer.perform()
+    browser.execute_async_script("setTimeout(arguments[0], 500)")
+
+
+SHOWN = """
+const graph = document.querySelector('.plotly-graph-div');
+const bright = graph.data.filter(t => (t.name || '').includes('->') && t.visible && (t.opacity ?? 1) > .5);
+return [bright.map(t => t.name), (graph.layout.annotations || []).map(a => a.text)];
+"""
+
+
+def test_a_click_on_a_graph_follows_a_node(browser, graph):
+    path, _, figure = graph
+    open_page(browser, path)
+    before, _ = browser.execute_script(SHOWN)
+    assert set(before) == {t.name for t in figure.data if "->" in (t.name or "") and t.visible}
+    press(browser, at(browser, "m1"))
+    bright, notes = browser.execute_script(SHOWN)
+    assert set(bright) == {name for name in before if name.startswith("m1->") or name.endswith("->m1")}
+    pytest.importorskip("anywidget")
+    from test_edge_plots import clicked
+
+    widget = figure.widget()
+    clicked(widget, "m1")
+    assert notes == [widget.layout.annotations[0].text]
+    press(browser, at(browser, "m1"))
+    assert browser.execute_script(SHOWN) == [before, []]
+    assert not [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"]
+
+
+def test_the_slider_of_a_graph(browser, graph):
+    path, _, figure = graph
+    open_page(browser, path)
+    press(browser, at(browser, "m1"))
+    slider = figure.layout.sliders[0]
+    for number in (0, len(slider.steps) - 1):
+        visible, _, traces = slider.steps[number].args
+        browser.execute_async_script(
+            f"""
+            const done = arguments[0];
+            const graph = document.querySelector('.plotly-graph-div');
+            const step = graph.layout.sliders[0].steps[{number}];
+            Plotly.update(graph, ...step.args).then(() => {{
+              graph.emit('plotly_sliderchange', {{}});
+              setTimeout(done, 400);
+            }});
+            """
+        )
+        on = {figure.data[i].name for i, shown in zip(traces, visible["visible"], strict=True) if shown}
+        bright, _ = browser.execute_script(SHOWN)
+        assert set(bright) == {name for name in on if "m1" in name.split("->")}
+
+
+def test_hovering_an_edge_says_its_score(browser, graph):
+    path, scores, figure = graph
+    open_page(browser, path)
+    best = next(t for t in figure.data if t.name == max(scores.top(1, ranking="absolute")))
+    middle = len(best.x) // 2
+    where = browser.execute_script(
+        f"""
+        const graph = document.querySelector('.plotly-graph-div');
+        const {{xaxis: x, yaxis: y}} = graph._fullLayout;
+        const box = graph.getBoundingClientRect();
+        return [box.left + x._offset + x.d2p({best.x[middle]}), box.top + y._offset + y.d2p({best.y[middle]})];
+        """
+    )
+    press(browser, where, click=False)
+    shown = browser.execute_script(
+        "return [...document.querySelectorAll('.hoverlayer text')].map(e => e.textContent).join(' ')"
+    )
+    assert best.name in shown
+    assert f"score {scores[best.name]:+.4g}"[:9] in shown.replace("−", "-")
+
+
+@pytest.mark.parametrize("width", [400, 800, 1400])
+@pytest.mark.parametrize("sizes", [(4, 6, 3), (4, 12)], ids=["six heads", "twelve heads"])
+def test_labels_of_a_graph_do_not_overlap(browser, tmp_path, width, sizes):
+    scores = made_up_edges(*sizes)
+    dfa.plots.circuit_graph(scores, size=200, title="title").write_html(tmp_path / "graph.html")
+    browser.execute_cdp_cmd(
+        "Emulation.setDeviceMetricsOverride", {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
+    )
+    open_page(browser, tmp_path / "graph.html")
+    browser.execute_async_script("setTimeout(arguments[0], 600)")
+    overlaps = browser.execute_script(
+        """
+        const boxes = [...document.querySelectorAll('.scatterlayer text, .xtick text, .ytick text, .g-gtitle text, '
+          + '.legendtext, .slider-label, .g-xtitle text, .g-ytitle text')]
+          .filter(e => e.textContent.trim() && e.getBoundingClientRect().width > 1)
+          .map(e => [e.textContent, e.getBoundingClientRect()]);
+        const over = [];
+        boxes.forEach(([a, p], i) => boxes.slice(i + 1).forEach(([b, q]) => {
+          const wide = Math.min(p.right, q.right) - Math.max(p.left, q.left);
+          const high = Math.min(p.bottom, q.bottom) - Math.max(p.top, q.top);
+          if (wide > 2 && high > 3) { over.push([a, b, wide, high]); }
+        }));
+        return [boxes.length, over, document.documentElement.scrollWidth - window.innerWidth];
+        """
+    )
+    browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+    assert overlaps[0] > 10
+    assert overlaps[1] == []
+    assert overlaps[2] <= 0
+
+
+def test_a_click_on_a_block_shows_its_edges(browser, tmp_path):
+    scores = made_up_edges(4, 6, 3)
+    figure = dfa.plots.edge_heatmap(scores)
+    figure.write_html(tmp_path / "blocks.html")
+    open_page(browser, tmp_path / "blocks.html")
+    row, column = figure.data[0].y.index("a1"), figure.data[0].x.index("a3&lt;v&gt;")
+    where = browser.execute_script(
+        f"""
+        const graph = document.querySelector('.plotly-graph-div');
+        const {{xaxis: x, yaxis: y}} = graph._fullLayout;
+        const box = graph.getBoundingClientRect();
+        return [box.left + x._offset + x.d2p({column}), box.top + y._offset + y.d2p({row})];
+        """
+    )
+    press(browser, where)
+    title, z = browser.execute_script(
+        "const {layout, data} = document.querySelector('.plotly-graph-div');"
+        "return [layout.annotations[1].text, data[1].z]"
+    )
+    assert title == "edges from a1 to a3&lt;v&gt;"
+    assert z[2][1] == pytest.approx(scores["a1.h2->a3.kv1<v>"], rel=1e-3)
+    assert not [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"]
+
+
+def test_edges_in_the_dark(browser, tmp_path):
+    """Words outside nodes are as light as the page is dark, those on nodes stay dark."""
+    page = dfa.plots.report(made_up_edges(4, 6, 3), tmp_path)
+    browser.execute_cdp_cmd(
+        "Emulation.setEmulatedMedia", {"features": [{"name": "prefers-color-scheme", "value": "dark"}]}
+    )
+    open_page(browser, page)
+    colors = browser.execute_script(
+        """
+        const texts = [...document.querySelectorAll('.scatterlayer text, .slider-label')];
+        const of = word => getComputedStyle(texts.find(e => e.textContent.startsWith(word))).fill;
+        return [of('logits'), of('edges:'), of('m1')];
+        """
+    )
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
+    assert colors == ["rgb(230, 230, 230)", "rgb(230, 230, 230)", "rgb(34, 34, 34)"]
+
+
+@pytest.fixture(scope="module")
+def edge_page(tmp_path_factory):
+    return dfa.plots.report({"made up": made_up_edges(4, 6, 3)}, tmp_path_factory.mktemp("edge-page"))
+
+
+@pytest.mark.parametrize("page_name", ["report", "edges"])
 @pytest.mark.parametrize("width", [400, 800, 1280])
-def test_the_report_looks_as_it_did(browser, made_up, width):
+def test_the_report_looks_as_it_did(browser, made_up, edge_page, page_name, width):
     """Compared in rough: shrunk to 64 pixels of width, so that fonts do not matter and layout and colours do.
 
     ``UPDATE_SCREENSHOTS=FOLDER pytest tests/test_browser.py`` stores new ones, and in FOLDER (another one) the whole ones to look at.
@@ -358,7 +554,7 @@ def test_the_report_looks_as_it_did(browser, made_up, width):
 
     image = pytest.importorskip("PIL.Image")
     browser.set_window_size(width, 900)
-    open_page(browser, made_up)
+    open_page(browser, {"report": made_up, "edges": edge_page}[page_name])
     browser.execute_script("document.querySelectorAll('details').forEach(part => { part.open = true; })")
     browser.execute_async_script("setTimeout(arguments[0], 1200)")
     height = browser.execute_script("return document.documentElement.scrollHeight")
@@ -371,11 +567,11 @@ def test_the_report_looks_as_it_did(browser, made_up, width):
     browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
     browser.set_window_size(1280, 900)
     small = shot.resize((64, round(64 * shot.height / shot.width)), image.Resampling.BOX)
-    stored = Path(__file__).parent / "screenshots" / f"report-{width}.png"
+    stored = Path(__file__).parent / "screenshots" / f"{page_name}-{width}.png"
     if os.environ.get("UPDATE_SCREENSHOTS"):
         stored.parent.mkdir(exist_ok=True)
         small.save(stored)
-        shot.save(Path(os.environ["UPDATE_SCREENSHOTS"]) / f"report-{width}.png")
+        shot.save(Path(os.environ["UPDATE_SCREENSHOTS"]) / f"{page_name}-{width}.png")
     before = image.open(stored).convert("RGB")
     assert abs(before.height - small.height) <= 0.05 * before.height, "the page has another height"
     gap = np.abs(np.asarray(before, dtype=float) - np.asarray(small.resize(before.size), dtype=float)).mean()

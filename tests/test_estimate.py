@@ -99,6 +99,46 @@ def test_memory_of_sizes_that_share_a_pass(setting, together):
         assert need.peak_bytes == pytest.approx(peak_bytes(work), rel=0.2)
 
 
+@pytest.mark.parametrize(("method", "steps"), [("eap", 1), ("eap-ig-inputs", 3)])
+def test_edges(setting, method, steps, unchanged):
+    """Examples that pass are counted, memory is measured; an estimate runs nothing that changes the model."""
+    model, pairs = setting
+    edges = dfa.EdgeSet.of_model(model)
+    with unchanged(model):
+        found = dfa.estimate(model, pairs, edges=edges, batch_size=6, method=method, steps=steps, sizes=3)
+    scores = dfa.attribute_edges(model, pairs[:2], method="eap")
+    work = {
+        "attribute_edges": lambda: dfa.attribute_edges(model, pairs, method=method, steps=steps, batch_size=6),
+        "faithfulness_curve": lambda: dfa.faithfulness_curve(model, pairs, scores, sizes=[0, 9, 30], batch_size=6),
+    }
+    for operation, run in work.items():
+        run()
+        forward = []
+        handle = model.register_forward_pre_hook(lambda m, args, forward=forward: forward.append(args[0].numel()))
+        try:
+            run()
+        finally:
+            handle.remove()
+        checks = 2 * 32  # edges are tried on a few tokens first
+        assert abs(sum(forward) - 32 * found[operation].forward) <= checks, operation
+        with Runner(model).session(passes=9):
+            measured = peak_bytes(run)
+        assert 0.5 < found[operation].peak_bytes / measured < 2, (operation, found[operation].peak_bytes / measured)
+
+
+def test_an_estimate_is_about_nodes_or_edges(setting):
+    model, pairs = setting
+    edges = dfa.EdgeSet.of_model(model)
+    assert list(dfa.estimate(model, pairs, edges=edges).to_frame()["operation"]) == [
+        "attribute_edges",
+        "faithfulness_curve",
+    ]
+    with pytest.raises(DfaError, match="about nodes or about edges"):
+        dfa.estimate(model, pairs, edges.nodes, edges=edges)
+    with pytest.raises(DfaError, match="Unknown edge method 'nap'"):
+        dfa.estimate(model, pairs, edges=edges, method="nap")
+
+
 def test_it_reads(setting, unchanged):
     model, pairs = setting
     with unchanged(model):

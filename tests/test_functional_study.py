@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from helpers import unchecked
 
 import dfa_lens as dfa
 from dfa_lens.errors import AlignmentError, DfaError
@@ -98,14 +97,12 @@ def test_a_study(tmp_path):
 def test_scrambled_within_kinds_and_depths():
     nodes = dfa.NodeSet.for_sizes(6, 4)
     scores = dfa.NodeScores(torch.arange(30.0), nodes)
-    found = dfa.controls.scrambled(scores, seed=3, within="kind and depth")
+    found = dfa.controls.scrambled_within(scores, seed=3)
     assert found != scores
     for i, node in enumerate(nodes):
         origin = nodes[int(found.values[i])]
         assert origin.kind == node.kind and origin.layer // 2 == node.layer // 2
     assert sorted(found.values.tolist()) == scores.values.tolist()
-    with pytest.raises(AlignmentError, match="Unknown within 'depth'"):
-        unchecked(dfa.controls.scrambled)(scores, within="depth")
 
 
 def test_bad_input(experiment):

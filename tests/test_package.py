@@ -101,6 +101,53 @@ def test_the_command_line_chain(tmp_path):
     assert (tmp_path / "curve.csv").read_text().startswith("fraction,size,faithfulness,kl")
 
 
+def test_the_command_line_of_edges(tmp_path, monkeypatch):
+    """attribute --edges → evaluate → report, with files of ours and of MIB."""
+    from typer.testing import CliRunner
+
+    from dfa_lens.cli import app
+
+    monkeypatch.chdir(tmp_path)
+    for arguments in (
+        "attribute --edges --model llama3-tiny-source --task ioi --out edges.safetensors -n 4 --steps 2",
+        "attribute --edges --method eap --readers per-head --model llama3-tiny-source --task ioi --out g.pt -n 4",
+        "evaluate --model llama3-tiny-source --scores edges.safetensors --task ioi -n 2 --selection greedy --out c.csv",
+        "evaluate --model llama3-tiny-source --scores g.pt --task ioi -n 2 --protocol mib --ranking absolute",
+        "report --edges ioi=edges.safetensors --edges per-head=g.pt --out edges.html",
+    ):
+        assert CliRunner().invoke(app, arguments.split(), catch_exceptions=False).output
+    saved = dfa.EdgeScores.load(tmp_path / "edges.safetensors")
+    assert saved.meta["steps"] == 2
+    assert saved.edges.grouped
+    assert not dfa.EdgeScores.from_mib(tmp_path / "g.pt").edges.grouped
+    assert "live" in (tmp_path / "c.csv").read_text().splitlines()[0]
+    page = (tmp_path / "edges.html").read_text()
+    assert ">ioi</h3>" in page
+    assert ">per-head</h3>" in page
+
+
+def test_the_command_line_says_what_edges_need(tmp_path, monkeypatch):
+    from typer.testing import CliRunner
+
+    from dfa_lens.cli import app
+
+    monkeypatch.chdir(tmp_path)
+    model = "--model llama3-tiny-source --task ioi"
+    for arguments, message in (
+        (f"attribute {model} --out x --readers per-head", "options of edges: add --edges"),
+        (f"attribute --edges {model} --out x.json", "hold per-head readers"),
+        (f"attribute --edges {model} --out x --method nap", "Unknown edge method 'nap'"),
+        ("report --out x", "Give --source and --target, or --edges"),
+        ("report --out x --edges a=b --source c", "either --edges, or"),
+        (f"evaluate {model} --scores missing.safetensors", "missing.safetensors"),
+        (f"evaluate {model} --scores missing.pt", "missing.pt"),
+    ):
+        found = CliRunner().invoke(app, arguments.split()).exception
+        assert isinstance(found, dfa.DfaError)
+        assert message in str(found)
+    assert not list(tmp_path.iterdir())
+
+
 def test_command_line_errors_are_one_line(tmp_path):
     code, _, err = run_cli("attribute", "--model", "llama3-tiny-source", "--task", "oio", "--out", "x", cwd=tmp_path)
     assert code == 2
@@ -124,6 +171,7 @@ def test_doctor(tmp_path, zoo_source):
         "threads for torch",
         "llama3-tiny-target",
         "shared beginnings  run once",
+        "edges              2,500 (per head: 3,628): eap in 3 passes, eap-ig-inputs in 1 + 2 x steps",
     ):
         assert text in out
     assert "NOT INSTALLED" not in out
@@ -138,6 +186,17 @@ def test_doctor_on_a_model_without_a_tokenizer(zoo_source, monkeypatch):
     report = "\n".join(diagnosis.lines(zoo_source))
     assert "NONE: tasks need one" in report
     assert "shared beginnings  can't be used" in report
+
+
+def test_doctor_on_a_model_without_edges(zoo_source, monkeypatch):
+    from dfa_lens import doctor as diagnosis
+    from dfa_lens.errors import ModelError
+
+    def refuse(*args):
+        raise ModelError("its attention and MLP run in parallel")
+
+    monkeypatch.setattr(diagnosis, "Stream", refuse)
+    assert "  edges              can't be scored: its attention and MLP run in parallel" in diagnosis.lines(zoo_source)
 
 
 def test_shell_completion():

@@ -166,12 +166,53 @@ def transfer() -> Drawing:
     return d
 
 
+def edges() -> Drawing:
+    d = Drawing(720, 290)
+    red, blue = "#b2182b", "#2166ac"
+    d.text(20, 26, "edges into one group of heads")
+    for x, name, fill in ((20, "input", "#fdf1e8"), (110, "a0.h1", "#f2f6fa"), (200, "m0", "#fdf1e8")):
+        d.box(x, 236, 66, 28, name, fill=fill)
+    ports = {"q": (53, 118), "k": (113, 150), "v": (173, 150), "q ": (233, 118)}
+    for x, name in ((20, "a1.h0"), (200, "a1.h1")):
+        d.box(x, 56, 66, 28, name)
+    for start, port, color in (
+        (53, "q", "#999999"),
+        (53, "k", "#999999"),
+        (143, "v", red),
+        (233, "v", red),
+        (233, "q ", blue),
+    ):
+        x, y = ports[port]
+        d.line((start, 235), (x, y + 13), color=color, width=2.5 if color != "#999999" else 1.5)
+    for name, (x, y) in ports.items():
+        for head in {"q": (53,), "q ": (233,)}.get(name, (53, 233)):
+            d.line((x, y - 11), (head, 86), color="#bbbbbb", width=1)
+    for name, (x, y) in ports.items():
+        d.parts.append(f'<circle cx="{x}" cy="{y}" r="11" fill="white" stroke="{GREY}"/>')
+        d.text(x, y + 4.5, name.strip(), anchor="middle")
+    d.text(286, 76, "heads", color=GREY)
+    d.text(286, 122, "readers: q of each head,", color=GREY)
+    d.text(286, 140, "k and v of a group", color=GREY)
+    d.text(286, 255, "writers", color=GREY)
+    d.text(480, 26, "what a node score hides")
+    d.box(545, 236, 66, 28, "a1.h7")
+    d.line((569, 235), (530, 74), color=red, width=4, arrow=True)
+    d.line((587, 235), (640, 74), color=blue, width=4, arrow=True)
+    d.box(490, 42, 66, 28, "logits", fill="#fdf1e8")
+    d.box(610, 42, 66, 28, "MLPs", fill="#fdf1e8")
+    d.text(538, 160, "+2.3", anchor="end", color=red)
+    d.text(626, 160, "−2.3", color=blue)
+    d.text(578, 284, "node score: 0", anchor="middle")
+    return d
+
+
 DRAWINGS = {
     "concept-nodes": nodes,
     "concept-patching": patching,
     "concept-attribution": attribution,
     "concept-faithfulness": faithfulness,
     "concept-transfer": transfer,
+    "concept-edges": edges,
 }
 
 

@@ -75,7 +75,7 @@ class Eap(EdgeMethod):
     """Δ·g at the clean run: edge attribution patching (Syed et al. 2023)."""
 
     def passes(self, edges: EdgeSet, steps: int) -> tuple[int, int]:  # noqa: D102
-        return 2 + steps, steps
+        return 1 + steps, steps  # the clean run is one of them; by steps from the corrupt end it is one more
 
     def units(self, edges: EdgeSet, steps: int) -> int:  # noqa: D102
         return steps

@@ -63,13 +63,18 @@ class ReaderGradients:
             part = torch.zeros(self.along.shape, dtype=self.stream.dtype, device=written.device)
             for site in self.sites:
                 rows = self._rows(site)
-                own = written[: rows.stop - rows.start]
-                part[rows, site.columns] = torch.einsum("wpd,prd->wr", own, self._at_input(site, places))
+                own = self._at_input(site, places).transpose(0, 1).flatten(1)
+                # as a plain product of matrices: einsum would copy all writers into another order, for every site
+                torch.mm(written[: rows.stop - rows.start].flatten(1), own.T, out=part[rows, site.columns])
             total += part.double().cpu()
         return total
 
-    def _written(self, places: Int[Tensor, " place"]) -> Float[Tensor, "writer place d_model"]:
-        return torch.cat([self.stream.written(site, self.deltas[site.point], places) for site in self.writers])
+    def _written(
+        self, places: Int[Tensor, " place"], before: int | None = None
+    ) -> Float[Tensor, "writer place d_model"]:
+        """What the writers add, or those of the first ``before`` of all."""
+        sites = [site for site in self.writers if before is None or site.positions[0] < before]
+        return torch.cat([self.stream.written(site, self.deltas[site.point], places) for site in sites])
 
     def _rows(self, site: ReaderSite) -> slice:
         """The writers before a site."""
@@ -96,9 +101,17 @@ class ReaderGradients:
         own = summed(gradient, len(self.batch))
         self.sums[site] = self.sums[site] + own if site in self.sums else own
 
-    def add_along(self, layer: int, stream: Float[Tensor, "row pos d_model"], along: dict[ReaderSite, Tensor]) -> None:
-        """Take off a layer's part along the stream, x·(x·ĝ)/(d_model·s³); ``along``: (x·ĝ)/(d_model·s³) by site."""
-        times = len(stream) // len(self.batch)
+    def add_along(self, streams: Mapping[int, Tensor], along: Mapping[int, Mapping[ReaderSite, Tensor]]) -> None:
+        """Take off a pass's parts along the stream, x·(x·ĝ)/(d_model·s³).
+
+        Parameters
+        ----------
+        streams:
+            Layer → x [row, pos, d_model], what its attention reads.
+        along:
+            Layer → site → (x·ĝ)/(d_model·s³) [row, pos, reader].
+        """
+        times = len(next(iter(streams.values()))) // len(self.batch)
 
         def at(values: Tensor, places: Tensor) -> Tensor:
             """[row, pos, width] → [repetition, place, width]."""
@@ -106,17 +119,16 @@ class ReaderGradients:
                 values.unflatten(0, (times, -1)).flatten(1, 2).to(self.stream.device)[:, places].to(self.stream.dtype)
             )
 
-        first, last = next(iter(along)), next(reversed(along))
-        rows, columns = self._rows(first), slice(first.first, last.stop)
+        before = max(site.n_before for sites in along.values() for site in sites)
+        # all layers in one go: what the writers add is made once for a pass, not once for each of its layers
         for places in self.stream.tiles(self.places, times):
-            written = self._written_before(first, places)
-            likeness = torch.einsum("wpd,tpd->wtp", written, at(stream, places))
-            part = torch.einsum("wtp,tpr->wr", likeness, at(torch.cat(list(along.values()), 2), places))
-            self.along[rows, columns] += part.double().cpu()
-
-    def _written_before(self, site: ReaderSite, places: Int[Tensor, " place"]) -> Float[Tensor, "writer place d_model"]:
-        sites = [each for each in self.writers if each.positions[0] < site.n_before]
-        return torch.cat([self.stream.written(each, self.deltas[each.point], places) for each in sites])
+            written = self._written(places, before)
+            for layer, own in along.items():
+                in_order = sorted(own, key=lambda site: site.first)
+                rows, columns = self._rows(in_order[0]), slice(in_order[0].first, in_order[-1].stop)
+                likeness = torch.einsum("wpd,tpd->wtp", written[: rows.stop - rows.start], at(streams[layer], places))
+                factors = at(torch.cat([own[site] for site in in_order], 2), places)
+                self.along[rows, columns] += torch.einsum("wtp,tpr->wr", likeness, factors).double().cpu()
 
 
 class GradientPass:
@@ -191,9 +203,8 @@ class GradientPass:
         for split in self.split:
             self._add(split.site, split.shared.detach(), split.gradient())
         self.split.clear()
-        for layer, along in self.along.items():
-            in_order = {site: along[site] for site in self.sums.sites if site in along}
-            self.sums.add_along(layer, self.streams[layer], in_order)
+        if self.along:
+            self.sums.add_along(self.streams, self.along)
         self.along.clear()
 
 

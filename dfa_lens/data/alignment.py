@@ -4,53 +4,27 @@ from __future__ import annotations
 
 import io
 import json
-import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, get_args, overload
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from dfa_lens.data.chain import Chain
 from dfa_lens.data.content import ByContent, float_copy, plain
+from dfa_lens.data.edge_alignment import EdgeAlignment, EdgeMap, sizes_of
+from dfa_lens.data.edges import EdgeScores, EdgeSet
 from dfa_lens.data.files import load_tensors, made_from, parse_json, read_bytes, save_tensors
 from dfa_lens.data.nodes import HEAD_POINT, INPUT_POINT, MLP_POINT, Node, NodeSet
+from dfa_lens.data.scaling import Scaling, scale
 from dfa_lens.data.scores import NodeScores
 from dfa_lens.errors import AlignmentError, FileError, short, unknown
 
-Scaling = Literal["unit", "raw", "rank", "signed-sqrt"]
-"""What is done to source scores before W, in training and in every transfer.
-
-- ``unit``: divided by their Euclidean length. Scores of one task and of another then weigh the same, and so does
-  one model beside another.
-- ``raw``: as they are (the paper).
-- ``rank``: replaced by their ranks (ties share the mean rank), centred, then unit length.
-- ``signed-sqrt``: sign(s)·√|s|, then unit length: a few very large scores weigh less.
-"""
-
 _FORMAT = "dfa_lens alignment 1"
-
-
-def scale(values: Float[Tensor, "*task node"], scaling: Scaling) -> Float[Tensor, "*task node"]:
-    """Source scores made ready for W."""
-    if scaling == "raw":
-        return values
-    if scaling not in get_args(Scaling):
-        raise unknown("scaling", scaling, get_args(Scaling), AlignmentError)
-    if scaling == "signed-sqrt":
-        values = values.sign() * values.abs().sqrt()
-    if scaling == "rank":
-        below = (values[..., None, :] < values[..., :, None]).sum(-1)
-        above = (values[..., None, :] > values[..., :, None]).sum(-1)
-        values = (below - above).to(values.dtype)  # twice the rank, centred; ties share the mean of theirs
-    length = values.norm(dim=-1, keepdim=True)
-    if (length == 0).any():
-        what = "equal" if scaling == "rank" else "zero"
-        raise AlignmentError(f"All source scores are {what}: they can't be scaled ({scaling!r}) and carry no ranking.")
-    return values / length
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,8 +64,8 @@ class LinearMap(ByContent):
         return out if self.bias is None else out + self.bias
 
 
-@dataclass(frozen=True, eq=False)
-class Alignment(ByContent):
+@dataclass(frozen=True, eq=False, repr=False)
+class Alignment(Chain):
     """Carries node scores from a source model to a target model: ŝ = s·W (+ b, where one was trained).
 
     Made by :func:`dfa_lens.fit`, by :meth:`of`, or by chaining: ``second @ first`` first applies ``first``. Two are
@@ -118,24 +92,8 @@ class Alignment(ByContent):
     """
 
     stages: tuple[LinearMap, ...]
-    temperature: float = 1.0
-    history: tuple[Mapping[str, float | int], ...] = field(default=(), compare=False)
-    meta: Mapping[str, Any] = field(default_factory=dict, compare=False)
 
-    def __post_init__(self) -> None:
-        if not self.stages:
-            raise AlignmentError("An alignment needs at least one stage.")
-        number = isinstance(self.temperature, (int, float)) and not isinstance(self.temperature, bool)
-        if not number or not self.temperature > 0 or not math.isfinite(self.temperature):
-            raise AlignmentError(f"The temperature must be positive, not {short(repr(self.temperature))}.")
-        object.__setattr__(self, "history", tuple(dict(record) for record in self.history))
-        object.__setattr__(self, "meta", dict(self.meta))
-        for first, second in zip(self.stages, self.stages[1:], strict=False):
-            if first.target != second.source:
-                raise AlignmentError(
-                    f"The alignments can't be chained: one ends on {len(first.target)} nodes, the next starts from "
-                    f"{len(second.source)} other nodes. `second @ first` applies `first` first."
-                )
+    unit: ClassVar[str] = "nodes"
 
     @classmethod
     def of(
@@ -171,14 +129,33 @@ class Alignment(ByContent):
         """The nodes it gives scores on."""
         return self.stages[-1].target
 
-    def transfer(self, scores: NodeScores) -> NodeScores:
-        """ŝ = s·W: scores on the target's nodes.
+    @overload
+    def transfer(self, scores: NodeScores) -> NodeScores: ...
+
+    @overload
+    def transfer(self, scores: EdgeScores, *, edges: EdgeSet) -> EdgeScores: ...
+
+    def transfer(self, scores: NodeScores | EdgeScores, *, edges: EdgeSet | None = None) -> NodeScores | EdgeScores:
+        """ŝ = s·W: scores on the target's nodes; of edge scores, W at both ends of every edge (:meth:`on_edges`).
+
+        Parameters
+        ----------
+        edges:
+            With edge scores, the target's edges.
 
         Raises
         ------
         ScoreError
             If the scores belong to other nodes than the alignment's source.
+        AlignmentError
+            If there are edge scores but no edges of the target, or the other way round.
         """
+        if isinstance(scores, EdgeScores):
+            if edges is None:
+                raise AlignmentError("To transfer edge scores by an alignment of nodes, name the target's edges=.")
+            return self.on_edges(scores.edges.all_of_model, edges).transfer(scores)
+        if edges is not None:
+            raise AlignmentError("edges= is for edge scores, and these are scores of nodes.")
         scores.require(self.source, "The source scores")
         values = scores.values
         for stage in self.stages:
@@ -188,6 +165,33 @@ class Alignment(ByContent):
     def mask(self, scores: NodeScores) -> Float[Tensor, " target"]:
         """The soft mask g = sigmoid(ŝ/T) that the scores give on the target: 0 to 1 for every node."""
         return torch.sigmoid(self.transfer(scores).values / self.temperature)
+
+    def on_edges(self, source: EdgeSet, target: EdgeSet) -> EdgeAlignment:
+        """The alignment of edges that has W at both ends of every edge: Ŝ = Wᵀ·S·W.
+
+        See :meth:`~dfa_lens.data.edge_alignment.EdgeMap.from_nodes` for inputs, logits, and what heads read. Biases
+        have no place in it. In a chain, the models in between read keys and values head by head.
+
+        Raises
+        ------
+        AlignmentError
+            If the nodes are not the heads and MLP blocks (with the input or without) of models of these sizes.
+
+        Examples
+        --------
+        >>> import dfa_lens as dfa
+        >>> source, target = dfa.EdgeSet(2, 4, 2), dfa.EdgeSet(3, 4, 2)
+        >>> nodes = dfa.controls.depth_mean(source.nodes[1:], target.nodes[1:])
+        >>> nodes.on_edges(source, target)
+        EdgeAlignment(146 → 329 edges)
+        """
+        inner = [EdgeSet(*sizes_of(stage.target)) for stage in self.stages[:-1]]
+        edges = [source.all_of_model, *inner, target]
+        maps = [
+            EdgeMap.from_nodes(stage.W, stage.source, stage.target, first, second, scaling=stage.scaling)
+            for stage, first, second in zip(self.stages, edges, edges[1:], strict=False)
+        ]
+        return EdgeAlignment(tuple(maps), self.temperature, (), {"of_nodes": dict(self.meta)})
 
     def contributions(self, scores: NodeScores) -> Float[Tensor, "source target"]:
         """How much each source node adds to each target node: s_i·W_ij, after scaling; the columns add up to ŝ.
@@ -212,14 +216,6 @@ class Alignment(ByContent):
             out = out * stage.W if i == 0 else out @ stage.W
             values = stage(values)
         return out
-
-    def __matmul__(self, first: Alignment) -> Alignment:
-        """``second @ first``: the alignment that applies ``first``, then ``second`` (1B→3B, then 3B→8B)."""
-        if not isinstance(first, Alignment):
-            return NotImplemented
-        return Alignment(
-            (*first.stages, *self.stages), self.temperature, (), {"chain": [dict(first.meta), dict(self.meta)]}
-        )
 
     def save(self, path: str | Path) -> None:
         """Write a safetensors file: matrices, node sets, temperature, history and provenance."""
@@ -298,10 +294,6 @@ class Alignment(ByContent):
             return cls.of(data["W"], source, target, scaling="raw", meta=dict(data.get("meta") or {}))
 
         return made_from(path, "an alignment saved by the released code", make)
-
-    def __repr__(self) -> str:
-        sizes = " → ".join(str(len(nodes)) for nodes in (self.source, *(stage.target for stage in self.stages)))
-        return f"Alignment({sizes} nodes)"
 
 
 def _named_nodes(names: Sequence[str]) -> NodeSet:

@@ -4,24 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Literal, get_args
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from dfa_lens.data import metrics
 from dfa_lens.data.curve import FaithfulnessCurve, Protocol
-from dfa_lens.data.edges import EdgeScores, EdgeSet, Readers, ReaderSite, Selection
+from dfa_lens.data.edges import EdgeScores, EdgeSet, Readers, Selection
 from dfa_lens.data.pairs import PromptPairs
 from dfa_lens.data.scores import Ranking
 from dfa_lens.errors import FaithfulnessError, ScoreError
-from dfa_lens.evaluation.runs import Runs, grid
+from dfa_lens.evaluation.runs import Runs, extra, grid
 from dfa_lens.models import memory
-from dfa_lens.models.edge_patches import EdgePatch
-from dfa_lens.models.hooks import Activations
+from dfa_lens.models.edge_gates import run_gated
 from dfa_lens.models.memory import Footprint, Need
 from dfa_lens.models.paired_run import PairedRun
 from dfa_lens.models.runner import Runner
@@ -49,8 +47,7 @@ class CurveOfEdges:
         ranked = self._ranked(scores)
         order, n = ranked.order(self.ranking, selection=self.selection), len(ranked)
         fractions, ks = grid(n, self.protocol, self.sizes, self.fractions)
-        # the empty circuit gives the floor: run in addition where it is not asked for (in mib it is the corrupt run)
-        added = int(self.protocol == "nodes" and ks[0] > 0)
+        added = extra(self.protocol, ks)
         ends = ranked.edges.positions[order]
         always = scores.edges.existing & ~ranked.edges.chosen
         circuits = [_with(always, ends[:k]) for k in [0] * added + ks]
@@ -60,10 +57,7 @@ class CurveOfEdges:
             return self._run_all(runner, pairs, scores.edges, circuits, chosen, size)
 
         def need(footprint: Footprint, size: int) -> Need:
-            # of each batch the corrupt activations, the differences that run, and the streams that readers are given
-            held = size * (2 * footprint.site_bytes + 2 * footprint.embed_bytes + 3 * footprint.logit_bytes)
-            forward = len(pairs) * (2 + len(circuits))
-            return Need("faithfulness_curve", forward, 0, held, 0, 2 * footprint.working_bytes(size))
+            return need_of_edge_curve(footprint, len(pairs), size, len(circuits))
 
         runs = memory.run(work, batch_size, runner, pairs, scores.edges.nodes, need)
         curve = runs.curve(fractions, ks, added=added, protocol=self.protocol, ranking=self.ranking, n=n)
@@ -108,43 +102,24 @@ class CurveOfEdges:
                 run = PairedRun(runner, batch, edges.nodes, share_prefix=self.share_prefix)
                 _, clean = run.record("clean", nodes=False)
                 corrupt, corrupt_logits = run.record("corrupt")
-                runs.clean[rows] = metric(clean, batch, clean).double().cpu()
-                runs.corrupt[rows] = metric(corrupt_logits, batch, clean).double().cpu()
+                runs.record_whole(rows, batch, metric, clean, corrupt_logits)
                 for i, kept in enumerate(circuits):
                     if torch.equal(kept, edges.existing):
                         logits = clean
                     elif not edges.live(kept).any():  # no clean information arrives: exactly the corrupt run
                         logits = corrupt_logits
                     else:
-                        logits = run_circuit(stream, run, kept, corrupt)
+                        logits = run_gated(stream, run, kept.to(torch.float32), corrupt)
                     runs.record(i, rows, batch, metric, logits, clean)
                     bar.update(len(batch))
         return runs
 
 
-def run_circuit(
-    stream: Stream, batch: PairedRun, kept: Bool[Tensor, "writer reader"], corrupt: Activations
-) -> Float[Tensor, "example vocab"]:
-    """The logits of a batch with some edges in the circuit, and all others at their writers' corrupt activations.
-
-    What a reader reads is the stream as it runs, plus corrupt less running activation of every writer that is outside.
-    """
-    out = stream.edges.existing & ~kept
-    rows = len(batch)
-    missing: Activations = {}  # corrupt less running activations
-
-    def compare(point: str, now: Tensor) -> None:
-        missing[point] = corrupt[point] - now[:rows].detach()
-
-    def change(sites: Sequence[ReaderSite], places: Int[Tensor, " place"]) -> Float[Tensor, "place reader d_model"]:
-        n, own = sites[0].n_before, torch.cat([out[: sites[0].n_before, site.columns] for site in sites], 1)
-        written = stream.written_until(n, missing, places)
-        return torch.einsum("wr,wpd->prd", own.to(written), written)
-
-    patched = [site for site in stream.edges.sites if bool(out[:, site.columns].any())]
-    patch = EdgePatch(stream, patched, change, stream.places(batch), rows)
-    also = [(point, partial(compare, point)) for point in stream.edges.nodes.points]
-    return patch.run(batch, also=also)
+def need_of_edge_curve(footprint: Footprint, examples: int, batch: int, sizes: int) -> Need:
+    """What a curve of circuits of edges needs: so many examples and sizes."""
+    # of each batch the corrupt activations, the differences that run, and the streams that readers are given
+    held = batch * (2 * footprint.site_bytes + 2 * footprint.embed_bytes + 3 * footprint.logit_bytes)
+    return Need("faithfulness_curve", examples * (2 + sizes), 0, held, 0, 2 * footprint.working_bytes(batch))
 
 
 def _with(always: Bool[Tensor, "writer reader"], ends: Int[Tensor, "edge 2"]) -> Bool[Tensor, "writer reader"]:

@@ -25,7 +25,7 @@ from dfa_lens.data.pairs import PromptPairs
 from dfa_lens.data.scores import NodeScores, Ranking
 from dfa_lens.errors import FaithfulnessError, ScoreError, unknown
 from dfa_lens.evaluation.edge_circuits import CurveOfEdges
-from dfa_lens.evaluation.runs import Runs, grid
+from dfa_lens.evaluation.runs import Runs, extra, grid
 from dfa_lens.models import backend, memory
 from dfa_lens.models.backend import HookedModel
 from dfa_lens.models.hooks import Activations
@@ -122,8 +122,7 @@ def faithfulness_curve(
     order = ranked.order(ranking)
     kept, ks = grid(n, protocol, sizes, fractions)
 
-    # the empty circuit gives the floor: it is run in addition where it is not asked for (in mib it is the corrupt run)
-    added = int(protocol == "nodes" and ks[0] > 0)
+    added = extra(protocol, ks)
     run_ks = [0] * added + ks
     keep = torch.zeros(len(run_ks), n, dtype=torch.bool)
     for i, k in enumerate(run_ks):
@@ -209,8 +208,7 @@ def _run_all(
             run = PairedRun(runner, batch, nodes, share_prefix=share_prefix)
             _, clean_logits = run.record("clean", nodes=False, streams=circuits.restarts(run))
             corrupt, corrupt_logits = run.record("corrupt")
-            runs.clean[rows] = metric(clean_logits, batch, clean_logits).double().cpu()
-            runs.corrupt[rows] = metric(corrupt_logits, batch, clean_logits).double().cpu()
+            runs.record_whole(rows, batch, metric, clean_logits, corrupt_logits)
 
             gated = []
             for i in range(n_sizes):

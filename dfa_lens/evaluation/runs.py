@@ -42,6 +42,14 @@ def grid(
     return kept, ks
 
 
+def extra(protocol: Protocol, ks: Sequence[int]) -> int:
+    """How many circuits are run before those of sizes ``ks``: the empty one, where it is not asked for.
+
+    It gives the floor; in mib the corrupt run does.
+    """
+    return int(protocol == "nodes" and ks[0] > 0)
+
+
 @dataclass
 class Runs:
     """The metric of every run on every example, in the order of the examples; float64."""
@@ -55,6 +63,18 @@ class Runs:
     def empty(cls, n_sizes: int, n: int) -> Runs:
         """Zeros, to be written over."""
         return cls(*(torch.zeros(shape, dtype=torch.float64) for shape in ((n,), (n,), (n_sizes, n), (n_sizes, n))))
+
+    def record_whole(
+        self,
+        rows: Int[Tensor, " example"],
+        batch: PromptPairs,
+        metric: metrics.Metric,
+        clean: Float[Tensor, "example vocab"],
+        corrupt: Float[Tensor, "example vocab"],
+    ) -> None:
+        """Write down what the whole model gives on the examples ``rows``, clean and corrupt."""
+        self.clean[rows] = metric(clean, batch, clean).double().cpu()
+        self.corrupt[rows] = metric(corrupt, batch, clean).double().cpu()
 
     def record(
         self,

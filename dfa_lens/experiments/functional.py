@@ -60,7 +60,7 @@ class Functional(Circuits):
                 return experiment.gold_of(name)
             seed = 1000 * experiment.seed + experiment.tasks.index(name)
             known = experiment.scores[name]
-            return controls.scrambled(known, seed=seed, within="kind and depth") if self.scramble else known
+            return controls.scrambled_within(known, seed=seed) if self.scramble else known
 
         fitted = fit_functional(
             {name: scores(name) for name in tasks},

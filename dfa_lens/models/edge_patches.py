@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from dfa_lens.data.edges import ReaderSite
 from dfa_lens.models.backend import HookFunction
@@ -58,7 +60,7 @@ class EdgePatch:
         times: int = 1,
         layer: int | None = None,
         also: Sequence[tuple[str, HookFunction]] = (),
-    ) -> Float[Tensor, "row vocab"]:
+    ) -> Float[Tensor, "row *place vocab"]:
         """The logits of the pass, as :meth:`PairedRun.run`; ``also`` are hooks that see it as it runs."""
         logits = batch.run([*self._exchange(), *also, *self.taps()], times=times * self.members, layer=layer)
         return logits[: self.rows]
@@ -105,7 +107,7 @@ class EdgePatch:
         """The change of a site with one reader, for every row."""
         found = torch.zeros(self.rows * like.shape[1], like.shape[2], dtype=like.dtype, device=self.stream.device)
         for places in self.stream.tiles(self.places, 1):
-            found[places] = self.change([site], places)[:, 0].to(found)
+            found[places] = _made_again(self.change, [site], places)[:, 0].to(found)
         return tile(found.unflatten(0, (self.rows, -1)), self.members).to(like.device)
 
     def _shifted(self, site: ReaderSite, now: Float[Tensor, "row pos d_model"]) -> Tensor:
@@ -114,13 +116,21 @@ class EdgePatch:
     def _read(self, sites: Sequence[ReaderSite], now: Float[Tensor, "row pos d_model"]) -> None:
         """At the stream before attention: what the readers make of it, at the places where it changes."""
         flat = now[: self.rows].flatten(0, 1).to(self.stream.device)
-        found: dict[ReaderSite, list[Tensor]] = {site: [] for site in sites}
-        for places in self.stream.tiles(self.places, sum(map(len, sites))):
-            streams = flat[places][:, None].to(self.stream.dtype) + self.change(sites, places)
-            for site, own in zip(sites, streams.split([len(site) for site in sites], 1), strict=True):
-                members = 1 if site.kind == "q" else self.stream.members
-                found[site].append(self.stream.read(site.layer, site.kind, own, members))
-        self.read |= {site: torch.cat(parts) for site, parts in found.items()}
+        parts = [
+            _made_again(self._read_tile, sites, flat, places)
+            for places in self.stream.tiles(self.places, sum(map(len, sites)))
+        ]
+        self.read |= {site: torch.cat(own) for site, own in zip(sites, zip(*parts, strict=True), strict=True)}
+
+    def _read_tile(
+        self, sites: Sequence[ReaderSite], flat: Float[Tensor, "all d_model"], places: Int[Tensor, " place"]
+    ) -> tuple[Tensor, ...]:
+        """[place, reader, d_head] of each site, at some places."""
+        streams = flat[places][:, None].to(self.stream.dtype) + self.change(sites, places)
+        return tuple(
+            self.stream.read(site.layer, site.kind, own, 1 if site.kind == "q" else self.stream.members)
+            for site, own in zip(sites, streams.split([len(site) for site in sites], 1), strict=True)
+        )
 
     def _take(self, site: ReaderSite, now: Float[Tensor, "row pos head d_head"]) -> Tensor:
         """At the queries, keys or values: what was made of the changed stream, each copy with its own heads."""
@@ -133,3 +143,10 @@ class EdgePatch:
             flat[places] = read[:, i % step :: step]
             copies.append(flat.unflatten(0, copy.shape[:2]))
         return torch.cat(copies)
+
+
+def _made_again(function: Callable[..., Any], *args: Any) -> Any:
+    """function(*args), of which nothing is kept for the backward pass: it is then called again."""
+    if not torch.is_grad_enabled():
+        return function(*args)
+    return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)

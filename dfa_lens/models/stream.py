@@ -144,7 +144,9 @@ class Stream:
         try:
             with torch.no_grad():
                 taps = [look(name) for name in [*names, *middle.values()]]
-                self.runner.run_as_told(tokens, torch.full((2,), 3), taps)
+                # nobody looks at the logits, so the unembedding, often the largest matrix, runs in one column
+                column = torch.zeros(2, 1, dtype=torch.long)
+                self.runner.run_as_told(tokens, torch.full((2,), 3), taps, columns=column, short_unembedding=True)
         except HookError as error:
             raise ModelError(f"Edges need hook points that this model does not have: {error}") from error
         self._same("the stream before block 0", seen["blocks.0.hook_resid_pre"], seen[INPUT_POINT])

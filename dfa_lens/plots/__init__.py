@@ -1,10 +1,12 @@
-"""Figures: heatmaps of scores, faithfulness curves, matrices, trends, and the report.
+"""Figures: heatmaps of scores, graphs of circuits, faithfulness curves, matrices, trends, and the report.
 
 Every function returns a :class:`~dfa_lens.plots.picture.Picture`, a plotly Figure that carries its numbers
 (``.to_frame()``); ``report`` writes HTML. Nothing is shown by itself and no global setting is changed.
 """
 
 from dfa_lens.plots.curves import curves
+from dfa_lens.plots.edge_graph import circuit_graph
+from dfa_lens.plots.edge_heatmap import edge_heatmap
 from dfa_lens.plots.heatmaps import aligned_heatmap, scores_heatmap
 from dfa_lens.plots.matrices import alignment_explorer, transfer_matrix
 from dfa_lens.plots.picture import Picture
@@ -15,7 +17,9 @@ __all__ = [
     "Picture",
     "aligned_heatmap",
     "alignment_explorer",
+    "circuit_graph",
     "curves",
+    "edge_heatmap",
     "recovery_bars",
     "report",
     "score_scatter",

@@ -6,10 +6,8 @@ callback of a notebook's widget only look it up and draw it.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.resources import files
 from typing import Any, NamedTuple
 
 import plotly.graph_objects as go
@@ -17,7 +15,7 @@ import torch
 
 from dfa_lens.data.alignment import Alignment
 from dfa_lens.data.scores import NodeScores
-from dfa_lens.plots import style
+from dfa_lens.plots import picture, style
 
 POSITIVE, NEGATIVE = style.DIVERGING[-1][1], style.DIVERGING[0][1]
 
@@ -124,12 +122,8 @@ class Clicks:
         )
 
     def script(self) -> str:
-        """What makes the HTML of a figure react to clicks; ``{plot_id}`` is filled in by plotly."""
-        data = {"rectangles": self.rectangles, "answers": self.answers, "note": _NOTE}
-        # "</" would end the script that this is written into
-        text = json.dumps(data, separators=(",", ":")).replace("</", "<\\/")
-        source = files("dfa_lens.plots").joinpath("templates/links.js").read_text(encoding="utf-8")
-        return f"({source})(document.getElementById('{{plot_id}}'), {text});"
+        """What makes the HTML of a figure react to clicks."""
+        return picture.script("links.js", {"rectangles": self.rectangles, "answers": self.answers, "note": _NOTE})
 
     def wire(self, widget: go.FigureWidget) -> None:
         """Make a widget react to clicks."""

@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from importlib.resources import files
 from typing import Any
 
 import plotly.graph_objects as go
 
 from dfa_lens.errors import DfaError
+
+
+def script(template: str, data: Any) -> str:
+    """What makes the HTML of a figure react: a function of ``templates/`` called with the figure and some data.
+
+    plotly fills in ``{plot_id}``.
+    """
+    # "</" would end the script that this is written into
+    text = json.dumps(data, separators=(",", ":")).replace("</", "<\\/")
+    source = files("dfa_lens.plots").joinpath(f"templates/{template}").read_text(encoding="utf-8")
+    return f"({source})(document.getElementById('{{plot_id}}'), {text});"
 
 
 class Picture(go.Figure):

@@ -13,11 +13,14 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from plotly.offline import get_plotlyjs
 
 from dfa_lens.data.curve import FaithfulnessCurve, cpr_difference
+from dfa_lens.data.edges import EdgeScores
 from dfa_lens.data.files import write_atomically
 from dfa_lens.data.statistics import holm
-from dfa_lens.errors import DfaError
+from dfa_lens.errors import DfaError, EdgeError
 from dfa_lens.experiments.table import GOLD, Results, TaskResult
 from dfa_lens.plots.curves import curves
+from dfa_lens.plots.edge_graph import circuit_graph
+from dfa_lens.plots.edge_heatmap import edge_heatmap
 from dfa_lens.plots.heatmaps import aligned_heatmap, scores_heatmap
 from dfa_lens.plots.matrices import alignment_explorer
 from dfa_lens.plots.picture import Picture
@@ -38,18 +41,25 @@ _TEMPLATES = Environment(
 )
 
 
-def report(results: Results, path: str | Path) -> Path:
+def report(
+    results: Results | EdgeScores | Mapping[str, EdgeScores],
+    path: str | Path,
+    *,
+    edges: Mapping[str, EdgeScores] | None = None,
+) -> Path:
     """Write one HTML page: words, the table, and for every family and task the curves and the aligned heatmaps.
 
-    Plotly is embedded once; the page needs no network, is light or dark as the reader's system is, and prints. All
-    labels are escaped.
+    Of edges there is the graph of the circuit and the heatmap of blocks, in a part of their own. Plotly is embedded
+    once; the page needs no network, is light or dark as the reader's system is, and prints. All labels are escaped.
 
     Parameters
     ----------
     results:
-        As :func:`dfa_lens.experiments.demo.run` returns them.
+        As :func:`dfa_lens.experiments.demo.run` returns them; or edge scores alone, also several by name.
     path:
         The file to write; a folder gets ``index.html``.
+    edges:
+        Edge scores by name (the task, the model), to be shown beside the results.
 
     Returns
     -------
@@ -59,7 +69,7 @@ def report(results: Results, path: str | Path) -> Path:
     Raises
     ------
     DfaError
-        If there are no results.
+        If there are no results and no edges.
 
     Examples
     --------
@@ -71,12 +81,20 @@ def report(results: Results, path: str | Path) -> Path:
     >>> dfa.plots.report(results, tempfile.mkdtemp()).name
     'index.html'
     """
-    if not results.tasks:
+    shown = dict(edges or {})
+    if isinstance(results, EdgeScores):
+        shown[str(results.meta.get("model") or "edges")] = results
+    elif not isinstance(results, Results):
+        shown |= results
+    if not isinstance(results, Results):
+        results = Results()
+    if not results.tasks and not shown:
         raise DfaError("There are no results to report.")
     path = Path(path)
     if path.is_dir() or not path.suffix:
         path = path / "index.html"
     table = results.table()
+    known = {**_summary(results, table), **_table(results, table)} if results.tasks else {}
     page = _TEMPLATES.get_template("report.html.j2").render(
         font=FONT,
         plotly_js=get_plotlyjs(),
@@ -84,9 +102,9 @@ def report(results: Results, path: str | Path) -> Path:
         significant=SIGNIFICANT,
         above=ABOVE,
         unlike=UNLIKE,
-        **_summary(results, table),
-        **_table(results, table),
+        **known,
         families=[_family(results, table, name) for name in dict.fromkeys(r.family for r in results.tasks)],
+        edges=[_edges(name, scores) for name, scores in shown.items()],
     )
     write_atomically(path, page.encode())
     return path
@@ -209,6 +227,25 @@ def _task(result: TaskResult) -> dict[str, Any]:
         "figures": _html(figures),
         "closed": _html(closed),
     }
+
+
+def _edges(name: str, scores: EdgeScores) -> dict[str, Any]:
+    """The section of some edge scores: the circuit as a graph, and the blocks of edges."""
+    words = [str(scores.meta[key]) for key in ("method", "model") if scores.meta.get(key)]
+    return {
+        "name": name,
+        "words": ", ".join([*words, f"{len(scores):,} edges"]),
+        "anchor": _anchor(f"edges-{name}"),
+        "figures": _html([_graph(scores), edge_heatmap(scores)]),
+    }
+
+
+def _graph(scores: EdgeScores) -> Picture:
+    """The graph; where none of the best edges lies on a path (a sample of edges), of all of them."""
+    try:
+        return circuit_graph(scores)
+    except EdgeError:
+        return circuit_graph(scores, prune=False)
 
 
 def _anchor(name: str) -> str:

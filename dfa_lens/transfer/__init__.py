@@ -3,5 +3,5 @@
 import lazy_loader
 
 __getattr__, __dir__, __all__ = lazy_loader.attach(
-    __name__, submodules=["controls", "forms", "objectives", "recipe", "similarity"]
+    __name__, submodules=["controls", "edge_forms", "forms", "objectives", "recipe", "similarity"]
 )

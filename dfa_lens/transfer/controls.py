@@ -5,27 +5,43 @@
 - :func:`uniform`, :func:`random_scores`, put in for s in training *and* transfer: does the source matter at all?
 - :func:`target_only`: a free mask on the target under the same loss: what is the ceiling?
 - :func:`regression`: least squares from source scores to gold scores of the target.
+
+All but the last also take edges in the place of nodes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal, Unpack
+from dataclasses import replace
+from typing import Any, Unpack, overload
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
-from dfa_lens.data.alignment import Alignment, Scaling, scale
+from dfa_lens.data.alignment import Alignment
+from dfa_lens.data.edge_alignment import EdgeAlignment
+from dfa_lens.data.edges import EdgeScores, EdgeSet
 from dfa_lens.data.nodes import Node, NodeSet
 from dfa_lens.data.pairs import PromptPairs
+from dfa_lens.data.scaling import Scaling, scale
 from dfa_lens.data.scores import NodeScores
-from dfa_lens.errors import AlignmentError, unknown
+from dfa_lens.errors import AlignmentError
 from dfa_lens.models.backend import HookedModel
 from dfa_lens.transfer.recipe import Options
 from dfa_lens.transfer.trainer import fit
 
 
-def random_w(source: NodeSet, target: NodeSet, *, seed: int = 0) -> Alignment:
-    """An alignment whose W is drawn from a standard normal distribution.
+@overload
+def random_w(source: NodeSet, target: NodeSet, *, seed: int = 0) -> Alignment: ...
+
+
+@overload
+def random_w(source: EdgeSet, target: EdgeSet, *, seed: int = 0) -> EdgeAlignment: ...
+
+
+def random_w(source: NodeSet | EdgeSet, target: NodeSet | EdgeSet, *, seed: int = 0) -> Alignment | EdgeAlignment:
+    """An alignment whose W, or A and B, are drawn from a standard normal distribution.
 
     Examples
     --------
@@ -36,12 +52,29 @@ def random_w(source: NodeSet, target: NodeSet, *, seed: int = 0) -> Alignment:
     torch.Size([54, 110])
     """
     generator = torch.Generator().manual_seed(seed)
+    meta = {"control": "random-w", "seed": seed}
+    if isinstance(source, EdgeSet) and isinstance(target, EdgeSet):
+        A, B = (
+            torch.randn(*shape, generator=generator, dtype=torch.float32)
+            for shape in zip(source.shape, target.shape, strict=True)
+        )
+        return EdgeAlignment.of(A, B, source, target, meta=meta)
+    if isinstance(source, EdgeSet) or isinstance(target, EdgeSet):
+        raise AlignmentError("Nodes and edges are no pair: give two node sets or two edge sets.")
     W = torch.randn(len(source), len(target), generator=generator, dtype=torch.float32)
-    return Alignment.of(W, source, target, meta={"control": "random-w", "seed": seed})
+    return Alignment.of(W, source, target, meta=meta)
 
 
-def permuted_w(alignment: Alignment, *, seed: int = 0) -> Alignment:
-    """The alignment with the columns of W (the target nodes) in random order.
+@overload
+def permuted_w(alignment: Alignment, *, seed: int = 0) -> Alignment: ...
+
+
+@overload
+def permuted_w(alignment: EdgeAlignment, *, seed: int = 0) -> EdgeAlignment: ...
+
+
+def permuted_w(alignment: Alignment | EdgeAlignment, *, seed: int = 0) -> Alignment | EdgeAlignment:
+    """The alignment with the columns of W (the target nodes), or of A and of B, in random order.
 
     Examples
     --------
@@ -53,7 +86,15 @@ def permuted_w(alignment: Alignment, *, seed: int = 0) -> Alignment:
     >>> bool((permuted.W.sum(1) - alignment.W.sum(1)).abs().max() < 1e-4)
     True
     """
-    order = torch.randperm(len(alignment.target), generator=torch.Generator().manual_seed(seed))
+    generator = torch.Generator().manual_seed(seed)
+    if isinstance(alignment, EdgeAlignment):
+        of_edges = alignment.stages[-1]
+        rows, columns = (torch.randperm(n, generator=generator) for n in of_edges.target.shape)
+        added = None if of_edges.bias is None else of_edges.bias[rows][:, columns]
+        moved = replace(of_edges, A=of_edges.A[:, rows], B=of_edges.B[:, columns], bias=added)
+        about = {"control": "permuted-w", "seed": seed, "of": dict(alignment.meta)}
+        return EdgeAlignment((*alignment.stages[:-1], moved), alignment.temperature, (), about)
+    order = torch.randperm(len(alignment.target), generator=generator)
     last = alignment.stages[-1]
     bias = None if last.bias is None else last.bias[order]
     permuted = Alignment.of(last.W[:, order], last.source, last.target, scaling=last.scaling, bias=bias)
@@ -61,14 +102,16 @@ def permuted_w(alignment: Alignment, *, seed: int = 0) -> Alignment:
     return Alignment((*alignment.stages[:-1], *permuted.stages), alignment.temperature, (), meta)
 
 
-def scrambled(scores: NodeScores, *, seed: int = 0, within: Literal["all", "kind and depth"] = "all") -> NodeScores:
-    """The same values on the wrong nodes: put in for s at transfer.
+@overload
+def scrambled(scores: NodeScores, *, seed: int = 0) -> NodeScores: ...
 
-    Parameters
-    ----------
-    within:
-        "all": any node's value may come to any other. "kind and depth": only to nodes of its kind in the same third of
-        the layers, so that what is lost is which of them it was.
+
+@overload
+def scrambled(scores: EdgeScores, *, seed: int = 0) -> EdgeScores: ...
+
+
+def scrambled(scores: NodeScores | EdgeScores, *, seed: int = 0) -> NodeScores | EdgeScores:
+    """The same values on the wrong nodes, or edges: put in for s at transfer.
 
     Examples
     --------
@@ -78,22 +121,54 @@ def scrambled(scores: NodeScores, *, seed: int = 0, within: Literal["all", "kind
     >>> bool((dfa.controls.scrambled(scores).values.sort()[0] == scores.values.sort()[0]).all())
     True
     """
-    if within not in ("all", "kind and depth"):
-        raise unknown("within", within, ("all", "kind and depth"), AlignmentError)
+    order = torch.randperm(len(scores), generator=torch.Generator().manual_seed(seed))
+    meta = {**scores.meta, "control": "scrambled-s", "seed": seed}
+    if isinstance(scores, EdgeScores):
+        return _on_edges(scores.flat[order], scores.edges, meta)
+    return NodeScores(scores.values[order], scores.nodes, meta)
+
+
+def scrambled_within(scores: NodeScores, *, seed: int = 0) -> NodeScores:
+    """The values on the wrong nodes of the same kind in the same third of the layers.
+
+    What is lost is which of them it was; that heads of a depth matter as a whole is kept.
+
+    Examples
+    --------
+    >>> import dfa_lens as dfa
+    >>> nodes = dfa.NodeSet.for_sizes(6, 8)
+    >>> scores = dfa.controls.random_scores(nodes)
+    >>> found = dfa.controls.scrambled_within(scores)
+    >>> bool((found.values[:18].sort()[0] == scores.values[:18].sort()[0]).all())  # two of six layers
+    True
+    """
     generator = torch.Generator().manual_seed(seed)
     order = torch.arange(len(scores))
     groups: dict[tuple[str, int], list[int]] = {}
     for i, node in enumerate(scores.nodes):
-        place = (node.kind, 3 * max(node.layer, 0) // scores.nodes.n_layers) if within == "kind and depth" else ("", 0)
-        groups.setdefault(place, []).append(i)
+        groups.setdefault((node.kind, 3 * max(node.layer, 0) // scores.nodes.n_layers), []).append(i)
     for members in groups.values():
         own = torch.tensor(members)
         order[own] = own[torch.randperm(len(own), generator=generator)]
     return NodeScores(scores.values[order], scores.nodes, {**scores.meta, "control": "scrambled-s", "seed": seed})
 
 
-def uniform(nodes: NodeSet) -> NodeScores:
-    """The same score, 1, for every node: put in for s in training and transfer.
+def _on_edges(flat: Float[Tensor, " edge"], edges: EdgeSet, meta: Mapping[str, Any]) -> EdgeScores:
+    values = torch.full(edges.shape, torch.nan, dtype=torch.float32)
+    values[edges.chosen] = flat
+    return EdgeScores(values, edges, meta)
+
+
+@overload
+def uniform(nodes: NodeSet) -> NodeScores: ...
+
+
+@overload
+def uniform(nodes: EdgeSet) -> EdgeScores: ...
+
+
+def uniform(nodes: NodeSet | EdgeSet) -> NodeScores | EdgeScores:
+    """The same score, 1, for every node or edge: put in for s in training and transfer.
 
     Examples
     --------
@@ -101,10 +176,19 @@ def uniform(nodes: NodeSet) -> NodeScores:
     >>> dfa.controls.uniform(dfa.NodeSet.for_sizes(1, 2)).values.tolist()
     [1.0, 1.0, 1.0]
     """
-    return NodeScores(torch.ones(len(nodes), dtype=torch.float32), nodes, {"control": "uniform-s"})
+    ones, meta = torch.ones(len(nodes), dtype=torch.float32), {"control": "uniform-s"}
+    return _on_edges(ones, nodes, meta) if isinstance(nodes, EdgeSet) else NodeScores(ones, nodes, meta)
 
 
-def random_scores(nodes: NodeSet, *, seed: int = 0) -> NodeScores:
+@overload
+def random_scores(nodes: NodeSet, *, seed: int = 0) -> NodeScores: ...
+
+
+@overload
+def random_scores(nodes: EdgeSet, *, seed: int = 0) -> EdgeScores: ...
+
+
+def random_scores(nodes: NodeSet | EdgeSet, *, seed: int = 0) -> NodeScores | EdgeScores:
     """Standard normal scores: put in for s in training and transfer, with another seed for every task.
 
     Examples
@@ -114,14 +198,23 @@ def random_scores(nodes: NodeSet, *, seed: int = 0) -> NodeScores:
     torch.Size([3])
     """
     values = torch.randn(len(nodes), generator=torch.Generator().manual_seed(seed), dtype=torch.float32)
-    return NodeScores(values, nodes, {"control": "random-s", "seed": seed})
+    meta = {"control": "random-s", "seed": seed}
+    return _on_edges(values, nodes, meta) if isinstance(nodes, EdgeSet) else NodeScores(values, nodes, meta)
 
 
-def depth_mean(source: NodeSet, target: NodeSet) -> Alignment:
+@overload
+def depth_mean(source: NodeSet, target: NodeSet) -> Alignment: ...
+
+
+@overload
+def depth_mean(source: EdgeSet, target: EdgeSet) -> EdgeAlignment: ...
+
+
+def depth_mean(source: NodeSet | EdgeSet, target: NodeSet | EdgeSet) -> Alignment | EdgeAlignment:
     """A fixed alignment by relative depth, with nothing learned.
 
     Every source layer goes to its two nearest target layers by relative depth, linearly weighted, and there evenly to
-    all nodes of its own kind (heads to heads, MLPs to MLPs).
+    all nodes of its own kind (heads to heads, MLPs to MLPs). Of edges: that at both ends.
 
     Examples
     --------
@@ -130,6 +223,11 @@ def depth_mean(source: NodeSet, target: NodeSet) -> Alignment:
     >>> fixed.W[1].round(decimals=2).tolist()
     [0.0, 1.0, 0.0, 0.0, 0.0, 0.0]
     """
+    if isinstance(source, EdgeSet) and isinstance(target, EdgeSet):
+        both = depth_mean(source.nodes[1:], target.nodes[1:]).on_edges(source, target)
+        return replace(both, meta={"control": "depth-mean"})
+    if isinstance(source, EdgeSet) or isinstance(target, EdgeSet):
+        raise AlignmentError("Nodes and edges are no pair: give two node sets or two edge sets.")
     W = torch.zeros(len(source), len(target), dtype=torch.float32)
     last_source, last_target = max(source.n_layers - 1, 1), max(target.n_layers - 1, 1)
     members: dict[tuple[int, str], list[int]] = {}
@@ -163,13 +261,33 @@ def constant() -> NodeScores:
     return NodeScores(torch.ones(1, dtype=torch.float32), _CONSTANT, {"control": "target-only"})
 
 
-def target_only(target: HookedModel, pairs: Mapping[str, PromptPairs], **options: Unpack[Options]) -> NodeScores:
+@overload
+def target_only(
+    target: HookedModel, pairs: Mapping[str, PromptPairs], *, edges: None = None, **options: Unpack[Options]
+) -> NodeScores: ...
+
+
+@overload
+def target_only(
+    target: HookedModel, pairs: Mapping[str, PromptPairs], *, edges: EdgeSet, **options: Unpack[Options]
+) -> EdgeScores: ...
+
+
+def target_only(
+    target: HookedModel,
+    pairs: Mapping[str, PromptPairs],
+    *,
+    edges: EdgeSet | None = None,
+    **options: Unpack[Options],
+) -> NodeScores | EdgeScores:
     """A free mask on the target, trained with the same loss: the ceiling of every transfer.
 
     Parameters
     ----------
     pairs:
         The training pairs by task; all tasks share one mask.
+    edges:
+        Mask these edges of the target, a number for each, in the place of its nodes.
     options:
         As for :func:`dfa_lens.fit`.
 
@@ -180,7 +298,15 @@ def target_only(target: HookedModel, pairs: Mapping[str, PromptPairs], **options
     >>> pairs = {"ioi": dfa.tasks.load("ioi", model.tokenizer, n=4)}
     >>> dfa.controls.target_only(model, pairs, steps=2).values.shape
     torch.Size([54])
+    >>> len(dfa.controls.target_only(model, pairs, edges=dfa.EdgeSet.of_model(model), steps=2))
+    2500
     """
+    if edges is not None:
+        same = uniform(edges.all_of_model)
+        same.meta["control"] = "target-only"
+        given: Any = {**options, "form": "free"}
+        free: EdgeAlignment = fit(target, dict.fromkeys(pairs, same), pairs, edges=edges, **given)
+        return free.transfer(same)
     one = constant()
     return fit(target, dict.fromkeys(pairs, one), pairs, **options).transfer(one)
 

@@ -19,10 +19,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from dfa_lens.data.alignment import Alignment, scale
+from dfa_lens.data.alignment import Alignment
 from dfa_lens.data.content import ByContent, plain
 from dfa_lens.data.files import load_tensors, made_from, parse_json, save_tensors
 from dfa_lens.data.measurements import Measurements
+from dfa_lens.data.scaling import scale
 from dfa_lens.data.scores import NodeScores
 from dfa_lens.errors import AlignmentError, MeasurementError, short
 from dfa_lens.transfer.readers import READERS, Attention, Reader, Table, features, made

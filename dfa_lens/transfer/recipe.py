@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from numbers import Integral, Real
 from typing import Any, Literal, TypedDict, TypeVar, get_args
@@ -16,11 +16,13 @@ from typing import Any, Literal, TypedDict, TypeVar, get_args
 from jaxtyping import Float
 from torch import Tensor
 
-from dfa_lens.data.alignment import Alignment, Scaling
+from dfa_lens.data.alignment import Alignment
 from dfa_lens.data.content import ByContent, fingerprint, plain
+from dfa_lens.data.scaling import Scaling
 from dfa_lens.errors import AlignmentError, short, unknown
 from dfa_lens.models.hooks import Intervention
-from dfa_lens.transfer import forms, objectives
+from dfa_lens.transfer import edge_forms, forms, objectives
+from dfa_lens.transfer.edge_forms import EdgeForm
 from dfa_lens.transfer.forms import Form, Full
 from dfa_lens.transfer.objectives import Loss, Objective
 
@@ -45,7 +47,8 @@ class Recipe(ByContent):
     Attributes
     ----------
     form:
-        What W is made of, a name or instance of :mod:`~dfa_lens.transfer.forms`; default: every entry is free.
+        What W is made of, a name or instance of :mod:`~dfa_lens.transfer.forms`; default: every entry is free. With
+        edge scores, what A and B are made of: :mod:`~dfa_lens.transfer.edge_forms`.
     objective:
         Masks and penalty, a name or instance of :mod:`~dfa_lens.transfer.objectives`; default: the paper's.
     sparsity_weight:
@@ -56,7 +59,7 @@ class Recipe(ByContent):
     seed:
         Of W's start and the order of the examples. The global random state is neither read nor changed.
     scaling:
-        What is done to the scores before W, see :data:`~dfa_lens.data.alignment.Scaling`; kept with the alignment.
+        What is done to the scores before W, see :data:`~dfa_lens.data.scaling.Scaling`; kept with the alignment.
     temperature:
         T in g = sigmoid(ŝ/T); a pair goes geometrically from the first to the second over the steps, and the
         alignment keeps the second.
@@ -89,7 +92,7 @@ class Recipe(ByContent):
     ('kernel', (1.0, 1.0), True)
     """
 
-    form: str | Form = "full"
+    form: str | Form | EdgeForm = "full"
     objective: str | Objective = "sparse"
     sparsity_weight: float | None = None
     lr: float = 0.1
@@ -144,14 +147,33 @@ class Recipe(ByContent):
         return (given[0], given[1])
 
     @cached_property
-    def resolved_form(self) -> Form:
-        """The form itself, with its start."""
-        form = forms.resolve(self.form)
+    def resolved_form(self) -> Form | EdgeForm:
+        """The form itself, with its start; one of edges where it is no form of W."""
+        of_edges = isinstance(self.form, EdgeForm) or (
+            isinstance(self.form, str) and self.form in edge_forms.EDGE_FORMS and self.form not in forms.FORMS
+        )
+        form = edge_forms.resolve(self.form) if of_edges else forms.resolve(self.form)
         if self.initial is None:
             return form
         if not isinstance(form, Full):
             raise AlignmentError(f"initial sets W itself: it goes with form='full', not {form.name!r}.")
         return Full(initial=self.initial)
+
+    def for_edges(self) -> Recipe:
+        """The same with its form as one of edges.
+
+        Raises
+        ------
+        AlignmentError
+            If the form or another option can't be had for edges: which.
+        """
+        for name in ("initial", "anchor"):
+            if getattr(self, name) is not None:
+                raise AlignmentError(f"{name} is of an alignment of nodes: leave it out for edge scores.")
+        for name, needed in (("intervention", "circuit"), ("gate_heads", True)):
+            if getattr(self, name) != needed:
+                raise AlignmentError(f"With edge scores {name} must be {needed!r}, not {getattr(self, name)!r}.")
+        return replace(self, form=edge_forms.resolve(self.form))
 
     @cached_property
     def resolved_objective(self) -> Objective:
@@ -202,7 +224,7 @@ def _require(name: str, value: object, kind: type, ok: Callable[[Any], bool], ne
         raise AlignmentError(f"{name} must be {needed}, not {short(repr(value))}.")
 
 
-def _options(value: Form | Objective) -> dict[str, Any]:
+def _options(value: Form | EdgeForm | Objective) -> dict[str, Any]:
     """The settings of a form of W or of an objective; tensors by their fingerprint."""
     described = plain(value)
     return {name: each for name, each in described.items() if name != "type"} if isinstance(described, dict) else {}
@@ -215,7 +237,7 @@ RELEASED = Recipe(intervention="restore", positions="all-padded", scaling="raw",
 class Options(TypedDict, total=False):
     """The fields of a :class:`Recipe` as keyword arguments, for type checkers."""
 
-    form: str | Form
+    form: str | Form | EdgeForm
     objective: str | Objective
     sparsity_weight: float | None
     lr: float

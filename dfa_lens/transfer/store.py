@@ -9,14 +9,18 @@ from typing import Any, Literal
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from typing_extensions import override
 
+from dfa_lens.data.edges import EdgeSet
 from dfa_lens.data.nodes import NodeSet
 from dfa_lens.data.pairs import PromptPairs
 from dfa_lens.models.backend import KeysValues
+from dfa_lens.models.edge_gates import run_gated
 from dfa_lens.models.hooks import Activations, Intervention
 from dfa_lens.models.paired_run import PairedRun
 from dfa_lens.models.passes import Prefix
 from dfa_lens.models.runner import Runner
+from dfa_lens.models.stream import Stream
 from dfa_lens.transfer import grouping
 from dfa_lens.transfer.recipe import Positions
 
@@ -202,6 +206,48 @@ class ExampleStore:
         )
         clean, corrupt = (batch.runs.get(name) for name in ("clean", "corrupt"))
         return run.gated(self.nodes, gates, clean=clean, corrupt=corrupt, intervention=self.intervention)
+
+
+class EdgeStore(ExampleStore):
+    """The same for masks of edges: what their writers do in the corrupt run is kept.
+
+    Parameters
+    ----------
+    edges:
+        What is gated; all other edges of the model stay open.
+    """
+
+    def __init__(
+        self,
+        runner: Runner,
+        edges: EdgeSet,
+        pairs: Mapping[str, PromptPairs],
+        *,
+        positions: Positions,
+        cache: Cache,
+        share_prefix: bool,
+    ) -> None:
+        super().__init__(
+            runner,
+            edges.nodes,
+            pairs,
+            intervention="circuit",
+            positions=positions,
+            cache=cache,
+            share_prefix=share_prefix,
+        )
+        self.edges, self.stream = edges, Stream(runner, edges)
+        self.chosen = edges.chosen.to(runner.device)
+
+    @override
+    def masked(self, batch: Batch, gates: Float[Tensor, "example edge"]) -> Float[Tensor, "..."]:
+        """The logits of a batch under masks of the edges, in their order."""
+        run = PairedRun(
+            self.runner, batch.pairs, self.nodes, share_prefix=False, prefix=batch.prefix, positions=self.positions
+        )
+        whole = gates.new_ones(len(gates), *self.edges.shape)
+        whole = whole.masked_scatter(self.chosen, gates)
+        return run_gated(self.stream, run, whole, batch.runs["corrupt"])
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""fit: learn W by making the target behave faithfully under the soft mask.
+"""fit: learn W, or A and B for edges, by making the target behave faithfully under the soft mask.
 
 Every step takes a batch of prompt pairs, mixed over tasks. Each example is gated by the mask of its own task,
 g = sigmoid(scale(s)·W / T), and the loss is KL(P_clean ‖ P_masked) + λ·mean(g). What decides which W comes out is the
@@ -14,15 +14,17 @@ import math
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, Unpack, get_args
+from typing import Any, Generic, TypeVar, Unpack, get_args, overload
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from dfa_lens.data.alignment import Alignment, scale
+from dfa_lens.data.alignment import Alignment
 from dfa_lens.data.content import ByContent, fingerprint
+from dfa_lens.data.edge_alignment import EdgeAlignment
+from dfa_lens.data.edges import EdgeScores, EdgeSet
 from dfa_lens.data.nodes import NodeSet
 from dfa_lens.data.pairs import PromptPairs
 from dfa_lens.data.scores import NodeScores
@@ -30,12 +32,14 @@ from dfa_lens.errors import AlignmentError, PromptError, TrainingError, short, u
 from dfa_lens.models import backend
 from dfa_lens.models.backend import HookedModel
 from dfa_lens.models.runner import Runner
-from dfa_lens.transfer.forms import Problem
+from dfa_lens.transfer.carried import Carried, CarriedEdges, CarriedNodes, Made
 from dfa_lens.transfer.objectives import distance
 from dfa_lens.transfer.recipe import Options, Recipe, takes_options
-from dfa_lens.transfer.store import Cache, ExampleStore
+from dfa_lens.transfer.store import Cache, EdgeStore, ExampleStore
 
 logger = logging.getLogger(__name__)
+
+Scores = TypeVar("Scores", NodeScores, EdgeScores)
 
 
 class TrainingWarning(UserWarning):
@@ -43,13 +47,13 @@ class TrainingWarning(UserWarning):
 
 
 @dataclass(frozen=True, eq=False)
-class Job(ByContent):
+class Job(ByContent, Generic[Scores]):
     """One training among several on the same target, for :func:`fit_many`.
 
     Attributes
     ----------
     scores:
-        Task → source scores: the tasks it trains on.
+        Task → source scores, of nodes or of edges: the tasks it trains on.
     recipe:
         How; default: as :func:`fit` does when it is not told otherwise.
 
@@ -62,12 +66,28 @@ class Job(ByContent):
     (1.0, 0.2)
     """
 
-    scores: Mapping[str, NodeScores]
+    scores: Mapping[str, Scores]
     recipe: Recipe = field(default_factory=Recipe)
 
+    @property
+    def of_edges(self) -> bool:
+        """Whether its scores are of edges."""
+        return any(isinstance(each, EdgeScores) for each in self.scores.values())
 
-@takes_options
-@backend.runs("target")
+    def require_one_source(self) -> None:
+        """A :class:`~dfa_lens.errors.DfaError` unless all scores are of one kind, and of one source model."""
+        first = next(iter(self.scores.values()))
+        for task, scores in self.scores.items():
+            what = f"The scores of task {task!r}"
+            if isinstance(scores, NodeScores) and isinstance(first, NodeScores):
+                scores.require(first.nodes, what)
+            elif isinstance(scores, EdgeScores) and isinstance(first, EdgeScores):
+                scores.require(first.edges, what)
+            else:
+                raise AlignmentError(f"{what} are {type(scores).__name__}, others are {type(first).__name__}.")
+
+
+@overload
 def fit(
     target: HookedModel,
     scores: Mapping[str, NodeScores],
@@ -79,8 +99,40 @@ def fit(
     share_prefix: bool = True,
     progress: bool = False,
     **options: Unpack[Options],
-) -> Alignment:
-    """Learn the alignment W from source scores to the target's nodes.
+) -> Alignment: ...
+
+
+@overload
+def fit(
+    target: HookedModel,
+    scores: Mapping[str, EdgeScores],
+    pairs: Mapping[str, PromptPairs],
+    *,
+    recipe: Recipe | None = None,
+    edges: EdgeSet | None = None,
+    cache: Cache = "device",
+    share_prefix: bool = True,
+    progress: bool = False,
+    **options: Unpack[Options],
+) -> EdgeAlignment: ...
+
+
+@takes_options
+@backend.runs("target")
+def fit(
+    target: HookedModel,
+    scores: Mapping[str, NodeScores] | Mapping[str, EdgeScores],
+    pairs: Mapping[str, PromptPairs],
+    *,
+    recipe: Recipe | None = None,
+    nodes: NodeSet | None = None,
+    edges: EdgeSet | None = None,
+    cache: Cache = "device",
+    share_prefix: bool = True,
+    progress: bool = False,
+    **options: Unpack[Options],
+) -> Alignment | EdgeAlignment:
+    """Learn the alignment from source scores to the target: W of nodes, or A and B of edges. The scores decide.
 
     Parameters
     ----------
@@ -92,7 +144,10 @@ def fit(
     recipe:
         How W is trained, for those who have it in one piece; default: ``Recipe()``.
     nodes:
-        The target's nodes; default: all heads and MLP blocks.
+        With node scores, the target's nodes; default: all heads and MLP blocks.
+    edges:
+        With edge scores, the target's edges; default: all of them, with grouped readers. Edges that are left out stay
+        open: ``edges.where(writer="[am]*")`` leaves those of the input open, as the protocol ``nodes`` of curves does.
     cache:
         See :data:`~dfa_lens.transfer.store.Cache`.
     share_prefix:
@@ -103,22 +158,26 @@ def fit(
         Show a progress bar.
     options:
         Fields of :class:`~dfa_lens.transfer.recipe.Recipe`, where each is described; they replace those of ``recipe``:
-        ``form`` (what W is made of), ``objective``, ``sparsity_weight`` (λ) and ``loss`` (what is minimised),
+        ``form`` (what is trained), ``objective``, ``sparsity_weight`` (λ) and ``loss`` (what is minimised),
         ``intervention``, ``positions`` and ``gate_heads`` (what a mask does, and where that is measured), ``lr``,
         ``steps``, ``batch_size``, ``temperature`` and ``shuffle`` (how), ``scaling`` (of the scores), ``seed``,
         ``initial`` and ``initial_scale`` (where W starts), ``anchor`` and ``anchor_weight`` (what it stays near).
 
     Returns
     -------
-    Alignment
+    Alignment or EdgeAlignment
         With ``.history``: step, loss, divergence (what ``loss`` names) and mask_mean of every step. Its ``.meta`` says
         all that the training was asked for.
 
     Raises
     ------
     AlignmentError
-        If the two mappings differ, source scores belong to different node sets, or an option is unknown or out of
-        range.
+        If the two mappings differ, scores of nodes and edges are mixed, or an option is unknown, out of range, or not
+        to be had for edges.
+    ScoreError
+        If source scores belong to different node sets or models.
+    ModelError
+        With edge scores, if the model's edges can't be gated (see :func:`dfa_lens.attribute_edges`).
     TrainingError
         If the loss is not finite: at which step, on which tasks. Its ``alignment`` is the last good one.
 
@@ -136,30 +195,66 @@ def fit(
     >>> alignment = dfa.fit(target, scores, {"ioi": dfa.tasks.load("ioi", target.tokenizer, n=4)}, steps=2)
     >>> alignment.W.shape, len(alignment.history)
     (torch.Size([54, 110]), 2)
+    >>> pairs = {"ioi": dfa.tasks.load("ioi", source.tokenizer, n=4)}
+    >>> edge_scores = {"ioi": dfa.attribute_edges(source, pairs["ioi"], method="eap")}
+    >>> dfa.fit(source, edge_scores, pairs, steps=2)
+    EdgeAlignment(2500 → 2500 edges)
     """
     known = [each.name for each in fields(Recipe)]
     misspelt = next((name for name in options if name not in known), None)
     if misspelt is not None:
         raise unknown("option", misspelt, known, AlignmentError)
-    job = Job(scores, replace(recipe or Recipe(), **options))
+    given: Any = scores
+    job: Any = Job(given, replace(recipe or Recipe(), **options))
     _check_tasks(pairs, scores, ("pairs", "scores"))
-    return fit_many(
-        target, {"fit": job}, pairs, nodes=nodes, cache=cache, share_prefix=share_prefix, progress=progress
-    )["fit"]
+    shared: Any = {"cache": cache, "share_prefix": share_prefix, "progress": progress}
+    found: Alignment | EdgeAlignment = fit_many(target, {"fit": job}, pairs, nodes=nodes, edges=edges, **shared)["fit"]
+    return found
+
+
+@overload
+def fit_many(
+    target: HookedModel,
+    jobs: Mapping[str, Job[NodeScores] | tuple[Mapping[str, NodeScores], Recipe]],
+    pairs: Mapping[str, PromptPairs],
+    *,
+    nodes: NodeSet | None = None,
+    edges: EdgeSet | None = None,
+    cache: Cache = "device",
+    share_prefix: bool = True,
+    jobs_per_pass: int | None = None,
+    progress: bool = False,
+) -> dict[str, Alignment]: ...
+
+
+@overload
+def fit_many(
+    target: HookedModel,
+    jobs: Mapping[str, Job[EdgeScores] | tuple[Mapping[str, EdgeScores], Recipe]],
+    pairs: Mapping[str, PromptPairs],
+    *,
+    nodes: NodeSet | None = None,
+    edges: EdgeSet | None = None,
+    cache: Cache = "device",
+    share_prefix: bool = True,
+    jobs_per_pass: int | None = None,
+    progress: bool = False,
+) -> dict[str, EdgeAlignment]: ...
 
 
 @backend.runs("target")
 def fit_many(
     target: HookedModel,
-    jobs: Mapping[str, Job | tuple[Mapping[str, NodeScores], Recipe]],
+    jobs: Mapping[str, Any],
     pairs: Mapping[str, PromptPairs],
     *,
     nodes: NodeSet | None = None,
+    edges: EdgeSet | None = None,
     cache: Cache = "device",
     share_prefix: bool = True,
     jobs_per_pass: int | None = None,
     progress: bool = False,
-) -> dict[str, Alignment]:
+) -> dict[str, Any]:
     """Several trainings on one target: the clean and corrupt runs are shared, and so are the forward passes.
 
     Each gives what :func:`fit` gives alone, up to rounding: its examples, random numbers and optimiser are its own.
@@ -175,7 +270,7 @@ def fit_many(
     jobs_per_pass:
         How many trainings share a forward pass; default: 1 on a CPU, where a pass costs what its examples cost, else
         16, since a small model leaves most of a GPU idle.
-    nodes, cache, share_prefix, progress:
+    nodes, edges, cache, share_prefix, progress:
         As in :func:`fit`.
 
     Examples
@@ -197,7 +292,7 @@ def fit_many(
     made = {name: job if isinstance(job, Job) else Job(*job) for name, job in jobs.items()}
     runner = Runner(target)
     used = _used(runner, made.values(), pairs)
-    nodes = nodes if nodes is not None else NodeSet.heads_and_mlps(target)
+    units = _units(target, list(made.values()), nodes, edges)
     if jobs_per_pass is None:
         jobs_per_pass = 1 if runner.device.type == "cpu" else 16
     total = sum(job.recipe.steps for job in made.values())
@@ -205,10 +300,10 @@ def fit_many(
         runner.session(passes=total),
         tqdm(total=total, desc="fit", unit="step", disable=not progress) as bar,
     ):
-        runs = {name: Training(job, nodes, runner.device) for name, job in made.items()}
+        runs = {name: Training(job, units, runner.device) for name, job in made.items()}
         for alike in _alike(runs.values()):
             own = {task: used[task] for task in used if any(task in run.tasks for run in alike)}
-            loss = _Loss(runner, nodes, own, alike[0].recipe, cache, share_prefix)
+            loss = _Loss(runner, units, own, alike[0].recipe, cache, share_prefix)
             loss.store.fill(max(run.recipe.batch_size for run in alike))
             for first in range(0, len(alike), jobs_per_pass):
                 _train(alike[first : first + jobs_per_pass], loss, bar)
@@ -219,9 +314,7 @@ def _used(runner: Runner, jobs: Iterable[Job], pairs: Mapping[str, PromptPairs])
     """The pairs of all tasks that are trained on, each of them checked."""
     for job in jobs:
         _check_tasks(job.scores, pairs, ("scores", "pairs"))
-        source = next(iter(job.scores.values())).nodes
-        for task, scores in job.scores.items():
-            scores.require(source, f"The scores of task {task!r}")
+        job.require_one_source()
     used = {task: each for task, each in pairs.items() if any(task in job.scores for job in jobs)}
     for task, each in used.items():
         try:
@@ -229,6 +322,27 @@ def _used(runner: Runner, jobs: Iterable[Job], pairs: Mapping[str, PromptPairs])
         except PromptError as error:
             raise PromptError(f"Task {task!r}: {error}") from None
     return used
+
+
+def _units(
+    target: HookedModel, jobs: Sequence[Job[Any]], nodes: NodeSet | None, edges: EdgeSet | None
+) -> NodeSet | EdgeSet:
+    """What is gated: nodes or edges, as the scores are."""
+    kinds = {job.of_edges for job in jobs}
+    if len(kinds) > 1:
+        raise AlignmentError("Some jobs have scores of nodes and others of edges: train them apart.")
+    if kinds == {True}:
+        if nodes is not None:
+            raise AlignmentError("The scores are of edges: name the target's edges, edges=, not its nodes.")
+        own = EdgeSet.of_model(target)
+        if edges is None:
+            return own
+        if edges.all_of_model not in (own, EdgeSet.of_model(target, readers="per-head")):
+            raise AlignmentError(f"The {edges!r} is not of this target, which has the {own!r}.")
+        return edges
+    if edges is not None:
+        raise AlignmentError("The scores are of nodes: name the target's nodes, nodes=, not its edges.")
+    return nodes if nodes is not None else NodeSet.heads_and_mlps(target)
 
 
 def _check_tasks(ours: Mapping[str, Any], theirs: Mapping[str, Any], names: tuple[str, str]) -> None:
@@ -291,25 +405,24 @@ class _Loss:
     def __init__(
         self,
         runner: Runner,
-        nodes: NodeSet,
+        units: NodeSet | EdgeSet,
         pairs: Mapping[str, PromptPairs],
         recipe: Recipe,
         cache: Cache,
         share_prefix: bool,
     ) -> None:
+        self.name = recipe.loss
+        self.columns: Any = slice(None)
+        shared: Any = {"positions": recipe.positions, "cache": cache, "share_prefix": share_prefix}
+        self.store: ExampleStore
+        if isinstance(units, EdgeSet):
+            self.store = EdgeStore(runner, units, pairs, **shared)
+            return
+        nodes = units
         gated = nodes if recipe.gate_heads else nodes.where(lambda node: node.kind != "head")
         runner.check_points(gated.points)
-        self.name = recipe.loss
         self.columns = torch.tensor([nodes.position(name) for name in gated.names], device=runner.device)
-        self.store = ExampleStore(
-            runner,
-            gated,
-            pairs,
-            intervention=recipe.intervention,
-            positions=recipe.positions,
-            cache=cache,
-            share_prefix=share_prefix,
-        )
+        self.store = ExampleStore(runner, gated, pairs, intervention=recipe.intervention, **shared)
 
     def of(
         self, rows: Int[Tensor, " example"], gates: Float[Tensor, "example node"]
@@ -345,46 +458,38 @@ class _Drawn:
 class Training:
     """One training: its numbers, optimiser, random numbers and history."""
 
-    def __init__(self, job: Job, nodes: NodeSet, device: torch.device) -> None:
-        self.job, self.recipe, self.nodes = job, job.recipe, nodes
+    def __init__(self, job: Job[Any], units: NodeSet | EdgeSet, device: torch.device) -> None:
+        recipe = job.recipe.for_edges() if isinstance(units, EdgeSet) else job.recipe
+        self.job, self.recipe = job, recipe
         self.tasks = tuple(job.scores)
-        self.source = job.scores[self.tasks[0]].nodes
-        recipe = job.recipe
         self.generator = torch.Generator().manual_seed(recipe.seed)
-        self.s = scale(torch.stack([job.scores[task].values for task in self.tasks]), recipe.scaling).to(device)
-        problem = Problem(self.s, self.source, nodes, self.generator, recipe.initial_scale)
-        self.objective, self.parameters = recipe.resolved_objective, recipe.resolved_form.start(problem)
+        self.carried: Carried[Any]
+        if isinstance(units, EdgeSet):
+            self.carried = CarriedEdges(job.scores, units, recipe, self.generator, device)
+        else:
+            self.carried = CarriedNodes(job.scores, units, recipe, self.generator, device)
+        self.objective, self.parameters = recipe.resolved_objective, self.carried.parameters
         self.optimizer = torch.optim.Adam(self.parameters.parameters(), lr=recipe.lr)
         self.history: list[dict[str, float | int]] = []
         self.examples: dict[str, int] = {}  # how many there are of each task
-        self.present: tuple[Tensor, Tensor | None] | None = None  # W and bias of this step
-        self.good: tuple[Tensor, Tensor | None] | None = None  # the last under which the loss was finite
+        self.present: Made | None = None  # the matrices of this step
+        self.good: Made | None = None  # the last under which the loss was finite
         self.order: list[Tensor] = []  # the examples of every step
         self.row_task = torch.empty(0)  # for every example of the store, the number of its task here, or -1
-        self.anchor = self._anchor(device)
-        self._warn_of(problem)
+        self._warn()
 
-    def _anchor(self, device: torch.device) -> Tensor | None:
-        given = self.recipe.anchor
-        if given is None:
-            return None
-        if (given.source, given.target) != (self.source, self.nodes):
-            raise AlignmentError("`anchor` must be an alignment between the same source and target nodes.")
-        if not given.W.any():
-            raise AlignmentError("`anchor` is zero everywhere: there is nothing to stay near.")
-        return given.W.to(device)
-
-    def _warn_of(self, problem: Problem) -> None:
-        form = self.recipe.resolved_form
-        needed = form.tasks_needed(problem)
+    def _warn(self) -> None:
+        needed = self.carried.tasks_needed
         if len(self.tasks) < needed:
             _warn(
-                f"form={form.name!r} can tell {needed} tasks apart, but there are {len(self.tasks)}: some of its "
-                "numbers do nothing."
+                f"form={self.recipe.resolved_form.name!r} can tell {needed} tasks apart, but there are "
+                f"{len(self.tasks)}: some of its numbers do nothing."
             )
         for task, scores in self.job.scores.items():
-            if len(scores) > 1 and "control" not in scores.meta and bool((scores.values == scores.values[0]).all()):
-                _warn(f"All source scores of task {task!r} are equal: they say nothing about its nodes.")
+            values = scores.flat if isinstance(scores, EdgeScores) else scores.values
+            if len(values) > 1 and "control" not in scores.meta and bool((values == values[0]).all()):
+                what = "edges" if isinstance(scores, EdgeScores) else "nodes"
+                _warn(f"All source scores of task {task!r} are equal: they say nothing about its {what}.")
 
     def deal(self, store: ExampleStore) -> None:
         """Draw the order of the examples; all that is left of the random numbers goes to the objective."""
@@ -404,11 +509,9 @@ class Training:
         return float(first * (last / first) ** (step / max(self.recipe.steps - 1, 1)))
 
     def draw(self, step: int) -> _Drawn:
-        """The examples of a step, gated as the present W says."""
-        W, bias = self.parameters()
-        scores = self.s @ W
-        if bias is not None:
-            scores = scores + bias
+        """The examples of a step, gated as the present matrices say."""
+        made = self.parameters()
+        scores = self.carried.scores(made)
         rows = self.order[step]
         masks = self.objective.masks(
             scores[self.row_task[rows].to(scores.device)],
@@ -417,13 +520,13 @@ class Training:
             generator=self.generator,
         )
         penalty = masks.penalty.mean()
-        if self.anchor is not None:
-            distance_to_anchor = ((W - self.anchor) ** 2).sum() / (self.anchor**2).sum()
-            penalty = penalty + self.recipe.anchor_weight * distance_to_anchor
+        from_anchor = self.carried.from_anchor(made)
+        if from_anchor is not None:
+            penalty = penalty + self.recipe.anchor_weight * from_anchor
         if step == 0:
             _warn_if_saturated(masks.gates.detach())
-        # copies: the optimiser changes W in place
-        self.present = (W.detach().clone(), None if bias is None else bias.detach().clone())
+        # copies: the optimiser changes the numbers in place
+        self.present = tuple(None if each is None else each.detach().clone() for each in made)
         return _Drawn(rows, masks.gates, penalty)
 
     def note(self, step: int, loss: Tensor, divergence: Tensor, gates: Tensor) -> None:
@@ -446,25 +549,22 @@ class Training:
         self.good = self.present
         self.history.append(values)
 
-    def alignment(self, more: Mapping[str, Any]) -> Alignment:
+    def alignment(self, more: Mapping[str, Any]) -> Any:
         """What was learned; after a failure, what was learned before it. ``more`` goes into its metadata."""
         if len(self.history) == self.recipe.steps:
             with torch.no_grad():
-                W, bias = self.parameters()
+                made = self.parameters()
         else:
             assert self.good is not None
-            W, bias = self.good
+            made = self.good
         trained_on = {
             "tasks": list(self.tasks),
             "scores": {task: fingerprint(scores) for task, scores in self.job.scores.items()},
             "examples": self.examples,
         }
-        return Alignment.of(
-            W,
-            self.source,
-            self.nodes,
+        return self.carried.alignment(
+            made,
             scaling=self.recipe.scaling,
-            bias=bias,
             temperature=self.recipe.temperatures[1],
             history=self.history,
             meta={**trained_on, **self.recipe.to_meta(), **more},

@@ -118,7 +118,7 @@ class Pair:
         def scores(name: str) -> dfa.NodeScores:
             found = side.scores(name)
             seed = 100 * side.seed + dfa.tasks.names().index(name)
-            return dfa.controls.scrambled(found, seed=seed, within="kind and depth") if scramble else found
+            return dfa.controls.scrambled_within(found, seed=seed) if scramble else found
 
         def measured(at: Side, name: str) -> dfa.Measurements:
             return at.measured(name).without(*without)

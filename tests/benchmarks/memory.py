@@ -1,6 +1,7 @@
 """What the paper's six models need: the table in the README.
 
     python tests/benchmarks/memory.py
+    python tests/benchmarks/memory.py --edges --pairs 64    # what edges need: docs/performance.md
 
 The weights are not needed, only the shapes. Each model is built with random weights and one, two and three layers, and
 ``dfa.estimate`` is asked about it; what a layer adds is the same for every layer, so the full model follows. The weights
@@ -46,7 +47,7 @@ def config(name: str, n_layers: int) -> LlamaConfig | Qwen2Config:
     )
 
 
-def estimate(name: str, n_layers: int, n: int, width: int, batch_size: int) -> dfa.Estimate:
+def estimate(name: str, n_layers: int, n: int, width: int, batch_size: int, edges: bool = False) -> dfa.Estimate:
     torch.manual_seed(0)
     hf_model = AutoModelForCausalLM.from_config(
         config(name, n_layers), dtype=torch.bfloat16, attn_implementation="eager"
@@ -54,7 +55,28 @@ def estimate(name: str, n_layers: int, n: int, width: int, batch_size: int) -> d
     model = loading._bridge(name, hf_model, build(begin_of_text=False), torch.bfloat16, "cpu")
     tokens = torch.ones(n, width, dtype=torch.long)
     pairs = dfa.PromptPairs(tokens, tokens + 1, tokens[:, 0], tokens[:, 0] + 1)
-    return dfa.estimate(model, pairs, batch_size=batch_size)
+    return dfa.estimate(model, pairs, batch_size=batch_size, edges=dfa.EdgeSet.of_model(model) if edges else None)
+
+
+def at_full_depth(few: list[dfa.Estimate], n_layers: int, operation: str, what: str) -> float:
+    """From one, two and three layers."""
+    one, two, three = (getattr(found[operation], what) for found in few)
+    if not abs((three - two) - (two - one)) <= 0.02 * max(abs(three - two), 2**20):
+        raise SystemExit(f"{operation} {what}: a layer does not always add the same ({one}, {two}, {three})")
+    return two + (n_layers - 2) * (two - one)
+
+
+def of_edges(name: str, few: list[dfa.Estimate], n: int) -> str:
+    """The row of a model: edges, passes of one example, GiB beside the weights."""
+    n_layers, heads, kv = SHAPES[name][2:5]
+    need = few[1]["attribute_edges"]
+    peaks = []
+    for operation in ("attribute_edges", "faithfulness_curve"):
+        grows = sum(at_full_depth(few, n_layers, operation, what) for what in ("cache_bytes", "gradient_bytes"))
+        peaks.append((grows + few[1][operation].working_bytes) / GIB)
+    counts = len(dfa.EdgeSet(n_layers, heads, kv)), len(dfa.EdgeSet(n_layers, heads))
+    cells = [f"{counts[0]:,}", f"{counts[1]:,}", str(need.forward_equivalents // n), *(f"{p:.1f}" for p in peaks)]
+    return f"| {name} | {' | '.join(cells)} |"
 
 
 def main() -> None:
@@ -63,7 +85,16 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=32)
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("models", nargs="*", default=list(SHAPES))
+    parser.add_argument("--edges", action="store_true", help="what eap-ig-inputs and curves of edges need instead")
     options = parser.parse_args()
+    if options.edges:
+        print("| model | edges | edges per head | passes | attribute_edges | curve |")
+        print("| --- | --- | --- | --- | --- | --- |")
+        for name in options.models:
+            sizes = (options.pairs, options.tokens, options.batch_size)
+            few = [estimate(name, layers, *sizes, edges=True) for layers in (1, 2, 3)]
+            print(of_edges(name, few, options.pairs), flush=True)
+        return
     print("| model | nodes | parameters | weights | attribute | fit | fit, cache on the CPU | curve |")
     print("| --- | --- | --- | --- | --- | --- | --- | --- |")
     for name in options.models:
@@ -76,18 +107,14 @@ def main() -> None:
             few.append(estimate(name, layers, options.pairs, options.tokens, options.batch_size))
             gc.collect()
 
-        def at_full_depth(operation: str, what: str, few: list[dfa.Estimate] = few, n_layers: int = n_layers) -> float:
-            one, two, three = (getattr(found[operation], what) for found in few)
-            if not abs((three - two) - (two - one)) <= 0.02 * max(abs(three - two), 2**20):
-                raise SystemExit(f"{operation} {what}: a layer does not always add the same ({one}, {two}, {three})")
-            return two + (n_layers - 2) * (two - one)
-
-        def peak(operation: str, *, without_cache: float = 0, few: list[dfa.Estimate] = few) -> float:
-            grows = sum(at_full_depth(operation, what) for what in ("cache_bytes", "gradient_bytes"))
+        def peak(
+            operation: str, *, without_cache: float = 0, few: list[dfa.Estimate] = few, n_layers: int = n_layers
+        ) -> float:
+            grows = sum(at_full_depth(few, n_layers, operation, what) for what in ("cache_bytes", "gradient_bytes"))
             return (grows - without_cache + few[1][operation].working_bytes) / GIB
 
         # all but one batch of the activations can live in main memory
-        per_example = at_full_depth("faithfulness_curve", "cache_bytes") / options.batch_size
+        per_example = at_full_depth(few, n_layers, "faithfulness_curve", "cache_bytes") / options.batch_size
         on_cpu = options.pairs * (per_example - 3 * 4 * SHAPES[name][1]["vocab_size"])
         weights = 2 * parameters / GIB
         print(

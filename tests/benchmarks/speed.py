@@ -3,6 +3,7 @@
     python tests/benchmarks/speed.py [--model small wide] [--repeats 5] [--json FILE]
     python tests/benchmarks/speed.py --prefix                  what a shared prefix saves
     python tests/benchmarks/speed.py --scaling                 cost against layers, heads, tokens, examples, vocabulary
+    python tests/benchmarks/speed.py --edges                   edges beside nodes of the same passes
     python tests/benchmarks/speed.py --variants                bfloat16 autocast and torch.compile
     python tests/benchmarks/speed.py --overhead                what a pass costs beside its tokens
 
@@ -312,6 +313,45 @@ def scaling_figure(rows: list[dict[str, Any]]) -> Any:
     return figure
 
 
+EDGES = {"eap": ("nap", 1, 8), "eap-ig-inputs": ("nap-ig-inputs", 5, 2)}
+
+
+def edges(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """What edges cost beyond the nodes of the same passes, in FE and as a part of [batch, pos, writers, d_model]."""
+    rows = []
+    for name in options.model:
+        model = build(options.device, options.dtype, **SHAPES[name])
+        bench, nodes = Bench(model, options.repeats), dfa.NodeSet.heads_and_mlps(model, with_input=True)
+        print(f"\n{name}: {SHAPES[name]}\n")
+        print(
+            "| method | batch | FE, nodes | FE, edges | beyond | peak beyond | of the tensor |\n" + "| --- " * 7 + "|"
+        )
+        for method, (beside, steps, n) in EDGES.items():
+
+            def both(data: dfa.PromptPairs, method: str = method, beside: str = beside, steps: int = steps) -> Any:
+                settings: dict[str, Any] = {"steps": steps, "batch_size": len(data)}
+                return (
+                    lambda: dfa.attribute(model, data, method=beside, nodes=nodes, **settings),
+                    lambda: dfa.attribute_edges(model, data, method=method, **settings),
+                )
+
+            pairs = make_pairs(n, 32, bench.vocabulary)
+            with Runner(model).session(passes=9):
+                fe = [bench.ratio(work, bench.forward(pairs))[1] for work in both(pairs)]
+            for size in (n, 16):
+                data = make_pairs(size, 32, bench.vocabulary)
+                beyond = bench.peak(both(data)[1]) - bench.peak(both(data)[0])
+                tensor = data.clean.numel() * len(nodes) * model.cfg.d_model * options.dtype.itemsize
+                row = {"model": name, "method": method, "batch": f"{size}x32", "beyond": beyond, "tensor": tensor}
+                cells = [method, row["batch"], *[""] * 3, f"{beyond / 2**20:.1f} MiB", f"{beyond / tensor:.3f}"]
+                if size == n:
+                    row |= {"fe_nodes": fe[0], "fe_edges": fe[1]}
+                    cells[2:5] = [f"{fe[0]:.2f}", f"{fe[1]:.2f}", f"{fe[1] - fe[0]:.2f}"]
+                print("| " + " | ".join(cells) + " |", flush=True)
+                rows.append(row)
+    return rows
+
+
 def variants(options: argparse.Namespace) -> list[dict[str, Any]]:
     """What was tried: inference mode, bfloat16 autocast, torch.compile; seconds of a gated pass, beside a plain one."""
     bench = Bench(build(options.device, **SMALL), options.repeats)
@@ -390,7 +430,7 @@ def overhead(options: argparse.Namespace) -> list[dict[str, Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     what = parser.add_mutually_exclusive_group()
-    for name in ("prefix", "scaling", "variants", "overhead"):
+    for name in ("prefix", "scaling", "edges", "variants", "overhead"):
         what.add_argument(f"--{name}", action="store_true")
     parser.add_argument("--model", nargs="*", default=["small", "wide"], choices=list(SHAPES))
     parser.add_argument("--only", nargs="*", help="nap, nap-ig-inputs, nap-ig-activations, exact, curve, fit")
@@ -404,7 +444,7 @@ def main() -> None:
     if options.device == "cpu":
         torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    other = {"prefix": prefixes, "scaling": scaling, "variants": variants, "overhead": overhead}
+    other = {"prefix": prefixes, "scaling": scaling, "edges": edges, "variants": variants, "overhead": overhead}
     rows = next((work for name, work in other.items() if getattr(options, name)), operations)(options)
     if options.json:
         options.json.write_text(json.dumps(rows, indent=1) + "\n")

@@ -10,6 +10,9 @@ const paint = (graph, which) => {
   Object.keys(graph.layout).filter(key => /^[xy]axis/.test(key)).forEach(key => {
     if (graph.layout[key].gridcolor) { change[key + '.gridcolor'] = dark ? '#33373f' : '#eeeeee'; }
   });
+  (graph.layout.sliders || []).forEach((_, i) => {
+    change[`sliders[${i}].currentvalue.font.color`] = change['font.color'];
+  });
   Plotly.relayout(graph, change);
 };
 const show = which => {
