@@ -225,6 +225,7 @@ def test_without_attention_patterns(pairs, monkeypatch):
         assert dfa.measure(model, pairs, names=["change", "direct-effect"]).shape[1] == 5
 
 
+@pytest.mark.filterwarnings("ignore:A forward hook edited hook_scale")  # TransformerLens 4's own
 def test_logits_that_are_not_the_streams(any_model, pairs):
     """Somebody's hook between the stream and the logits: the direct effect would be wrong, and says so."""
     model = copy.deepcopy(any_model)
