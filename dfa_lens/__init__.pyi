@@ -13,6 +13,7 @@ from .data.curve import FaithfulnessCurve as FaithfulnessCurve
 from .data.edge_alignment import EdgeAlignment as EdgeAlignment
 from .data.edges import EdgeScores as EdgeScores
 from .data.edges import EdgeSet as EdgeSet
+from .data.measurements import Measurements as Measurements
 from .data.nodes import Node as Node
 from .data.nodes import NodeSet as NodeSet
 from .data.pairs import PromptPairs as PromptPairs
@@ -34,7 +35,11 @@ from .transfer import edge_forms as edge_forms
 from .transfer import forms as forms
 from .transfer import objectives as objectives
 from .transfer import similarity as similarity
+from .transfer.functional import FunctionalAlignment as FunctionalAlignment
+from .transfer.functional import fit_functional as fit_functional
+from .transfer.measure import measure as measure
 from .transfer.recipe import Recipe as Recipe
+from .transfer.refine import refine as refine
 from .transfer.trainer import Job as Job
 from .transfer.trainer import TrainingWarning as TrainingWarning
 from .transfer.trainer import fit as fit

@@ -48,6 +48,10 @@ class ScoreError(DfaError, ValueError):
     """Scores that can't be used: not finite, of the wrong length, of another node set."""
 
 
+class MeasurementError(DfaError, ValueError):
+    """Measurements that can't be used: not finite, of another model or task, too few."""
+
+
 class AlignmentError(DfaError, ValueError):
     """An alignment that can't be trained, composed or applied."""
 

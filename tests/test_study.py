@@ -12,6 +12,7 @@ import dfa_lens as dfa
 from dfa_lens.errors import DfaError, FileError
 from dfa_lens.experiments import experiment as module
 from dfa_lens.experiments import study
+from dfa_lens.experiments.functional import FUNCTIONAL
 from dfa_lens.experiments.study import Budget, Experiment, Setting
 from dfa_lens.experiments.table import Control
 from dfa_lens.transfer.forms import Kernel
@@ -208,7 +209,8 @@ def test_every_setting_of_the_benchmark_runs():
     assert names.count("one-task") == 5
     assert all(np.isfinite(outcome.curve.cpr) for outcome in found)
     controls = {outcome.setting.control for outcome in found if outcome.setting}
-    assert controls == set(get_args(Control))
+    of_measurements = {setting.control for setting in FUNCTIONAL.values()}
+    assert controls | of_measurements == set(get_args(Control))
 
 
 def test_processes_give_the_same(tmp_path):

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -14,18 +14,20 @@ from dfa_lens import zoo
 from dfa_lens.attribution.attribute import METHODS, attribute
 from dfa_lens.data.alignment import Alignment
 from dfa_lens.data.curve import FaithfulnessCurve
+from dfa_lens.data.measurements import Measurements
 from dfa_lens.data.nodes import NodeSet
 from dfa_lens.data.pairs import PromptPairs
 from dfa_lens.data.scores import NodeScores
 from dfa_lens.errors import DfaError, TaskError, unknown
 from dfa_lens.evaluation import diagnostics
 from dfa_lens.evaluation.faithfulness import faithfulness_curve
-from dfa_lens.experiments.setting import OTHER_SCORES, UNTRAINED, Setting
+from dfa_lens.experiments.setting import OTHER_SCORES, UNTRAINED, Circuits, Setting
 from dfa_lens.experiments.table import GOLD
 from dfa_lens.models.backend import HookedModel
 from dfa_lens.tasks import SIBLINGS
-from dfa_lens.tasks.own import TaskSource, sources
+from dfa_lens.tasks.own import TaskSource, family_of, sources
 from dfa_lens.transfer import controls, similarity
+from dfa_lens.transfer.measure import measure
 from dfa_lens.transfer.recipe import Recipe
 from dfa_lens.transfer.trainer import Job, fit_many
 
@@ -148,9 +150,11 @@ class Experiment:
         self.method, self.steps, self.device, self.dtype = method, steps, device, dtype
         self.sources = sources(tasks, collection)
         self.tasks = tuple(self.sources)
+        self.families = {task: family_of(task, source) for task, source in self.sources.items()}
         self._trained: dict[Any, tuple[Alignment, float]] = {}
         self._gold: dict[str, NodeScores] = {}
         self._tests: dict[str, PromptPairs] = {}
+        self._measured: dict[tuple[str, str], Measurements] = {}
 
     def _model(self, which: str | Callable[[], HookedModel]) -> HookedModel:
         return zoo.load(which, device=self.device, dtype=self.dtype) if isinstance(which, str) else which()
@@ -211,6 +215,13 @@ class Experiment:
             self._gold[task] = self._attribute(self.target, self.train[task])
         return self._gold[task]
 
+    def measured(self, task: str, on: Literal["source", "target"]) -> Measurements:
+        """What forward passes say about the nodes of the source or the target on the task's training pairs."""
+        if (task, on) not in self._measured:
+            model, pairs = (self.source, self.on_source) if on == "source" else (self.target, self.train)
+            self._measured[task, on] = measure(model, pairs[task], batch_size=self.budget.batch_size)
+        return self._measured[task, on]
+
     @cached_property
     def attention_similarities(self) -> dict[str, Any]:
         """Similarity by kind and depth, and by how heads attend, anywhere and at near depth."""
@@ -229,12 +240,16 @@ class Experiment:
             return [(task,)]
         if setting.regime == "near-distribution":
             return [(SIBLINGS[task],)] if SIBLINGS.get(task) in self.tasks else []
+        if setting.regime == "leave-family-out":
+            others = tuple(other for other in others if self.families[other] != self.families[task])
         if setting.regime == "one-task":
             return [(other,) for other in others]
         return [others] if others else []
 
     def recipe(self, setting: Setting, trained: tuple[str, ...]) -> Recipe:
         """How W is trained on these tasks: the setting's recipe, with our seed and the budget's steps."""
+        if isinstance(setting.recipe, Circuits):
+            raise DfaError(f"{type(setting.recipe).__name__} trains no W, so it has no recipe.")
         recipe = setting.recipe if isinstance(setting.recipe, Recipe) else setting.recipe(self, trained)
         if not isinstance(recipe, Recipe):
             raise DfaError(f"The setting's function made a {type(recipe).__name__}, not a Recipe.")
@@ -328,6 +343,10 @@ class Experiment:
                 for trained in self.trained_on(setting, task)
                 if not skip(name, task, trained)
             ]
+            if isinstance(setting.recipe, Circuits):
+                for task, trained in wanted:
+                    yield self._without_w(setting.recipe, task, name, setting, trained)
+                continue
             fitted = {}
             if wanted and setting.control not in UNTRAINED:
                 fitted = self.fit(setting, [trained for _, trained in wanted])
@@ -342,6 +361,12 @@ class Experiment:
         return Outcome(
             task, GOLD, None, (), None, scores, self.curve(task, scores), seconds, self._attribution_forwards(task)
         )
+
+    def _without_w(self, way: Circuits, task: str, name: str, setting: Setting, trained: tuple[str, ...]) -> Outcome:
+        started = time.perf_counter()
+        scores, forwards = way.circuit(self, task, trained)
+        seconds = time.perf_counter() - started
+        return Outcome(task, name, setting, trained, None, scores, self.curve(task, scores), seconds, forwards)
 
     def _outcome(
         self,
@@ -370,7 +395,11 @@ class Experiment:
         return Outcome(task, name, setting, trained, alignment, circuit, curve, seconds, forwards)
 
     def _attribution_forwards(self, task: str) -> int:
-        return len(self.train[task]) * sum(METHODS.find(self.method).passes(self.target_nodes, self.steps))
+        return self.passes_of(task, self.method, self.steps)
+
+    def passes_of(self, task: str, method: str, steps: int) -> int:
+        """What attribution on the target costs, in passes of one example."""
+        return len(self.train[task]) * sum(METHODS.find(method).passes(self.target_nodes, steps))
 
     def diagnose(self, outcome: Outcome) -> dict[str, float]:
         """The columns of :mod:`dfa_lens.evaluation.diagnostics`, for what was trained on a source's scores.

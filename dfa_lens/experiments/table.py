@@ -30,6 +30,9 @@ Control = Literal[
     "depth-mean",
     "regression",
     "target-only",
+    "wrong-measurements",
+    "one-measurement",
+    "source-blind",
 ]
 """What is put in the place of the source's scores or of W, see :mod:`dfa_lens.transfer.controls`; "" is the
 method itself."""

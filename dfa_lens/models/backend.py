@@ -68,6 +68,18 @@ class AttentionWeights(NamedTuple):
     output: Float[Tensor, "head d_head d_model"]
 
 
+class FinalNorm(NamedTuple):
+    """The norm before the unembedding: w⊙(x − mean)/scale + b, without the mean in an RMS norm.
+
+    ``weight`` and ``bias`` are None where there is none, or it is folded into the unembedding.
+    """
+
+    weight: Float[Tensor, " d_model"] | None
+    bias: Float[Tensor, " d_model"] | None
+    eps: float
+    centred: bool
+
+
 class Backend(ABC):
     """One class of models of TransformerLens."""
 
@@ -141,6 +153,16 @@ class Backend(ABC):
         return weights
 
     @abstractmethod
+    def final_norm(self) -> FinalNorm:
+        """The norm before the unembedding; a TypeError or AttributeError if it is none that we know."""
+
+    @abstractmethod
+    def unembedding_columns(
+        self, tokens: Int[Tensor, " row"]
+    ) -> tuple[Float[Tensor, "row d_model"], Float[Tensor, " row"] | None]:
+        """What the normed stream is multiplied with for the logits of some tokens, and what is added."""
+
+    @abstractmethod
     def _rms_norm(self, block: Any) -> tuple[Tensor | None, float]:
         """Weight (None: folded) and epsilon of the norm before a block's attention; a TypeError if it is another."""
 
@@ -211,6 +233,25 @@ class BridgeBackend(Backend):
 
     def _projection(self, attention: Any, letter: str) -> tuple[Tensor, Tensor | None]:
         return getattr(attention, f"W_{letter}"), getattr(attention, f"b_{letter}")
+
+    def final_norm(self) -> FinalNorm:  # noqa: D102
+        norm = self.model.ln_final.original_component
+        kind = type(norm).__name__
+        if "RMSNorm" not in kind and kind != "LayerNorm":
+            raise TypeError(f"the final norm is a {kind}")
+        weight = norm.weight
+        if getattr(self.model.ln_final.config, "rmsnorm_uses_offset", False):
+            weight = 1.0 + weight
+        eps = getattr(norm, "variance_epsilon", None)
+        bias = getattr(norm, "bias", None)
+        return FinalNorm(weight, bias, float(norm.eps if eps is None else eps), kind == "LayerNorm")
+
+    def unembedding_columns(  # noqa: D102
+        self, tokens: Int[Tensor, " row"]
+    ) -> tuple[Float[Tensor, "row d_model"], Float[Tensor, " row"] | None]:
+        unembed = self.model.unembed.original_component
+        own = tokens.to(unembed.weight.device)
+        return unembed.weight[own], None if unembed.bias is None else unembed.bias[own]
 
     def register(self, name: str, point: Any) -> None:  # noqa: D102
         private.enter_in_registry(self.model, name, point)
@@ -295,6 +336,22 @@ class HookedBackend(Backend):
         if name not in ("RMSNorm", "RMSNormPre"):
             raise TypeError(f"the norm before them is a {name}, no RMS norm")
         return (block.ln1.w if name == "RMSNorm" else None), float(block.ln1.eps)
+
+    def final_norm(self) -> FinalNorm:  # noqa: D102
+        norm = self.model.ln_final
+        kind = type(norm).__name__
+        if kind not in ("RMSNorm", "RMSNormPre", "LayerNorm", "LayerNormPre"):
+            raise TypeError(f"the final norm is a {kind}")
+        weight = None if kind.endswith("Pre") else norm.w
+        bias = getattr(norm, "b", None)
+        return FinalNorm(weight, bias, float(norm.eps), kind.startswith("Layer"))
+
+    def unembedding_columns(  # noqa: D102
+        self, tokens: Int[Tensor, " row"]
+    ) -> tuple[Float[Tensor, "row d_model"], Float[Tensor, " row"] | None]:
+        weight, bias = self.model.unembed.W_U, self.model.unembed.b_U
+        own = tokens.to(weight.device)
+        return weight.T[own], bias[own]
 
     def _projection(self, attention: Any, letter: str) -> tuple[Tensor, Tensor | None]:
         """Keys and values of grouped heads have their own, unexpanded weights."""

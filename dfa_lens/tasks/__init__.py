@@ -20,6 +20,7 @@ from dfa_lens.tasks import mib, offline
 from dfa_lens.tasks.offline import Example, examples, stream
 
 __all__ = [
+    "FAMILIES",
     "SIBLINGS",
     "Example",
     "card",
@@ -42,6 +43,9 @@ SIBLINGS: dict[str, str] = {
     "arc-easy": "arc-challenge",
     "arc-challenge": "arc-easy",
 }
+
+#: The tasks' families: relatives, of which none may teach where transfer is to be more than recognition.
+FAMILIES: dict[str, str] = {name: task.family for name, task in offline.TASKS.items()}
 
 # Prompts that are looked at before a tokenizer is declared unfit.
 _PATIENCE = 200

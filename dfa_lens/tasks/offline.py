@@ -49,6 +49,7 @@ class OfflineTask:
     """A task: how to draw an example, and what it is about."""
 
     name: str
+    family: str  #: what relatives have in common
     summary: str
     counterfactuals: tuple[str, ...]  #: names, the default first
     draw: Callable[..., Example]  #: ``draw(rng, split=…, counterfactual=…, **options)``
@@ -346,6 +347,7 @@ TASKS: Registry[OfflineTask] = Registry(
         for task in (
             OfflineTask(
                 "ioi",
+                "names",
                 "Indirect object identification: two names, one of them acts; the other one receives.",
                 ("s2_io_flip", "abc"),
                 _ioi,
@@ -353,6 +355,7 @@ TASKS: Registry[OfflineTask] = Registry(
             ),
             OfflineTask(
                 "mcqa",
+                "choice",
                 "Copy-colours: a stated colour has to be found among four lettered options.",
                 ("symbol", "answer_position"),
                 _mcqa,
@@ -360,6 +363,7 @@ TASKS: Registry[OfflineTask] = Registry(
             ),
             OfflineTask(
                 "addition",
+                "arithmetic",
                 "Two-operand addition with one worked example; results up to 99, one token each.",
                 ("random", "operand1"),
                 partial(_arithmetic, operation="addition"),
@@ -367,6 +371,7 @@ TASKS: Registry[OfflineTask] = Registry(
             ),
             OfflineTask(
                 "subtraction",
+                "arithmetic",
                 "Two-operand subtraction with one worked example; results from 0, one token each.",
                 ("random", "operand1"),
                 partial(_arithmetic, operation="subtraction"),
@@ -374,6 +379,7 @@ TASKS: Registry[OfflineTask] = Registry(
             ),
             OfflineTask(
                 "arc-easy",
+                "choice",
                 "One fact of the small world, four lettered options.",
                 ("symbol", "answer_position"),
                 _arc_easy,
@@ -381,6 +387,7 @@ TASKS: Registry[OfflineTask] = Registry(
             ),
             OfflineTask(
                 "arc-challenge",
+                "choice",
                 "Two facts of the small world in a row (an animal's home, then that home's colour), four "
                 "lettered options.",
                 ("symbol", "answer_position"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, get_args, runtime_checkable
@@ -16,7 +16,7 @@ from dfa_lens.data.files import checked_name, parse_json, read_bytes
 from dfa_lens.data.pairs import COLUMNS, PromptPairs
 from dfa_lens.errors import FileError, PromptError, TaskError, short, unknown
 
-__all__ = ["FileTask", "TaskSource", "sources"]
+__all__ = ["FileTask", "TaskSource", "family_of", "sources"]
 
 
 @runtime_checkable
@@ -72,6 +72,25 @@ def sources(tasks: Mapping[str, str | TaskSource] | None, collection: str = "off
     return made
 
 
+def family_of(name: str, source: TaskSource) -> str:
+    """The family of a task: what its source says (``source.family``), that of the shipped task, or the task's own name.
+
+    Examples
+    --------
+    >>> from dfa_lens.tasks.own import FileTask, family_of, sources
+    >>> family_of("sums", sources({"sums": "addition"})["sums"])
+    'arithmetic'
+    >>> family_of("capitals", FileTask((("Paris is in", "Rome is in", " France", " Italy", ""),), family="facts"))
+    'facts'
+    """
+    from dfa_lens import tasks as ours
+
+    declared = getattr(source, "family", "")
+    if isinstance(source, partial) and source.func is ours.load and source.args:
+        declared = ours.FAMILIES.get(source.args[0], "")
+    return declared or name
+
+
 @dataclass(frozen=True)
 class FileTask:
     """The prompt pairs of a CSV or JSON-lines file, as text.
@@ -85,10 +104,13 @@ class FileTask:
         Clean prompt, corrupt prompt, answer, wrong answer and split of each row; the split is "" where there is none.
     name:
         Of the file, for messages.
+    family:
+        What relatives have in common: none of them teaches where a study leaves families out.
     """
 
     rows: tuple[tuple[str, str, str, str, str], ...]
     name: str = "the table of prompts"
+    family: str = field(default="", compare=False)
 
     @classmethod
     def read(cls, path: str | Path) -> FileTask:

@@ -128,6 +128,31 @@ def scrambled(scores: NodeScores | EdgeScores, *, seed: int = 0) -> NodeScores |
     return NodeScores(scores.values[order], scores.nodes, meta)
 
 
+def scrambled_within(scores: NodeScores, *, seed: int = 0) -> NodeScores:
+    """The values on the wrong nodes of the same kind in the same third of the layers.
+
+    What is lost is which of them it was; that heads of a depth matter as a whole is kept.
+
+    Examples
+    --------
+    >>> import dfa_lens as dfa
+    >>> nodes = dfa.NodeSet.for_sizes(6, 8)
+    >>> scores = dfa.controls.random_scores(nodes)
+    >>> found = dfa.controls.scrambled_within(scores)
+    >>> bool((found.values[:18].sort()[0] == scores.values[:18].sort()[0]).all())  # two of six layers
+    True
+    """
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.arange(len(scores))
+    groups: dict[tuple[str, int], list[int]] = {}
+    for i, node in enumerate(scores.nodes):
+        groups.setdefault((node.kind, 3 * max(node.layer, 0) // scores.nodes.n_layers), []).append(i)
+    for members in groups.values():
+        own = torch.tensor(members)
+        order[own] = own[torch.randperm(len(own), generator=generator)]
+    return NodeScores(scores.values[order], scores.nodes, {**scores.meta, "control": "scrambled-s", "seed": seed})
+
+
 def _on_edges(flat: Float[Tensor, " edge"], edges: EdgeSet, meta: Mapping[str, Any]) -> EdgeScores:
     values = torch.full(edges.shape, torch.nan, dtype=torch.float32)
     values[edges.chosen] = flat

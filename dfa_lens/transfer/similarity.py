@@ -132,7 +132,7 @@ def attention_features(
     else:
         runner.require(pairs)
         tokens, lengths = pairs.clean, pairs.lengths
-        wanted = _keys(tokens, lengths)
+        wanted = keys_of(tokens, lengths)
     heads = [(i, node) for i, node in enumerate(nodes) if node.kind == "head"]
     points = {node.layer: f"blocks.{node.layer}.attn.hook_pattern" for _, node in heads}
     runner.points(points.values())
@@ -159,8 +159,19 @@ def attention_features(
     return NodeFeatures(out, nodes)
 
 
-def _keys(tokens: Int[Tensor, "prompt pos"], lengths: Int[Tensor, " prompt"]) -> Bool[Tensor, "prompt feature pos pos"]:
-    """Which keys count for which feature, for every query of real prompts."""
+def keys_of(
+    tokens: Int[Tensor, "prompt pos"], lengths: Int[Tensor, " prompt"]
+) -> Bool[Tensor, "prompt feature pos pos"]:
+    """Which keys count for which feature of :data:`ATTENTION`, for every query of real prompts but the first.
+
+    Examples
+    --------
+    >>> import dfa_lens as dfa
+    >>> import torch
+    >>> found = dfa.similarity.keys_of(torch.tensor([[5, 6, 5, 0]]), torch.tensor([3]))
+    >>> found[0, 1, 2].tolist()  # the third token is a copy of the first
+    [True, False, False, False]
+    """
     n = tokens.shape[1]
     where = torch.arange(n)
     query, key = where[:, None], where[None, :]
