@@ -145,7 +145,7 @@ class Measurements(ByContent):
         FileError
             If the file is missing, broken, or not a file of measurements.
         """
-        tensors, metadata = load_tensors(path, _FORMAT)
+        tensors, metadata = load_tensors(path, _FORMAT, ("names", "nodes", "meta"))
 
         def make() -> Measurements:
             values, meta = tensors["values"], parse_json(metadata["meta"])

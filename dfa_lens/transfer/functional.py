@@ -292,7 +292,7 @@ class FunctionalAlignment(ByContent):
         FileError
             If the file is missing, broken, or not a functional alignment.
         """
-        tensors, metadata = load_tensors(path, _FORMAT)
+        tensors, metadata = load_tensors(path, _FORMAT, ("functional",))
 
         def make() -> FunctionalAlignment:
             description = parse_json(metadata["functional"])
