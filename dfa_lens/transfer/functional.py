@@ -85,6 +85,13 @@ class FunctionalAlignment(ByContent):
         number = isinstance(self.guard, (int, float)) and not isinstance(self.guard, bool)
         if not number or not 0 <= self.guard < float("inf"):
             raise AlignmentError(f"guard must be a number of at least 0, not {short(repr(self.guard))}.")
+        expected = self.reader.start(self.table)
+        for name in expected.keys() | self.learned.keys():
+            given = self.learned.get(name)
+            if given is None or name not in expected or given.shape != expected[name].shape:
+                raise AlignmentError(f"What {self.reader.name!r} learned has no, or another, {short(name)!r}.")
+            if not given.is_floating_point() or not bool(given.isfinite().all()):
+                raise AlignmentError(f"{name!r}, which {self.reader.name!r} learned, are not finite numbers.")
         if self.guard and GUARD not in self.names:
             raise MeasurementError(f"The guard needs {GUARD!r}: measure groups, or guard=0.")
 

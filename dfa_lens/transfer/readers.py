@@ -48,6 +48,17 @@ class Table:
     share: Float[Tensor, " row"]
     group: Int[Tensor, " row"]
 
+    def __post_init__(self) -> None:
+        n = len(self.scores)
+        numbers = {"features": self.features, "scores": self.scores, "share": self.share}
+        for name, values in numbers.items():
+            if not values.is_floating_point() or len(values) != n or values.ndim != 1 + (name == "features"):
+                raise AlignmentError(f"{name} of a table of {n} rows are {values.dtype}{list(values.shape)}.")
+            if not bool(values.isfinite().all()):
+                raise AlignmentError(f"{name} of a table are not all finite.")
+        if self.group.shape != (n,) or self.group.dtype != torch.int64 or bool((self.group < 0).any()):
+            raise AlignmentError(f"The families of a table are numbers from 0, not {self.group.dtype} as given.")
+
     def __len__(self) -> int:
         return len(self.scores)
 
@@ -91,6 +102,10 @@ class Reader(ABC):
     """A way to read scores off measurements; derive from it, as a frozen dataclass, and register it."""
 
     name: ClassVar[str]
+
+    def start(self, table: Table) -> dict[str, Tensor]:
+        """The numbers before training: what is learned, and what a file holds, has these names and shapes."""
+        return {}
 
     def train(self, table: Table, seed: int) -> dict[str, Tensor]:
         """Numbers that are learned once, and kept when a task's own scores join the table."""
@@ -177,7 +192,7 @@ class Attention(Reader):
             raise AlignmentError("lr must be positive, and weight_decay at least 0.")
 
     def start(self, table: Table) -> dict[str, Tensor]:
-        """The numbers before training: all features alike, no linear part."""
+        """All features alike, no linear part."""
         n = table.features.shape[1]
         return {
             "mean": table.features.mean(0),

@@ -188,6 +188,18 @@ def _edge_alignment() -> dfa.EdgeAlignment:
     return dfa.controls.random_w(whole, dfa.EdgeSet(1, 3)) @ dfa.controls.random_w(dfa.EdgeSet(2, 2), whole)
 
 
+def _measurements() -> dfa.Measurements:
+    values = torch.rand(len(B), 2, generator=torch.Generator().manual_seed(0), dtype=torch.float32)
+    return dfa.Measurements(values, B, ["change", "group-share"])
+
+
+def _functional(reader: str) -> dfa.FunctionalAlignment:
+    measured = dict.fromkeys(("a", "b"), _measurements())
+    scores = {task: dfa.controls.random_scores(B, seed=i) for i, task in enumerate(measured)}
+    options = {"trees": {"trees": 2}, "attention": {"steps": 2}}[reader]
+    return dfa.fit_functional(scores, measured, reader=reader, **options)
+
+
 def _released(path: Path) -> None:
     nodes = ["a0.h0", "a0.h1", "m0", "input"]
     torch.save({"W": torch.ones(4, 2), "small_nodes": nodes, "large_nodes": ["m0", "m1"], "meta": {"lr": 0.1}}, path)
@@ -239,6 +251,13 @@ FORMATS: dict[str, Format] = {
     "chosen edges": Format(_some_edges, dfa.EdgeScores.load, content=of_safetensors),
     "alignments": Format(lambda p: _alignment().save(p), dfa.Alignment.load, content=of_safetensors),
     "edge alignments": Format(lambda p: _edge_alignment().save(p), dfa.EdgeAlignment.load, content=of_safetensors),
+    "measurements": Format(lambda p: _measurements().save(p), dfa.Measurements.load, content=of_safetensors),
+    "functional": Format(
+        lambda p: _functional("trees").save(p), dfa.FunctionalAlignment.load, content=of_safetensors
+    ),
+    "functional, attention": Format(
+        lambda p: _functional("attention").save(p), dfa.FunctionalAlignment.load, content=of_safetensors
+    ),
     "MIB": Format(
         lambda p: dfa.controls.uniform(INPUT).to_mib(p), dfa.NodeScores.from_mib, ours=False, content=of_json
     ),
