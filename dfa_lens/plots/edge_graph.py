@@ -42,19 +42,7 @@ LISTED = 4
 #: Of edges; the second is that of edges which a click leaves out.
 OPACITY, FAINT = 0.85, 0.06
 
-_NOTE = {
-    "xref": "paper",
-    "yref": "paper",
-    "x": 0,
-    "y": 0,
-    "xanchor": "left",
-    "yanchor": "top",
-    "yshift": -118,
-    "width": 480,
-    "align": "left",
-    "showarrow": False,
-    "font": {"size": 12},
-}
+_NOTE = {**picture.NOTE, "yshift": -118}
 
 
 class Point(NamedTuple):

@@ -20,19 +20,7 @@ from dfa_lens.plots import picture, style
 POSITIVE, NEGATIVE = style.DIVERGING[-1][1], style.DIVERGING[0][1]
 
 # Where the line of text stands: below the source panel.
-_NOTE = {
-    "xref": "paper",
-    "yref": "paper",
-    "x": 0,
-    "y": 0,
-    "xanchor": "left",
-    "yanchor": "top",
-    "yshift": -48,
-    "width": 480,
-    "align": "left",
-    "showarrow": False,
-    "font": {"size": 12},
-}
+_NOTE = {**picture.NOTE, "yshift": -48}
 
 
 @dataclass(frozen=True)

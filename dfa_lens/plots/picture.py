@@ -12,6 +12,20 @@ import plotly.graph_objects as go
 from dfa_lens.data.files import writing
 from dfa_lens.errors import DfaError
 
+#: The line of text that a click writes below a figure; "yshift" says how far below.
+NOTE = {
+    "xref": "paper",
+    "yref": "paper",
+    "x": 0,
+    "y": 0,
+    "xanchor": "left",
+    "yanchor": "top",
+    "width": 480,
+    "align": "left",
+    "showarrow": False,
+    "font": {"size": 12},
+}
+
 
 def script(template: str, data: Any) -> str:
     """What makes the HTML of a figure react: a function of ``templates/`` called with the figure and some data.
