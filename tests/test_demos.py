@@ -15,8 +15,8 @@ def read(path):
     return nbformat.read(path, as_version=4)
 
 
-def test_there_are_nine():
-    assert [path.name[:2] for path in NOTEBOOKS] == [f"0{i}" for i in range(1, 10)]
+def test_there_are_ten():
+    assert [path.name[:2] for path in NOTEBOOKS] == [f"{i:02}" for i in range(1, 11)]
 
 
 @pytest.mark.slow

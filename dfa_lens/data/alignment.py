@@ -183,7 +183,7 @@ class Alignment(Chain):
         >>> source, target = dfa.EdgeSet(2, 4, 2), dfa.EdgeSet(3, 4, 2)
         >>> nodes = dfa.controls.depth_mean(source.nodes[1:], target.nodes[1:])
         >>> nodes.on_edges(source, target)
-        EdgeAlignment(146 → 329 edges)
+        EdgeAlignment(82 → 190 edges)
         """
         inner = [EdgeSet(*sizes_of(stage.target)) for stage in self.stages[:-1]]
         edges = [source.all_of_model, *inner, target]
