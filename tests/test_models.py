@@ -300,7 +300,7 @@ def test_weights_are_converted_as_torch_does(stored, dtype, tmp_path):
 def test_loading_takes_little_more_memory_than_the_model():
     script = Path(__file__).parent / "benchmarks" / "loading.py"
     done = subprocess.run(
-        [sys.executable, script, "--mib", "500"],
+        [sys.executable, script, "--mib", "365"],
         capture_output=True,
         text=True,
         check=True,

@@ -37,7 +37,7 @@ def test_splits_share_no_prompt(task):
         split: {
             text
             for family in families
-            for e in offline.examples(task, split=split, n=600, seed=3, counterfactual=family)
+            for e in offline.examples(task, split=split, n=250, seed=3, counterfactual=family)
             for text in (e.clean, e.corrupt)
         }
         for split in offline.SPLITS
