@@ -2,13 +2,33 @@
 
 import os
 import tempfile
+from collections.abc import Iterator
+from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_CACHE", os.path.join(tempfile.gettempdir(), "dfa-lens-tests"))
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import pytest
 from jaxtyping import install_import_hook
 
 # The whole package, so that no signature with a shape in it goes unchecked; an int is welcome where a float is, as for
 # every type checker. Installed before any of it is imported.
 install_import_hook("dfa_lens", "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))")
+
+
+@pytest.fixture(autouse=True)
+def registries_as_before(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """What a test registers, the documentation's code among them, is gone with it: the next may run in this process."""
+    from dfa_lens.data.registry import Registry
+
+    plain, added = Registry.register, []
+
+    def register(self: Any, name: str, thing: Any) -> None:
+        plain(self, name, thing)
+        added.append((self, name))
+
+    monkeypatch.setattr(Registry, "register", register)
+    yield
+    for registry, name in added:
+        del registry._entries[name]

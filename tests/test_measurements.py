@@ -197,16 +197,12 @@ def test_no_gradients_are_needed(any_model, pairs):
 
 def test_a_measurement_of_ones_own(any_model, pairs):
     MEASURES.register("largest", Measure(lambda layer: layer.change.abs().amax((1, 3)), "outputs", "largest change"))
-    try:
-        found = dfa.measure(any_model, pairs, names=["largest"], groups=0)
-        assert found.names == ("largest",)
-        assert found.values.min() > 0
-        MEASURES.register("wrong", Measure(lambda layer: layer.stream_norms, "outputs", "of another shape"))
-        with pytest.raises(MeasurementError, match=r"'wrong' gave \[6, 10\]; a tensor \[pair, node\] is needed"):
-            dfa.measure(any_model, pairs, names=["wrong"])
-    finally:
-        MEASURES._entries.pop("largest")
-        MEASURES._entries.pop("wrong", None)
+    found = dfa.measure(any_model, pairs, names=["largest"], groups=0)
+    assert found.names == ("largest",)
+    assert found.values.min() > 0
+    MEASURES.register("wrong", Measure(lambda layer: layer.stream_norms, "outputs", "of another shape"))
+    with pytest.raises(MeasurementError, match=r"'wrong' gave \[6, 10\]; a tensor \[pair, node\] is needed"):
+        dfa.measure(any_model, pairs, names=["wrong"])
 
 
 def test_without_attention_patterns(pairs, monkeypatch):

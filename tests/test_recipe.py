@@ -131,9 +131,7 @@ def test_fit_shows_and_takes_the_fields_of_a_recipe(any_model):
         dfa.fit_many(any_model, {"a": (scores, Recipe(steps=1))}, pairs, jobs_per_pass=0)
 
 
-def test_own_forms_and_objectives_by_name(any_model, monkeypatch):
-    for registry in (forms.FORMS, objectives.OBJECTIVES):
-        monkeypatch.setattr(registry, "_entries", dict(registry))
+def test_own_forms_and_objectives_by_name(any_model):
     forms.FORMS.register("narrow", lambda: forms.LowRank(1))
     objectives.OBJECTIVES.register("half", lambda: objectives.TargetSize(0.5))
     assert Recipe(form="narrow", objective="half") == Recipe(

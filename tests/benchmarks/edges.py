@@ -1,6 +1,6 @@
 """Edge transfer on the shipped models: gold, zero-shot and in-distribution circuits of edges, and their controls.
 
-    python tests/benchmarks/edges.py                       # the tables of docs/edges.md: some hours on 2 cores
+    python tests/benchmarks/edges.py                       # the tables of docs/edge-transfer.md: some hours
     python tests/benchmarks/edges.py --seeds 0             # one seed
     python tests/benchmarks/edges.py --tables-only         # from the rows on disk
 
