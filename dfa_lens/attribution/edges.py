@@ -211,7 +211,6 @@ def _meta(
 
 
 def _of_this_model(edges: EdgeSet, model: HookedModel) -> EdgeSet:
-    own = [EdgeSet.of_model(model, readers=readers) for readers in get_args(Readers)]
-    if edges.all_of_model not in own:
-        raise EdgeError(f"The {edges!r} are those of another model; this one has the {own[0]!r}.")
+    if not edges.fits(model):
+        raise EdgeError(f"The {edges!r} are those of another model; this one has the {EdgeSet.of_model(model)!r}.")
     return edges

@@ -59,7 +59,7 @@ class ReaderGradients:
         total = -self.along
         widest = max(len(site) for site in self.sites)
         for places in self.stream.tiles(self.places, widest):
-            written = self._written(places)
+            written = self._written(places, self.stop)
             part = torch.zeros(self.along.shape, dtype=self.stream.dtype, device=written.device)
             for site in self.sites:
                 rows = self._rows(site)
@@ -69,12 +69,9 @@ class ReaderGradients:
             total += part.double().cpu()
         return total
 
-    def _written(
-        self, places: Int[Tensor, " place"], before: int | None = None
-    ) -> Float[Tensor, "writer place d_model"]:
-        """What the writers add, or those of the first ``before`` of all."""
-        sites = [site for site in self.writers if before is None or site.positions[0] < before]
-        return torch.cat([self.stream.written(site, self.deltas[site.point], places) for site in sites])
+    def _written(self, places: Int[Tensor, " place"], before: int) -> Float[Tensor, "writer place d_model"]:
+        """What those of the writers add that are among the first ``before`` of all."""
+        return self.stream.written_until(before, self.deltas, places, self.writers)
 
     def _rows(self, site: ReaderSite) -> slice:
         """The writers before a site."""

@@ -308,7 +308,7 @@ class ReaderMap:
     """
 
     def __init__(self, source: EdgeSet, target: EdgeSet) -> None:
-        ours, theirs = _members(source), _members(target)
+        ours, theirs = source.inputs.float(), target.inputs.float()
         # a key-value head's score is the sum over its heads: spread evenly over those of the source, and added up again
         self.spread, self.gather = ours / ours.sum(1, keepdim=True).clamp_min(1), theirs.T.contiguous()
         first, second = ([site.kind for site in edges.sites for _ in range(len(site))] for edges in (source, target))
@@ -332,18 +332,3 @@ class ReaderMap:
         corner = torch.zeros_like(between)
         corner[-1, -1] = 1.0
         return between + logits * corner
-
-
-def _members(edges: EdgeSet) -> Float[Tensor, "reader writer"]:
-    """1 where the writer is the node whose input the reader is."""
-    out = torch.zeros(edges.shape[1], len(edges.nodes), dtype=torch.float32)
-    for site in edges.sites[:-1]:
-        first = 1 + site.layer * (edges.n_heads + 1)
-        rows = (
-            range(first + edges.n_heads, first + edges.n_heads + 1)
-            if site.kind == "mlp"
-            else range(first, first + edges.n_heads)
-        )
-        for i, row in enumerate(rows):
-            out[site.first + i * len(site) // len(rows), row] = 1.0
-    return out

@@ -245,6 +245,15 @@ class EdgeSet(ByContent):
         return mask
 
     @cached_property
+    def inputs(self) -> Bool[Tensor, "reader writer"]:
+        """Where a reader is an input of the node that is the writer: a key-value head's, of each of its heads."""
+        mask = torch.zeros(self.shape[1], len(self.nodes), dtype=torch.bool)
+        for site, own in self._inputs():
+            columns = self._by_node(site, torch.arange(site.first, site.stop))
+            mask[columns, torch.arange(own.start, own.stop)] = True
+        return mask
+
+    @cached_property
     def _rows(self) -> dict[str, int]:
         return {name: i for i, name in enumerate(self.writers)}
 
@@ -263,6 +272,10 @@ class EdgeSet(ByContent):
     def all_of_model(self) -> EdgeSet:
         """All edges of a model of these sizes."""
         return EdgeSet(self.n_layers, self.n_heads, self.n_kv_heads)
+
+    def fits(self, model: Any) -> bool:
+        """Whether they are edges of this model, with grouped or per-head readers; only ``model.cfg`` is read."""
+        return any(self.all_of_model == EdgeSet.of_model(model, readers=readers) for readers in get_args(Readers))
 
     def position(self, edge: str | tuple[str, str]) -> tuple[int, int]:
         """Row and column of an edge: "a0.h1->m2", or writer and reader.
@@ -467,6 +480,21 @@ class EdgeScores(ByContent):
         self.edges = edges
         self.meta: dict[str, Any] = dict(meta or {})
 
+    @classmethod
+    def of_flat(cls, flat: Float[Tensor, " edge"], edges: EdgeSet, meta: Mapping[str, Any] | None = None) -> EdgeScores:
+        """From the scores of the edges alone, in their order: what :attr:`flat` gives back.
+
+        Raises
+        ------
+        ScoreError
+            If there are not as many as edges.
+        """
+        if flat.shape != (len(edges),):
+            raise ScoreError(f"it has {list(flat.shape)} scores for {len(edges)} edges")
+        values = torch.full(edges.shape, torch.nan, dtype=flat.dtype)
+        values[edges.chosen] = flat
+        return cls(values, edges, meta)
+
     # --- reading ---------------------------------------------------------------------------------------------
 
     @property
@@ -510,12 +538,8 @@ class EdgeScores(ByContent):
             into.setdefault(column, []).append(rank)
         rows = ends[:, 0].tolist()
         inputs: dict[int, list[int]] = {}  # writer's row → columns of its inputs
-        for site, own in self.edges._inputs():
-            columns = torch.arange(site.first, site.stop)
-            for row, column in zip(
-                range(own.start, own.stop), self.edges._by_node(site, columns).tolist(), strict=True
-            ):
-                inputs.setdefault(row, []).append(column)
+        for row, column in self.edges.inputs.T.nonzero().tolist():
+            inputs.setdefault(row, []).append(column)
 
         order: list[int] = []
         opened: set[int] = set()
@@ -696,11 +720,7 @@ class EdgeScores(ByContent):
             edges = _of_file(sizes, None if "edges" in tensors else flat.numel())
             if "edges" in tensors:
                 edges = edges.choose(_mask(edges, tensors["edges"]))
-            if flat.shape != (len(edges),):
-                raise ScoreError(f"it has {list(flat.shape)} scores for {len(edges)} edges")
-            values = torch.full(edges.shape, torch.nan, dtype=flat.dtype)
-            values[edges.chosen] = flat
-            return cls(values, edges, meta)
+            return cls.of_flat(flat, edges, meta)
 
         return made_from(path, "a file of edge scores", make)
 

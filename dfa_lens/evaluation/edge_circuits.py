@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from jaxtyping import Bool, Int
@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 
 from dfa_lens.data import metrics
 from dfa_lens.data.curve import FaithfulnessCurve, Protocol
-from dfa_lens.data.edges import EdgeScores, EdgeSet, Readers, Selection
+from dfa_lens.data.edges import EdgeScores, EdgeSet, Selection
 from dfa_lens.data.pairs import PromptPairs
 from dfa_lens.data.scores import Ranking
 from dfa_lens.errors import FaithfulnessError, ScoreError
@@ -130,9 +130,8 @@ def _with(always: Bool[Tensor, "writer reader"], ends: Int[Tensor, "edge 2"]) ->
 
 
 def _check_model(scores: EdgeScores, runner: Runner) -> None:
-    own = [EdgeSet.of_model(runner.model, readers=readers) for readers in get_args(Readers)]
-    if scores.edges.all_of_model not in own:
+    if not scores.edges.fits(runner.model):
         raise ScoreError(
-            f"The scores belong to the {scores.edges!r}, but this model has the {own[0]!r}: they come from another "
-            "model."
+            f"The scores belong to the {scores.edges!r}, but this model has the {EdgeSet.of_model(runner.model)!r}: "
+            "they come from another model."
         )

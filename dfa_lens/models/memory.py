@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -163,12 +162,8 @@ class Footprint:
 
     def _bytes_at(self, names: Sequence[str]) -> int:
         """The activations at hook points for one example."""
-        bytes_per_value = self.runner.backend.dtype.itemsize
-        total = 0
-        for shape, axes in self.runner.layout(names).values():
-            sizes = (self.width if axis in axes else size for axis, size in enumerate(shape) if axis > 0)
-            total += math.prod(sizes) * bytes_per_value
-        return total
+        layouts = self.runner.layout(names).values()
+        return sum(each.values(self.width) for each in layouts) * self.runner.backend.dtype.itemsize
 
     def gradient_bytes(self, batch: int, *, gated: bool = False) -> int:
         """What autograd keeps of one batch: under a soft mask, or with a gradient from the embedding on.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -47,6 +48,10 @@ class Layout(NamedTuple):
 
     shape: tuple[int, ...]
     position_axes: tuple[int, ...]
+
+    def values(self, width: int) -> int:
+        """How many numbers it has for one prompt of ``width`` tokens."""
+        return math.prod(width if axis in self.position_axes else size for axis, size in enumerate(self.shape) if axis)
 
 
 def stream_hooks(into: dict[int, Tensor], layers: Sequence[int]) -> list[tuple[str, HookFunction]]:

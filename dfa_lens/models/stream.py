@@ -10,7 +10,7 @@ What is d_model wide for every writer is made for a few tokens at a time (:meth:
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 
 import torch
@@ -95,11 +95,15 @@ class Stream:
         return torch.einsum("phe,hed->hpd", own, self.attention(site.layer).output.to(own))
 
     def written_until(
-        self, n: int, activations: Mapping[str, Tensor], places: Int[Tensor, " place"]
+        self,
+        n: int,
+        activations: Mapping[str, Tensor],
+        places: Int[Tensor, " place"],
+        sites: Sequence[Site] | None = None,
     ) -> Float[Tensor, "writer place d_model"]:
-        """What the first ``n`` writers add."""
-        sites = [site for site in self.edges.nodes.sites if site.positions[0] < n]
-        return torch.cat([self.written(site, activations[site.point], places) for site in sites])
+        """What the first ``n`` writers add, or those of them that are of some ``sites``."""
+        own = [site for site in sites or self.edges.nodes.sites if site.positions[0] < n]
+        return torch.cat([self.written(site, activations[site.point], places) for site in own])
 
     # --- readers ---------------------------------------------------------------------------------------------
 

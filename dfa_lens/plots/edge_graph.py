@@ -104,15 +104,9 @@ class Map:
     @cached_property
     def owners(self) -> dict[str, list[str]]:
         """Reader → the writers whose input it is; of the logits none."""
-        owners: dict[str, list[str]] = {"logits": []}
-        for site in self.edges.sites[:-1]:
-            for index, reader in enumerate(self.edges.readers[site.columns]):
-                if site.kind == "mlp":
-                    owners[reader] = [reader]
-                else:
-                    members = self.edges.n_heads // len(site)
-                    heads = range(index * members, (index + 1) * members)
-                    owners[reader] = [f"a{site.layer}.h{head}" for head in heads]
+        owners: dict[str, list[str]] = {reader: [] for reader in self.edges.readers}
+        for column, row in self.edges.inputs.nonzero().tolist():
+            owners[self.edges.readers[column]].append(self.edges.writers[row])
         return owners
 
     def curve(self, writer: str, reader: str) -> tuple[np.ndarray, np.ndarray]:

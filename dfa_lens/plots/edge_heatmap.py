@@ -54,12 +54,11 @@ class Blocks:
     @cached_property
     def rows(self) -> list[Axis]:
         """The writers: the input, then heads and MLP of each layer."""
-        n_heads = self.scores.edges.n_heads
-        rows, at = [Axis("input", 0, 1)], 1
-        for layer in range(self.scores.edges.n_layers):
-            rows += [Axis(f"a{layer}", at, at + n_heads), Axis(f"m{layer}", at + n_heads, at + n_heads + 1)]
-            at += n_heads + 1
-        return rows
+        nodes = self.scores.edges.nodes
+        return [
+            Axis(nodes.names[site.positions[0]].split(".")[0], site.positions[0], site.positions[-1] + 1)
+            for site in nodes.sites
+        ]
 
     @cached_property
     def columns(self) -> list[Axis]:

@@ -16,8 +16,6 @@ from dataclasses import replace
 from typing import Any, Unpack, overload
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
 
 from dfa_lens.data.alignment import Alignment
 from dfa_lens.data.edge_alignment import EdgeAlignment
@@ -124,7 +122,7 @@ def scrambled(scores: NodeScores | EdgeScores, *, seed: int = 0) -> NodeScores |
     order = torch.randperm(len(scores), generator=torch.Generator().manual_seed(seed))
     meta = {**scores.meta, "control": "scrambled-s", "seed": seed}
     if isinstance(scores, EdgeScores):
-        return _on_edges(scores.flat[order], scores.edges, meta)
+        return EdgeScores.of_flat(scores.flat[order], scores.edges, meta)
     return NodeScores(scores.values[order], scores.nodes, meta)
 
 
@@ -153,12 +151,6 @@ def scrambled_within(scores: NodeScores, *, seed: int = 0) -> NodeScores:
     return NodeScores(scores.values[order], scores.nodes, {**scores.meta, "control": "scrambled-s", "seed": seed})
 
 
-def _on_edges(flat: Float[Tensor, " edge"], edges: EdgeSet, meta: Mapping[str, Any]) -> EdgeScores:
-    values = torch.full(edges.shape, torch.nan, dtype=torch.float32)
-    values[edges.chosen] = flat
-    return EdgeScores(values, edges, meta)
-
-
 @overload
 def uniform(nodes: NodeSet) -> NodeScores: ...
 
@@ -177,7 +169,7 @@ def uniform(nodes: NodeSet | EdgeSet) -> NodeScores | EdgeScores:
     [1.0, 1.0, 1.0]
     """
     ones, meta = torch.ones(len(nodes), dtype=torch.float32), {"control": "uniform-s"}
-    return _on_edges(ones, nodes, meta) if isinstance(nodes, EdgeSet) else NodeScores(ones, nodes, meta)
+    return EdgeScores.of_flat(ones, nodes, meta) if isinstance(nodes, EdgeSet) else NodeScores(ones, nodes, meta)
 
 
 @overload
@@ -199,7 +191,7 @@ def random_scores(nodes: NodeSet | EdgeSet, *, seed: int = 0) -> NodeScores | Ed
     """
     values = torch.randn(len(nodes), generator=torch.Generator().manual_seed(seed), dtype=torch.float32)
     meta = {"control": "random-s", "seed": seed}
-    return _on_edges(values, nodes, meta) if isinstance(nodes, EdgeSet) else NodeScores(values, nodes, meta)
+    return EdgeScores.of_flat(values, nodes, meta) if isinstance(nodes, EdgeSet) else NodeScores(values, nodes, meta)
 
 
 @overload

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -123,10 +122,7 @@ class ExampleStore:
         """Refuse more examples than there is memory for: of each, what the nodes do in one run, but for the shared
         beginning."""
         own = self.pairs.longest - self.pairs.shared if self.share_prefix else self.pairs.longest
-        least = 0
-        for each in layout.values():
-            fixed = math.prod(size for axis, size in enumerate(each.shape) if axis and axis not in each.position_axes)
-            least += fixed * int((own.double() ** len(each.position_axes)).sum())
+        least = sum(each.values(width) for each in layout.values() for width in own.tolist())
         memory.require_room(
             self.runner.device if self.cache == "device" else torch.device("cpu"),
             least * self.runner.backend.dtype.itemsize,
@@ -217,11 +213,15 @@ class ExampleStore:
             runs["clean"] = clean
         return Batch(part, runs, logits.float().log_softmax(-1), run.prefix, run.before, run.first)
 
-    def masked(self, batch: Batch, gates: Float[Tensor, "example node"]) -> Float[Tensor, "..."]:
-        """The logits of a batch under masks: at the answer, or at every position that is run."""
-        run = PairedRun(
+    def _again(self, batch: Batch) -> PairedRun:
+        """The pairs of a batch, to be run after what they have in common."""
+        return PairedRun(
             self.runner, batch.pairs, self.nodes, share_prefix=False, prefix=batch.prefix, positions=self.positions
         )
+
+    def masked(self, batch: Batch, gates: Float[Tensor, "example node"]) -> Float[Tensor, "..."]:
+        """The logits of a batch under masks: at the answer, or at every position that is run."""
+        run = self._again(batch)
         clean, corrupt = (batch.runs.get(name) for name in ("clean", "corrupt"))
         return run.gated(self.nodes, gates, clean=clean, corrupt=corrupt, intervention=self.intervention)
 
@@ -260,12 +260,9 @@ class EdgeStore(ExampleStore):
     @override
     def masked(self, batch: Batch, gates: Float[Tensor, "example edge"]) -> Float[Tensor, "..."]:
         """The logits of a batch under masks of the edges, in their order."""
-        run = PairedRun(
-            self.runner, batch.pairs, self.nodes, share_prefix=False, prefix=batch.prefix, positions=self.positions
-        )
         whole = gates.new_ones(len(gates), *self.edges.shape)
         whole = whole.masked_scatter(self.chosen, gates)
-        return run_gated(self.stream, run, whole, batch.runs["corrupt"])
+        return run_gated(self.stream, self._again(batch), whole, batch.runs["corrupt"])
 
 
 @dataclass

@@ -337,7 +337,7 @@ def _units(
         own = EdgeSet.of_model(target)
         if edges is None:
             return own
-        if edges.all_of_model not in (own, EdgeSet.of_model(target, readers="per-head")):
+        if not edges.fits(target):
             raise AlignmentError(f"The {edges!r} is not of this target, which has the {own!r}.")
         return edges
     if edges is not None:
