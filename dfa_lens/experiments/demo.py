@@ -26,7 +26,7 @@ __all__ = ["FULL", "QUICK", "SHOWN", "Budget", "run"]
 
 def run(
     *,
-    families: Sequence[str] | None = None,
+    families: Sequence[str | ModelPair] | None = None,
     only: Sequence[str] | None = None,
     seed: int = 0,
     budget: Budget = FULL,
@@ -46,7 +46,7 @@ def run(
     Parameters
     ----------
     families:
-        Of :func:`dfa_lens.zoo.pairs`; default: all.
+        Of :func:`dfa_lens.zoo.pairs`, or pairs of models of your own; default: all that are shipped.
     only:
         The tasks to evaluate; default: all. Zero-shot training uses all others in any case.
     seed:
