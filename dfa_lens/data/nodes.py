@@ -152,6 +152,8 @@ class NodeSet(ByContent, Sequence[Node]):
     def heads_and_mlps(cls, model: Any, with_input: bool = False) -> NodeSet:
         """All attention heads and MLP blocks in canonical order: a0.h0 … a0.h{H-1}, m0, a1.h0, …
 
+        A model of attention alone (``cfg.attn_only``) has no MLP blocks, and no such nodes.
+
         Parameters
         ----------
         model:
@@ -178,11 +180,12 @@ class NodeSet(ByContent, Sequence[Node]):
                 f"A {type(model).__name__} does not say how many layers and heads it has: pass a HookedTransformer or "
                 "TransformerBridge (dfa.load_model makes either), or use NodeSet.for_sizes."
             ) from None
-        return cls.for_sizes(n_layers, n_heads, with_input=with_input)
+        mlps = not getattr(model.cfg, "attn_only", False)
+        return cls.for_sizes(n_layers, n_heads, with_input=with_input, mlps=mlps)
 
     @classmethod
-    def for_sizes(cls, n_layers: int, n_heads: int, *, with_input: bool = False) -> NodeSet:
-        """As :meth:`heads_and_mlps`, from the two numbers alone."""
+    def for_sizes(cls, n_layers: int, n_heads: int, *, with_input: bool = False, mlps: bool = True) -> NodeSet:
+        """As :meth:`heads_and_mlps`, from the two numbers alone; with ``mlps=False`` the heads alone."""
         for what, number in (("layers", n_layers), ("heads", n_heads)):
             if (selection.integer(number) or 0) < 1:
                 raise NodeError(f"The number of {what} is an integer of at least 1, not {short(repr(number))}.")
@@ -194,7 +197,8 @@ class NodeSet(ByContent, Sequence[Node]):
                 Node(f"a{layer}.h{head}", HEAD_POINT.format(layer=layer), "head", layer, 2, head, n_heads)
                 for head in range(n_heads)
             ]
-            nodes.append(Node(f"m{layer}", MLP_POINT.format(layer=layer), "mlp", layer))
+            if mlps:
+                nodes.append(Node(f"m{layer}", MLP_POINT.format(layer=layer), "mlp", layer))
         return cls(nodes)
 
     @classmethod

@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 
 from dfa_lens.attribution.attribute import attribute
 from dfa_lens.data import html, metrics
+from dfa_lens.data.arguments import expect
 from dfa_lens.data.circuit import Circuit, Overlap, compare, overlaps, side_by_side
 from dfa_lens.data.content import ByContent
 from dfa_lens.data.membership import Membership
@@ -182,6 +183,7 @@ def run(
     >>> found.logits.shape[0], 0.5 < found.faithfulness < 1.5
     (8, True)
     """
+    expect(2, "pairs", pairs, PromptPairs)
     runner = Runner(model)
     runner.require(pairs)
     universe, keep = _gated(circuit)

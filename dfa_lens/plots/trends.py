@@ -277,8 +277,8 @@ def score_scatter(
     first: NodeScores,
     second: NodeScores,
     *,
-    first_name: str = "first",
-    second_name: str = "second",
+    first_name: str | None = None,
+    second_name: str | None = None,
     title: str | None = None,
     style: Style = "screen",
     width: int | None = None,
@@ -293,6 +293,9 @@ def score_scatter(
     ----------
     first, second:
         Scores of the same nodes: horizontal and vertical.
+    first_name, second_name:
+        What the axes are called; default: what the scores say of themselves (the method; of transferred scores that
+        they are mask logits).
 
     Raises
     ------
@@ -308,6 +311,8 @@ def score_scatter(
     54
     """
     agreement = correlation(first, second)
+    first_name = first_name or _called(first, "first scores")
+    second_name = second_name or _called(second, "second scores")
     figure = Picture()
     table = pd.DataFrame(
         {
@@ -356,3 +361,12 @@ def score_scatter(
         legend=styling.LEGEND_ABOVE,
     )
     return figure.carry(table)
+
+
+def _called(scores: NodeScores, otherwise: str) -> str:
+    """What scores say of themselves, for an axis."""
+    method = str(scores.meta.get("method", ""))
+    if method == "transfer":
+        return "transferred score (mask logit)"
+    model = f" on {scores.meta['model']}" if scores.meta.get("model") else ""
+    return f"{method} score{model}" if method else otherwise
