@@ -78,6 +78,7 @@ def curves(
                 go.Scatter(
                     x=np.concatenate([curve.fractions, curve.fractions[::-1]]),
                     y=np.concatenate([high, low[::-1]]),
+                    mode="lines",  # of few points plotly would draw dots
                     fill="toself",
                     fillcolor=styling.rgba(color, 0.15),
                     line={"width": 0},

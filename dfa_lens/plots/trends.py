@@ -13,6 +13,7 @@ from dfa_lens.data.alignment import Alignment
 from dfa_lens.data.scores import NodeScores
 from dfa_lens.data.statistics import correlation
 from dfa_lens.errors import DfaError
+from dfa_lens.experiments.table import GOLD, recovery
 from dfa_lens.plots import style as styling
 from dfa_lens.plots.matrices import require, summary
 from dfa_lens.plots.picture import Picture
@@ -34,8 +35,10 @@ def recovery_bars(
 ) -> Picture:
     """Recovery, CPR(transferred) / CPR(gold), by task and setting.
 
-    A bar is the mean of its rows; where there are several (seeds, families) the whisker spans their standard deviation
-    and every row is a dot, for a mean of few numbers hides them.
+    A bar is the mean of its rows, of recovery the ratio of means (:func:`dfa_lens.experiments.table.recovery`) where
+    gold's CPRs are in the table. Where there are several rows (seeds) the whisker spans their standard deviation and
+    every row is a dot, for a mean of few numbers hides them; a single row has no whisker. Tasks of several families
+    have bars of their own. A task on which gold itself is weak is marked *.
 
     Parameters
     ----------
@@ -68,16 +71,30 @@ def recovery_bars(
     if shown.empty:
         raise DfaError(f"Nothing is left to draw without {', '.join(map(repr, leave_out))}.")
     figure = Picture()
-    groups, labels = list(dict.fromkeys(shown[group])), list(dict.fromkeys(shown[by]))
-    means = summary(shown, [group, by], value)
+    groups = list(dict.fromkeys(shown[group]))
+    families = ["family"] if by == "task" and "family" in shown and shown["family"].nunique() > 1 else []
+    means = summary(shown, [group, *families, by], value)
+    weak: set[str] = set()
+    if value == "recovery" and {"cpr", "task", "setting"} <= set(table.columns) and (table["setting"] == GOLD).any():
+        ratios = recovery(table, [group, *families, by]).reset_index()
+        means = means.drop(columns="mean").merge(ratios, on=[group, *families, by], how="left")
+        means = means.rename(columns={"recovery": "mean"})
+    if families:
+        means, shown = (each.assign(**{by: each["family"] + ": " + each[by]}) for each in (means, shown))
+    if "weak_gold" in means:
+        weak = set(means.loc[means["weak_gold"] > 0, by])
+    labels = list(dict.fromkeys(shown[by]))
+    ticks = {label: styling.text(label) + (" *" if label in weak else "") for label in labels}
     for i, name in enumerate(groups):
         part = means[means[group] == name].set_index(by).reindex(labels)
         color = styling.LINES[i % len(styling.LINES)]
         figure.add_trace(
             go.Bar(
-                x=[styling.text(label) for label in labels],
+                x=[ticks[label] for label in labels],
                 y=part["mean"],
-                error_y={"array": part["std"].fillna(0), "color": styling.INK, "thickness": 1, "width": 3},
+                error_y={"array": part["std"], "color": styling.INK, "thickness": 1, "width": 3}
+                if (part["count"] > 1).any()
+                else None,
                 name=styling.text(name),
                 marker={"color": color},
                 offsetgroup=str(i),
@@ -90,7 +107,7 @@ def recovery_bars(
         if (part["count"] > 1).any():
             figure.add_trace(
                 go.Box(
-                    x=[styling.text(label) for label in several[by]],
+                    x=[ticks[label] for label in several[by]],
                     y=several[value],
                     boxpoints="all",
                     pointpos=0,
@@ -112,7 +129,7 @@ def recovery_bars(
         boxmode="group",
         bargap=0.25,
         xaxis={"showgrid": False},
-        yaxis={"title": {"text": styling.text(value)}, **styling.AXIS},
+        yaxis={"title": {"text": styling.text(value) + " (* gold's CPR below 0.5)" * bool(weak)}, **styling.AXIS},
         legend=styling.LEGEND_ABOVE,
     )
     return figure.carry(means)
