@@ -92,6 +92,6 @@ def test_axes_of_a_scatter_say_what_the_scores_are():
     carried = dfa.controls.random_w(nodes, nodes).transfer(source)
     figure = dfa.plots.score_scatter(source, carried)
     assert figure.layout.xaxis.title.text == "nap score on small"
-    assert figure.layout.yaxis.title.text == "transferred score (mask logit)"
+    assert figure.layout.yaxis.title.text == "transferred score"
     plain = dfa.plots.score_scatter(dfa.NodeScores(source.values, nodes), carried, second_name="mine")
     assert (plain.layout.xaxis.title.text, plain.layout.yaxis.title.text) == ("first scores", "mine")

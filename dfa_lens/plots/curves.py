@@ -70,8 +70,9 @@ def curves(
             hoverinfo="skip",
         )
     )
-    for i, (label, curve) in enumerate(curves.items()):
-        color = styling.LINES[i % len(styling.LINES)]
+    colors = styling.line_colors(curves)
+    for label, curve in curves.items():
+        color = colors[label]
         if confidence is not None and len(curve.clean_values) > 1:
             low, high = curve.band(confidence)
             figure.add_trace(

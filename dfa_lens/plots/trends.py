@@ -15,6 +15,7 @@ from dfa_lens.data.statistics import correlation
 from dfa_lens.errors import DfaError
 from dfa_lens.experiments.table import GOLD, recovery
 from dfa_lens.plots import style as styling
+from dfa_lens.plots.masks import mask_of
 from dfa_lens.plots.matrices import require, summary
 from dfa_lens.plots.picture import Picture
 from dfa_lens.plots.style import Style
@@ -85,9 +86,10 @@ def recovery_bars(
         weak = set(means.loc[means["weak_gold"] > 0, by])
     labels = list(dict.fromkeys(shown[by]))
     ticks = {label: styling.text(label) + (" *" if label in weak else "") for label in labels}
+    colors = styling.line_colors(table[group])  # also of what is left out, so that the others keep theirs
     for i, name in enumerate(groups):
         part = means[means[group] == name].set_index(by).reindex(labels)
-        color = styling.LINES[i % len(styling.LINES)]
+        color = colors[name]
         figure.add_trace(
             go.Bar(
                 x=[ticks[label] for label in labels],
@@ -174,12 +176,13 @@ def training_history(
         raise DfaError("There are no alignments to draw.")
     figure = Picture()
     parts = []
-    for i, (label, alignment) in enumerate(named.items()):
+    colors = styling.line_colors(named)
+    for label, alignment in named.items():
         if not alignment.history:
             raise DfaError(f"Alignment {label!r} has no history: it was not trained.")
         history = pd.DataFrame(alignment.history)
         parts.append(history.assign(alignment=label))
-        color = styling.LINES[i % len(styling.LINES)]
+        color = colors[label]
         for column, axis, words in (("divergence", "", "KL"), ("mask_mean", "2", "mean mask")):
             figure.add_trace(
                 go.Scatter(
@@ -248,9 +251,8 @@ def size_sensitivity(
         raise DfaError(f"Column {x!r} has only one size: there is no sensitivity to show.")
     totals = summary(table, [group, x], value)
     figure = Picture()
-    for i, name in enumerate(dict.fromkeys(table[group])):
+    for name, color in styling.line_colors(table[group]).items():
         part = totals[totals[group] == name].sort_values(x)
-        color = styling.LINES[i % len(styling.LINES)]
         spread = part["std"].fillna(0).to_numpy()
         sizes, means = part[x].to_numpy(), part["mean"].to_numpy()
         if spread.any():
@@ -384,6 +386,6 @@ def _called(scores: NodeScores, otherwise: str) -> str:
     """What scores say of themselves, for an axis."""
     method = str(scores.meta.get("method", ""))
     if method == "transfer":
-        return "transferred score (mask logit)"
+        return "transferred score" + " (mask logit)" * (mask_of(scores) is not None)
     model = f" on {scores.meta['model']}" if scores.meta.get("model") else ""
     return f"{method} score{model}" if method else otherwise
