@@ -25,6 +25,8 @@ from .evaluation import diagnostics as diagnostics
 from .evaluation.check import TaskCheck as TaskCheck
 from .evaluation.check import check as check
 from .evaluation.faithfulness import faithfulness_curve as faithfulness_curve
+from .evaluation.rehearsal import Rehearsal as Rehearsal
+from .evaluation.rehearsal import rehearse as rehearse
 from .experiments import study as study
 from .models import hooks as hooks
 from .models.hooks import prepared as prepared
