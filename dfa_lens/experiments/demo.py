@@ -47,7 +47,8 @@ def run(
     For every task: nap-ig-inputs on the source, the same directly on the target ("gold"), W trained on the task itself
     ("in-distribution"), W trained on the other five tasks ("zero-shot"), a functional alignment of those and the task's
     own source scores ("functional"), and three controls: the training of zero-shot with equal scores for all source
-    nodes ("uniform-s"), a fixed map by relative depth ("depth-mean"), a random W ("random-w"). Each is judged by its faithfulness curve on held-out prompts.
+    nodes ("uniform-s"), a fixed map by relative depth ("depth-mean"), a random W ("random-w"). Each is judged by its
+    faithfulness curve on held-out prompts.
 
     Parameters
     ----------
