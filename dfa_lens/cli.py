@@ -1,4 +1,5 @@
-"""The command line: ``dfa-lens demo | attribute | fit | transfer | evaluate | report | study | doctor``."""
+"""The command line: ``dfa-lens demo | attribute | measure | carry | fit | transfer | evaluate | report | study`` and
+``doctor``."""
 
 from __future__ import annotations
 
@@ -7,7 +8,7 @@ import sys
 import warnings
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import typer
 
@@ -227,6 +228,83 @@ def _named(values: list[str], what: str) -> dict[str, Path]:
     return named
 
 
+@app.command(epilog="Example: dfa-lens measure --model llama3-tiny-target --task ioi --out ioi-measured.safetensors")
+def measure(
+    model: ModelOption,
+    out: OutOption,
+    task: TaskOption = None,
+    pairs: PairsOption = None,
+    groups: Annotated[int, typer.Option(help="Pairs on which whole groups of nodes are tried; 0: none.")] = 4,
+    examples: ExamplesOption = 64,
+    split: SplitOption = "train",
+    seed: SeedOption = 0,
+    collection: CollectionOption = "offline",
+    backend: BackendOption = "auto",
+    device: DeviceOption = "cpu",
+    dtype: DtypeOption = "float32",
+    batch_size: Annotated[int, typer.Option(help="Examples a pass.")] = 16,
+) -> None:
+    """Measure every head and MLP block by forward passes, and save the table; .csv writes it as one."""
+    import dfa_lens as dfa
+
+    loaded = _model(model, backend, device, dtype)
+    prompts = _pairs(loaded, task, pairs, split=split, examples=examples, seed=seed, collection=collection)
+    found = dfa.measure(loaded, prompts, groups=groups, batch_size=batch_size, progress=True)
+    if out.suffix == ".csv":
+        write_atomically(out, found.to_frame().to_csv(index=False).encode())
+    else:
+        found.save(out)
+    typer.echo(f"{found}; {found.meta['passes']} passes; {out} written.")
+
+
+@app.command(
+    epilog="Example: dfa-lens carry --source llama3-tiny-source --target llama3-tiny-target --task ioi "
+    "--out ioi-target.safetensors"
+)
+def carry(
+    source: ModelOption,
+    target: ModelOption,
+    task: Annotated[str, typer.Option(help="What is carried: one of our tasks, or one of --pairs.")],
+    out: OutOption,
+    teach: Annotated[
+        list[str] | None,
+        typer.Option(help="A task that teaches; may be given several times. Default: all six, and those of --pairs."),
+    ] = None,
+    by: Annotated[
+        str, typer.Option(help="functional: by what nodes do; W: the paper's matrix, trained on the target.")
+    ] = "functional",
+    examples: ExamplesOption = 64,
+    seed: SeedOption = 0,
+    pairs: NamedPairsOption = None,
+    collection: CollectionOption = "offline",
+    backend: BackendOption = "auto",
+    device: DeviceOption = "cpu",
+    dtype: DtypeOption = "float32",
+    batch_size: Annotated[int, typer.Option(help="Examples a pass, of attribution and measurements.")] = 16,
+) -> None:
+    """Carry a task's circuit from one model to another in one go, and save its scores on the target."""
+    import dfa_lens as dfa
+    from dfa_lens.experiments.carry import By
+    from dfa_lens.tasks.own import sources
+
+    if by not in get_args(By):
+        raise unknown("way to carry", by, get_args(By))
+    known = sources(_all_tasks(pairs), collection)
+    for name in (task, *(teach or ())):
+        if name not in known:
+            raise unknown("task", name, known, TaskError)
+    names = dict.fromkeys([*(teach or known), task])
+    small, large = (_model(name, backend, device, dtype) for name in (source, target))
+    ours, theirs = (
+        {name: known[name](model.tokenizer, split="train", n=examples, seed=seed) for name in chosen}
+        for model, chosen in ((small, names), (large, [task] if by == "functional" else names))
+    )
+    found = dfa.carry(small, large, task, ours, theirs, by=by, batch_size=batch_size, seed=seed)  # type: ignore[arg-type]
+    found.save(out)
+    typer.echo(found.to_frame().nsmallest(10, "rank").to_string(index=False))
+    typer.echo(f"{out} written.")
+
+
 @app.command(
     epilog="Example: dfa-lens fit --target llama3-tiny-target --scores ioi=ioi-source.safetensors --out w.safetensors"
 )
@@ -282,7 +360,10 @@ def study(
         typer.Option(help="Folder for the rows; what is there already is not run again.", callback=_writable_folder),
     ],
     setting: Annotated[
-        list[str] | None, typer.Option(help="One of dfa.study.SETTINGS; may be given several times. Default: all.")
+        list[str] | None,
+        typer.Option(
+            help="One of dfa.study.SETTINGS or FUNCTIONAL; may be given several times. Default: all of the first."
+        ),
     ] = None,
     family: Annotated[list[str] | None, typer.Option(help="llama3 or qwen2.5; default: both.")] = None,
     task: Annotated[list[str] | None, typer.Option(help="A test task; default: all six.")] = None,
@@ -297,15 +378,17 @@ def study(
 ) -> None:
     """Compare settings (regimes, controls, methods) over tasks, families and seeds; one tidy table."""
     from dfa_lens.experiments import study as module
+    from dfa_lens.experiments.functional import FUNCTIONAL
     from dfa_lens.experiments.table import means
 
+    settings = {**module.SETTINGS, **FUNCTIONAL}
     for name in setting or ():
-        if name not in module.SETTINGS:
-            raise unknown("setting", name, module.SETTINGS)
+        if name not in settings:
+            raise unknown("setting", name, settings)
     budget = module.QUICK if quick else module.FULL
     table = module.run(
         family,
-        {name: module.SETTINGS[name] for name in setting} if setting else None,
+        {name: settings[name] for name in setting} if setting else None,
         seeds=seed or (0, 1, 2),
         test_tasks=task,
         tasks=_all_tasks(pairs),

@@ -101,6 +101,31 @@ def test_the_command_line_chain(tmp_path):
     assert (tmp_path / "curve.csv").read_text().startswith("fraction,size,faithfulness,kl")
 
 
+def test_the_command_line_carries(tmp_path, monkeypatch):
+    """measure and carry: what the library gives; a name that is no way or task is said before models are loaded."""
+    from typer.testing import CliRunner
+
+    from dfa_lens.cli import app
+    from dfa_lens.errors import DfaError
+
+    monkeypatch.chdir(tmp_path)
+    asked = CliRunner()
+    done = asked.invoke(app, "measure --model llama3-tiny-source --task ioi -n 4 --out m.safetensors".split())
+    assert done.exit_code == 0 and f"{2 * 4 + 4 * (2 + 12)} passes" in done.output
+    source, target = dfa.zoo.load("llama3-tiny-source"), dfa.zoo.load("llama3-tiny-target")
+    ours = {task: dfa.tasks.load(task, source.tokenizer, n=4) for task in ("addition", "mcqa", "ioi")}
+    theirs = {"ioi": dfa.tasks.load("ioi", target.tokenizer, n=4)}
+    assert dfa.Measurements.load("m.safetensors") == dfa.measure(source, ours["ioi"])
+    command = "carry --source llama3-tiny-source --target llama3-tiny-target --task ioi -n 4 --out c.safetensors"
+    done = asked.invoke(app, [*command.split(), "--teach", "addition", "--teach", "mcqa"])
+    assert done.exit_code == 0, done.output
+    assert dfa.NodeScores.load("c.safetensors") == dfa.carry(source, target, "ioi", ours, theirs)
+    monkeypatch.setattr("dfa_lens.models.loading.load_model", None)
+    for wrong, message in ((["--teach", "adition"], "Unknown task 'adition'"), (["--by", "w"], "way to carry 'w'")):
+        done = asked.invoke(app, [*command.split(), *wrong])
+        assert isinstance(done.exception, DfaError) and message in str(done.exception)
+
+
 def test_the_command_line_of_edges(tmp_path, monkeypatch):
     """attribute --edges → evaluate → report, with files of ours and of MIB."""
     from typer.testing import CliRunner
@@ -160,7 +185,18 @@ def test_command_line_errors_are_one_line(tmp_path):
 
 
 def test_every_command_shows_an_example(tmp_path):
-    for command in ("demo", "attribute", "fit", "transfer", "evaluate", "report", "study", "doctor"):
+    for command in (
+        "demo",
+        "attribute",
+        "measure",
+        "carry",
+        "fit",
+        "transfer",
+        "evaluate",
+        "report",
+        "study",
+        "doctor",
+    ):
         code, out, _ = run_cli(command, "--help", cwd=tmp_path)
         assert code == 0
         assert f"Example: dfa-lens {command} " in " ".join(out.split())
