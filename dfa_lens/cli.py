@@ -27,7 +27,10 @@ MIB_SUFFIXES = (".json", ".pt")
 
 ModelOption = Annotated[str, typer.Option(help="A shipped model, a checkpoint folder, or a Hugging Face name.")]
 TaskOption = Annotated[
-    str | None, typer.Option(help="ioi, mcqa, addition, subtraction, arc-easy or arc-challenge; or give --pairs.")
+    str | None,
+    typer.Option(
+        help="ioi, mcqa, addition, subtraction, arc-easy, arc-challenge, or a further offline task; or give --pairs."
+    ),
 ]
 PairsOption = Annotated[
     Path | None,
@@ -104,18 +107,24 @@ def _own_tasks(pairs: list[str] | None) -> dict[str, Any]:
     return {task: FileTask.read(path) for task, path in _named(pairs or [], "Pairs").items()}
 
 
-def _all_tasks(pairs: list[str] | None) -> dict[str, Any] | None:
-    """Our tasks and those of files; None: ours."""
-    from dfa_lens import tasks
+def _all_tasks(pairs: list[str] | None, named: list[str] | None, families: list[str] | None) -> dict[str, Any] | None:
+    """Our tasks and those of files; None: the paper's six. Where a further one is named, or models of those: those."""
+    from dfa_lens import tasks, zoo
 
     own = _own_tasks(pairs)
+    models = [name for family in families or () for name in zoo.pairs("more").get(family, ())]
+    solved = [task for task in tasks.names("more") if all(task in zoo.solves(name) for name in models)]
+    if models or set(named or ()) & set(tasks.names("more")):
+        return {name: name for name in solved} | own
     return {name: name for name in tasks.names()} | own if own else None
 
 
 @app.command(epilog="Example: dfa-lens demo --quick --family llama3 --out report")
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for the report.", callback=_writable_folder)] = Path("report"),
-    family: Annotated[list[str] | None, typer.Option(help="llama3 or qwen2.5; default: both.")] = None,
+    family: Annotated[
+        list[str] | None, typer.Option(help="llama3, qwen2.5 or llama3-more; default: the first two.")
+    ] = None,
     task: Annotated[
         list[str] | None, typer.Option(help="A task; may be given several times. Default: all six.")
     ] = None,
@@ -137,7 +146,7 @@ def demo(
         only=task,
         seed=seed,
         budget=budget if batch_size is None else replace(budget, batch_size=batch_size),
-        tasks=_all_tasks(pairs),
+        tasks=_all_tasks(pairs, task, family),
         device=device,
         dtype=_dtype(dtype),
         collection=collection,
@@ -365,7 +374,9 @@ def study(
             help="One of dfa.study.SETTINGS or FUNCTIONAL; may be given several times. Default: all of the first."
         ),
     ] = None,
-    family: Annotated[list[str] | None, typer.Option(help="llama3 or qwen2.5; default: both.")] = None,
+    family: Annotated[
+        list[str] | None, typer.Option(help="llama3, qwen2.5 or llama3-more; default: the first two.")
+    ] = None,
     task: Annotated[list[str] | None, typer.Option(help="A test task; default: all six.")] = None,
     seed: Annotated[list[int] | None, typer.Option(help="Default: 0, 1 and 2.")] = None,
     workers: Annotated[int, typer.Option(help="Processes.")] = 1,
@@ -391,7 +402,7 @@ def study(
         {name: settings[name] for name in setting} if setting else None,
         seeds=seed or (0, 1, 2),
         test_tasks=task,
-        tasks=_all_tasks(pairs),
+        tasks=_all_tasks(pairs, task, family),
         budget=budget if batch_size is None else replace(budget, batch_size=batch_size),
         out=out,
         workers=workers,

@@ -53,7 +53,7 @@ def run(
     Parameters
     ----------
     families:
-        Of :func:`dfa_lens.zoo.pairs`; default: all.
+        Of ``dfa.zoo.pairs("all")``; default: those that know the paper's tasks.
     only:
         The tasks to evaluate; default: all. Zero-shot training uses all others in any case.
     seed:
