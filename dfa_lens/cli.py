@@ -277,7 +277,10 @@ def carry(
     out: OutOption,
     teach: Annotated[
         list[str] | None,
-        typer.Option(help="A task that teaches; may be given several times. Default: all six, and those of --pairs."),
+        typer.Option(
+            help="A task that teaches; may be given several times. Default: the paper's six, or what a shipped source "
+            "solves, and those of --pairs."
+        ),
     ] = None,
     by: Annotated[
         str, typer.Option(help="functional: by what nodes do; W: the paper's matrix, trained on the target.")
@@ -298,11 +301,13 @@ def carry(
 
     if by not in get_args(By):
         raise unknown("way to carry", by, get_args(By))
-    known = sources(_all_tasks(pairs), collection)
+    own = _own_tasks(pairs)
+    known = sources({name: name for name in dfa.tasks.names("all")} | own, collection)
     for name in (task, *(teach or ())):
         if name not in known:
             raise unknown("task", name, known, TaskError)
-    names = dict.fromkeys([*(teach or known), task])
+    usual = dfa.zoo.solves(source) if source in dfa.zoo.names("all") else dfa.tasks.names()
+    names = dict.fromkeys([*(teach or (*usual, *own)), task])
     small, large = (_model(name, backend, device, dtype) for name in (source, target))
     ours, theirs = (
         {name: known[name](model.tokenizer, split="train", n=examples, seed=seed) for name in chosen}

@@ -25,8 +25,8 @@ from dfa_lens.transfer.measure import GROUP_MEASURES, MEASURES
 ROOT = Path(__file__).parents[2]
 #: The shipped pairs, six tasks or twelve others each, and one of two families of models.
 PAIRS = {**dfa.zoo.pairs("all"), "llama3 to qwen2.5": ("llama3-tiny-source", "qwen2.5-tiny-target")}
-#: A pair and one that knows other tasks, whose source can teach, too.
-ALSO = {"llama3": "llama3-more", "qwen2.5": "qwen2.5-more", "llama3-more": "llama3", "qwen2.5-more": "qwen2.5"}
+#: A pair and one that knows other tasks, whose source can teach, too: of the same family of models or not.
+ALSO = {"llama3": "llama3-more", "qwen2.5": "llama3-more", "llama3-more": "llama3"}
 #: Those that a pair of two families needs: the others know no source.
 ACROSS = ("functional", "functional, own scores", "functional, own scores alone")
 SINGLE = (*MEASURES, *GROUP_MEASURES)
@@ -188,6 +188,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--settings", nargs="+", default=None, help="default: all")
     parser.add_argument("--pair", nargs="+", default=None, help="NAME=SOURCE:TARGET; default: the shipped ones")
+    parser.add_argument("--only", nargs="+", default=None, help="some of the pairs by name; the others can teach")
     parser.add_argument("--tables-only", action="store_true", help="run nothing")
     parser.add_argument("--build", type=Path, default=ROOT / "build" / "functional")
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "results")
@@ -201,8 +202,8 @@ def main() -> None:
         warnings.simplefilter("ignore", dfa.IntegrationWarning)  # gold with 5 steps is what it is
         for seed in given.seeds:
             made = made_pairs(pairs, seed, given.build)
-            for name, pair in made.items():
-                run(name, pair, given.settings, path)
+            for name in given.only or made:
+                run(name, made[name], given.settings, path)
     table = pd.read_csv(path).drop_duplicates(["family", "seed", "task", "setting"])
     text = tables(table)
     print(text)
@@ -216,8 +217,10 @@ def made_pairs(pairs: dict[str, tuple[str, ...]], seed: int, build: Path) -> dic
     sides = {name: Side(name, seed, build) for both in pairs.values() for name in both}
     made = {}
     for name, (source, target) in pairs.items():
-        spec = dfa.zoo.SPECS.get(source)
-        made[name] = Pair(sides[source], sides[target], dfa.tasks.names(spec.tasks) if spec else None)
+        solved = [
+            [*dfa.zoo.solves(model)] if model in dfa.zoo.SPECS else [*dfa.tasks.names()] for model in (source, target)
+        ]
+        made[name] = Pair(sides[source], sides[target], [task for task in solved[0] if task in solved[1]])
     for name, other in ALSO.items():
         if name in made and other in made:
             made[name].also = made[other]
