@@ -9,11 +9,13 @@ from .attribution.edges import attribute_edges as attribute_edges
 from .data import metrics as metrics
 from .data import statistics as statistics
 from .data.alignment import Alignment as Alignment
+from .data.circuit import Circuit as Circuit
 from .data.curve import FaithfulnessCurve as FaithfulnessCurve
 from .data.edge_alignment import EdgeAlignment as EdgeAlignment
 from .data.edges import EdgeScores as EdgeScores
 from .data.edges import EdgeSet as EdgeSet
 from .data.measurements import Measurements as Measurements
+from .data.membership import Membership as Membership
 from .data.nodes import Node as Node
 from .data.nodes import NodeSet as NodeSet
 from .data.pairs import PromptPairs as PromptPairs
@@ -21,6 +23,7 @@ from .data.scores import NodeScores as NodeScores
 from .errors import DfaError as DfaError
 from .estimate import Estimate as Estimate
 from .estimate import estimate as estimate
+from .evaluation import circuits as circuits
 from .evaluation import diagnostics as diagnostics
 from .evaluation.check import TaskCheck as TaskCheck
 from .evaluation.check import check as check

@@ -65,6 +65,10 @@ class TrainingError(DfaError, RuntimeError):
     alignment: Any = None
 
 
+class CircuitError(DfaError, ValueError):
+    """A circuit that can't be made or compared: of other nodes, of a size that it can't have."""
+
+
 class FaithfulnessError(DfaError, ValueError):
     """A faithfulness curve that is not defined."""
 

@@ -17,7 +17,7 @@ from dfa_lens.data.nodes import NodeSet
 from dfa_lens.data.pairs import PromptPairs
 from dfa_lens.errors import DfaError
 from dfa_lens.evaluation.edge_circuits import need_of_edge_curve
-from dfa_lens.evaluation.faithfulness import need_of_curve
+from dfa_lens.evaluation.node_circuits import need_of_curve
 from dfa_lens.models import backend
 from dfa_lens.models.backend import HookedModel
 from dfa_lens.models.memory import Footprint, Need

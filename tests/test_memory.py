@@ -8,7 +8,7 @@ import torch
 from helpers import random_model, random_pairs
 
 import dfa_lens as dfa
-from dfa_lens.evaluation.faithfulness import need_of_curve
+from dfa_lens.evaluation.node_circuits import need_of_curve
 from dfa_lens.models import memory
 from dfa_lens.models.runner import Runner
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, TypeVar
 
+from dfa_lens.data import html
 from dfa_lens.data.content import ByContent
 from dfa_lens.errors import AlignmentError, short
 
@@ -64,6 +65,15 @@ class Chain(ByContent):
             return NotImplemented
         meta = {"chain": [dict(first.meta), dict(self.meta)]}
         return type(self)((*first.stages, *self.stages), self.temperature, (), meta)
+
+    def _repr_html_(self) -> str:
+        """How it was made, for notebooks."""
+        import pandas as pd
+
+        plain = {key: value for key, value in self.meta.items() if isinstance(value, (str, int, float))}
+        last = {f"last {key}": value for key, value in self.history[-1].items()} if self.history else {}
+        rows = {"temperature": self.temperature, **plain, **last}
+        return html.shown(repr(self), pd.DataFrame({"": rows.keys(), "value": map(str, rows.values())}))
 
     def __repr__(self) -> str:
         sizes = " → ".join(str(len(each)) for each in (self.stages[0].source, *(stage.target for stage in self.stages)))

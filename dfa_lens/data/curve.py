@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import Float, Int
 
+from dfa_lens.data import html
+from dfa_lens.data.circuit import Circuit
 from dfa_lens.data.content import ByContent
-from dfa_lens.data.scores import Ranking
+from dfa_lens.data.scores import NodeScores, Ranking
 from dfa_lens.data.statistics import UNDEFINED, Interval, enough, resampled
 from dfa_lens.errors import FaithfulnessError
 
@@ -56,6 +58,8 @@ class FaithfulnessCurve(ByContent):
     live_sizes:
         [size] of edges: how many of the circuit's lie on a path of its edges from the input to the logits, those that
         are in it unranked among them. The others change nothing. None of nodes.
+    ranked:
+        Of nodes: the scores by which they were ranked, which :meth:`smallest` names the circuit by.
 
     Raises
     ------
@@ -84,6 +88,7 @@ class FaithfulnessCurve(ByContent):
     empty_values: Float[np.ndarray, " example"] = None  # type: ignore[assignment]
     unit: Literal["nodes", "edges"] = "nodes"
     live_sizes: Int[np.ndarray, " size"] | None = None
+    ranked: NodeScores | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         if self.empty_values is None:
@@ -194,6 +199,91 @@ class FaithfulnessCurve(ByContent):
         (low, high), _ = self._bootstrap(lambda f: area(self.fractions, of(f)), confidence, resamples, seed)
         return Interval(float(low), float(high))
 
+    def smallest(
+        self,
+        f: float = 0.9,
+        *,
+        name: str | None = None,
+        confidence: float = 0.95,
+        resamples: int = 2000,
+        seed: int = 0,
+    ) -> Circuit:
+        """The smallest circuit that was run whose faithfulness is at least ``f``.
+
+        A curve is not always rising: a larger circuit can be below ``f`` again.
+
+        Parameters
+        ----------
+        f:
+            The least faithfulness.
+        name:
+            What the circuit is called; default: "smallest with f ≥ …".
+        confidence, resamples, seed:
+            Of the interval of its size, see :meth:`smallest_size`.
+
+        Returns
+        -------
+        Circuit
+            ``.meta`` says its ``faithfulness`` and, over resampled examples, the ``size_interval`` (a pair).
+
+        Raises
+        ------
+        FaithfulnessError
+            If no circuit that was run is so faithful; or the curve is of edges, or does not know its scores.
+
+        Examples
+        --------
+        >>> import dfa_lens as dfa
+        >>> model = dfa.zoo.load("llama3-tiny-source")
+        >>> pairs = dfa.tasks.load("ioi", model.tokenizer, n=8)
+        >>> curve = dfa.faithfulness_curve(model, pairs, dfa.attribute(model, pairs, method="nap"), sizes=[0, 27, 54])
+        >>> len(curve.smallest(f=0.9))
+        27
+        """
+        if self.ranked is None:
+            raise FaithfulnessError(
+                f"A curve of {self.unit} without their scores can't name a circuit; smallest_size says how large it is."
+            )
+        k, interval = self.smallest_size(f, confidence=confidence, resamples=resamples, seed=seed)
+        found = self.ranked.circuit(k, ranking=self.ranking, name=name or f"smallest with f ≥ {f:g}")
+        more = {
+            "faithfulness": float(self.faithfulness[self.sizes.tolist().index(k)]),
+            "size_interval": list(interval),
+            "protocol": self.protocol,
+            "examples": len(self.clean_values),
+        }
+        return Circuit(found.names, found.universe, name=found.name, meta={**found.meta, **more})
+
+    def smallest_size(
+        self, f: float = 0.9, *, confidence: float = 0.95, resamples: int = 2000, seed: int = 0
+    ) -> tuple[int, Interval]:
+        """The smallest size that was run with faithfulness ``f`` or more, and its interval over resampled examples.
+
+        A resample in which no size reaches ``f`` counts as the whole model. Of one example the interval is NaN, as in
+        :meth:`cpr_interval`.
+
+        Raises
+        ------
+        FaithfulnessError
+            If no size reaches ``f``.
+        """
+        reached = self.faithfulness >= f
+        if not reached.any():
+            raise FaithfulnessError(
+                f"No circuit that was run reaches f = {f:g}: the best has f = {self.faithfulness.max():.3f}, at size "
+                f"{self.sizes[self.faithfulness.argmax()]} of {self.n_nodes}."
+            )
+        k = int(self.sizes[reached.argmax()])
+        if not enough(len(self.clean_values), "a size's interval", confidence, resamples):
+            return k, UNDEFINED
+
+        def first(values: np.ndarray) -> np.ndarray:
+            above = values >= f
+            return np.where(above.any(0), self.sizes[above.argmax(0)], self.n_nodes).astype(float)
+
+        (low, high), _ = self._bootstrap(first, confidence, resamples, seed)
+        return k, Interval(float(low), float(high))
+
     def at(self, k: int) -> float:
         """f for k nodes, linear between the sizes that were run, the empty circuit and the whole model (f = 1)."""
         if not 0 <= k <= self.n_nodes:
@@ -211,6 +301,12 @@ class FaithfulnessCurve(ByContent):
 
         columns = {"fraction": self.fractions, "size": self.sizes, "faithfulness": self.faithfulness, "kl": self.kl}
         return pd.DataFrame(columns if self.live_sizes is None else {**columns, "live_size": self.live_sizes})
+
+    def _repr_html_(self) -> str:
+        """f at some sizes, for notebooks."""
+        table = self.to_frame()
+        rows = np.unique(np.linspace(0, len(table) - 1, min(len(table), html.MOST_ROWS)).round().astype(int))
+        return html.shown(repr(self), table.iloc[rows])
 
     def __repr__(self) -> str:
         return (

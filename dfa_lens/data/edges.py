@@ -24,7 +24,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from dfa_lens.data import mib_graphs, selection
+from dfa_lens.data import html, mib_graphs, selection
 from dfa_lens.data.content import ByContent, float_copy, plain
 from dfa_lens.data.files import load_tensors, made_from, parse_json, save_tensors
 from dfa_lens.data.nodes import NodeSet
@@ -691,6 +691,10 @@ class EdgeScores(ByContent):
         best = ", ".join(f"{name} {score:+.3g}" for name, score in self.top(min(3, len(self))).items())
         method = f"{self.meta['method']}, " if "method" in self.meta else ""
         return f"EdgeScores({method}{len(self)} edges, best: {best})"
+
+    def _repr_html_(self) -> str:
+        """The best edges, for notebooks."""
+        return html.shown(repr(self), self.to_frame().sort_values("rank"))
 
     # --- files -----------------------------------------------------------------------------------------------
 

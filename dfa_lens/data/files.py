@@ -86,8 +86,8 @@ def writable(path: str | os.PathLike[str], *, folder: bool = False) -> Path:
     Raises
     ------
     FileError
-        If the path is empty, has a NUL in it, is a folder where a file is wanted or a file where a folder is, or lies
-        where nothing may be written.
+        If the path is empty, has a NUL in it, is a folder where a file is wanted or a file where a folder is, is a
+        device or a pipe (also through a link), or lies where nothing may be written.
     """
     text = os.fspath(path)
     if (text in ("", ".") and not folder) or "\0" in text:
@@ -96,6 +96,8 @@ def writable(path: str | os.PathLike[str], *, folder: bool = False) -> Path:
     with _as_file_error(f"Can't write {_shown(path)}"):
         if path.exists() and path.is_dir() != folder:
             raise FileError(f"Can't write {_shown(path)}: it is a {'folder' if path.is_dir() else 'file'}.")
+        if path.exists() and not path.is_dir() and not path.is_file():
+            raise FileError(f"Can't write {_shown(path)}: it is a device or a pipe, and would be replaced.")
         existing = next(each for each in (path, *path.absolute().parents) if each.exists())
         if not existing.is_dir() and existing != path:
             raise FileError(f"Can't write {_shown(path)}: {_shown(existing)} is no folder.")
@@ -314,7 +316,9 @@ def load_tensors(path: str | Path, kind: str, names: Sequence[str]) -> tuple[dic
     except (SafetensorError, OSError, ValueError, KeyError, AttributeError, RuntimeError) as error:
         raise FileError(f"{path} is not a readable safetensors file: {_reason(error)}.") from error
     if metadata.get("format") != kind:
-        raise FileError(f"{path} is not a file of {kind.rsplit(' ', 1)[0]!r}.")
+        found = metadata.get("format", "")
+        what = f": it is one of {short(found.rsplit(' ', 1)[0])!r}" if found.startswith("dfa_lens ") else ""
+        raise FileError(f"{path} is not a file of {kind.rsplit(' ', 1)[0]!r}{what}.")
     checksum = metadata.pop("checksum", None)  # files of the first versions have none
     foreign = metadata.keys() - {"format", *names}
     if foreign:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Mapping
-from itertools import chain
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,8 +12,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from dfa_lens.data import html, mib_nodes
+from dfa_lens.data.circuit import Circuit
 from dfa_lens.data.content import ByContent, float_copy, plain
-from dfa_lens.data.files import load_tensors, made_from, parse_json, read_json, save_tensors, write_atomically
+from dfa_lens.data.files import load_tensors, made_from, parse_json, read_json, save_tensors
 from dfa_lens.data.nodes import NodeSet
 from dfa_lens.errors import FileError, ScoreError, short, unknown
 
@@ -90,6 +91,33 @@ class NodeScores(ByContent):
             raise ScoreError(f"k must be between 0 and the number of nodes, {len(self)}, not {k}.")
         return {self.nodes.names[i]: float(self.values[i]) for i in self.order(ranking)[:k].tolist()}
 
+    def circuit(self, k: int, *, ranking: Ranking = "signed", name: str | None = None) -> Circuit:
+        """The ``k`` best nodes as a circuit: the one that a faithfulness curve runs at size ``k``.
+
+        Parameters
+        ----------
+        k:
+            How many nodes.
+        ranking:
+            As for the curve.
+        name:
+            What the circuit is called; default: "top k".
+
+        Raises
+        ------
+        ScoreError
+            If ``k`` is out of range.
+
+        Examples
+        --------
+        >>> import torch, dfa_lens as dfa
+        >>> scores = dfa.NodeScores(torch.tensor([0.1, 2.0, -1.0]), dfa.NodeSet.for_sizes(1, 2))
+        >>> scores.circuit(2)
+        Circuit('top 2': 2 of 3 nodes: a0.h0, a0.h1)
+        """
+        names = self.top(k, ranking=ranking)
+        return Circuit(names, self.nodes, name=name or f"top {k}", meta={**self.meta, "k": k, "ranking": ranking})
+
     def to_frame(self) -> Any:
         """A pandas table, a row per node: node, kind, layer, index, score, rank."""
         import pandas as pd
@@ -104,6 +132,51 @@ class NodeScores(ByContent):
                 "rank": self.ranks().numpy(),
             }
         )
+
+    @classmethod
+    def from_frame(cls, table: Any, nodes: NodeSet | None = None, meta: Mapping[str, Any] | None = None) -> NodeScores:
+        """From a pandas table with the columns ``node`` and ``score``, in any order of rows.
+
+        Parameters
+        ----------
+        table:
+            What :meth:`to_frame` gives, or a table of your own; other columns do not count.
+        nodes:
+            The nodes of the model; default: the heads and MLP blocks (and the input) that the names are, all of them.
+        meta:
+            Where the scores come from.
+
+        Raises
+        ------
+        ScoreError
+            If a column is missing, a node is missing, unknown or given twice, or a score is no finite number.
+
+        Examples
+        --------
+        >>> import pandas as pd, dfa_lens as dfa
+        >>> table = pd.DataFrame({"node": ["m0", "a0.h1", "a0.h0"], "score": [3.0, 2.0, 1.0]})
+        >>> dfa.NodeScores.from_frame(table).values.tolist()
+        [1.0, 2.0, 3.0]
+        """
+        for column in ("node", "score"):
+            if column not in table:
+                raise unknown("column", column, [str(each) for each in table.columns], ScoreError)
+        names, given = [str(name) for name in table["node"]], table["score"].tolist()
+        scores = dict(zip(names, given, strict=True))
+        if len(scores) < len(names):
+            raise ScoreError(f"Node {next(n for n in names if names.count(n) > 1)!r} is in the table twice.")
+        nodes = nodes if nodes is not None else _nodes_called(names)
+        missing = next((name for name in nodes.names if name not in scores), None)
+        if missing is not None:
+            raise ScoreError(f"The table lacks node {missing!r}: it has {len(scores)} nodes, not {len(nodes)}.")
+        foreign = next((name for name in scores if name not in nodes), None)
+        if foreign is not None:
+            raise ScoreError(f"The table has a node {short(foreign)!r}, which is not among the {len(nodes)} nodes.")
+        try:
+            values = torch.tensor([float(scores[name]) for name in nodes.names], dtype=torch.float64)
+        except (TypeError, ValueError) as error:
+            raise ScoreError(f"The scores must be numbers: {short(error)}.") from None
+        return cls(values, nodes, meta)
 
     def require(self, nodes: NodeSet, what: str = "these scores") -> None:
         """A :class:`ScoreError` unless the scores belong to ``nodes``."""
@@ -128,6 +201,10 @@ class NodeScores(ByContent):
         best = ", ".join(f"{name} {score:+.3g}" for name, score in self.top(min(3, len(self))).items())
         method = f"{self.meta['method']}, " if "method" in self.meta else ""
         return f"NodeScores({method}{len(self)} nodes, best: {best})"
+
+    def _repr_html_(self) -> str:
+        """The best nodes, for notebooks."""
+        return html.shown(repr(self), self.to_frame().sort_values("rank"))
 
     # --- files -----------------------------------------------------------------------------------------------
 
@@ -168,18 +245,7 @@ class NodeScores(ByContent):
         ScoreError
             If the scores are not those of every head and MLP block of a model.
         """
-        layers, heads = _layers_and_heads(self.nodes)
-        full = NodeSet.for_sizes(layers, heads, with_input=True)
-        by_name = dict(zip(self.nodes.names, self.values.tolist(), strict=True))
-        nodes: dict[str, Any] = {name: {"score": by_name.get(name, 0.0), "in_graph": True} for name in full.names}
-        nodes["logits"] = {"in_graph": True}
-        cfg = {
-            "n_layers": layers,
-            "n_heads": heads,
-            "parallel_attn_mlp": False,
-            "model_name": str(self.meta.get("model", "")),
-        }
-        write_atomically(path, json.dumps({"cfg": cfg, "nodes": nodes, "edges": {}}, indent=1).encode())
+        mib_nodes.write(path, self.nodes, self.values, model=str(self.meta.get("model", "")))
 
     @classmethod
     def from_mib(cls, path: str | Path, *, nodes: NodeSet | None = None) -> NodeScores:
@@ -201,8 +267,8 @@ class NodeScores(ByContent):
         """
         what = "a MIB score file (JSON with cfg and nodes)"
         data = read_json(path, what)
-        layers, heads, scores = made_from(path, what, lambda: _read_mib(data))
-        if nodes is not None and (wanted := _layers_and_heads(nodes)) != (layers, heads):
+        layers, heads, scores = made_from(path, what, lambda: mib_nodes.read(data))
+        if nodes is not None and (wanted := mib_nodes.layers_and_heads(nodes)) != (layers, heads):
             raise ScoreError(
                 f"{path} is for {layers} layers × {heads} heads, but the nodes are those of {wanted[0]} layers × "
                 f"{wanted[1]} heads."
@@ -216,45 +282,14 @@ class NodeScores(ByContent):
         return made_from(path, what, lambda: cls(values, nodes, meta))
 
 
-def _read_mib(data: Mapping[str, Any]) -> tuple[int, int, dict[str, float]]:
-    """Layers, heads and the scores by node of MIB's JSON; a ScoreError or KeyError says what is wrong with it."""
-    cfg, entries = data["cfg"], data["nodes"]
-    for name, part in (("cfg", cfg), ("nodes", entries)):
-        if not isinstance(part, dict):
-            raise ScoreError(f"{name} is a {type(part).__name__}, not an object")
-    layers, heads = cfg["n_layers"], cfg["n_heads"]
-    for name, size in (("n_layers", layers), ("n_heads", heads)):
-        if not isinstance(size, int) or isinstance(size, bool) or size < 1:
-            raise ScoreError(f"{name} is {short(repr(size))}, not a positive integer")
-    scores = {name: _mib_score(name, entry) for name, entry in entries.items() if name != "logits"}
-    # one name after the other, so that a wrong size ends at the first node that is missing and costs nothing
-    known = {"input"}
-    for layer in range(layers):
-        for name in chain((f"a{layer}.h{head}" for head in range(heads)), [f"m{layer}"]):
-            if name not in scores:
-                raise ScoreError(f"it lacks the score of node {name!r}, for {layers} layers × {heads} heads")
-            known.add(name)
-    more = scores.keys() - known
-    if more:
-        raise ScoreError(f"it has a node {short(min(more))!r}, but {layers} layers × {heads} heads")
-    return layers, heads, scores
-
-
-def _mib_score(name: str, entry: object) -> float:
-    score = entry.get("score") if isinstance(entry, dict) else None
-    if score is None:
-        raise ScoreError(f"it lacks the score of node {short(name)!r}")
-    if not isinstance(score, (int, float)) or isinstance(score, bool):
-        raise ScoreError(f"the score of node {short(name)!r} is {short(repr(score))}, not a number")
-    if not math.isfinite(score):
-        raise ScoreError(f"the score of node {short(name)!r} is {score}")
-    return float(score)
-
-
-def _layers_and_heads(nodes: NodeSet) -> tuple[int, int]:
-    layers, heads = nodes.n_layers, max((node.size or 0 for node in nodes if node.kind == "head"), default=0)
-    if heads == 0 or nodes not in (NodeSet.for_sizes(layers, heads), NodeSet.for_sizes(layers, heads, with_input=True)):
+def _nodes_called(names: Sequence[str]) -> NodeSet:
+    """The heads and MLP blocks of the model that has the nodes of these names, told by the highest layer and head."""
+    heads = [(int(found[1]), int(found[2])) for name in names if (found := re.fullmatch(r"a(\d+)\.h(\d+)", name))]
+    layers = 1 + max((layer for layer, _ in heads), default=-1)
+    n_heads = 1 + max((head for _, head in heads), default=-1)
+    if not heads or layers * (n_heads + 1) > len(names):
         raise ScoreError(
-            "MIB's format holds every head and MLP block of a model (and the input); these are other nodes."
+            f"The table's {len(names)} nodes are not every head and MLP block of a model (a0.h0 …, m0, …): say which "
+            "nodes they are with nodes=."
         )
-    return layers, heads
+    return NodeSet.for_sizes(layers, n_heads, with_input="input" in names)

@@ -52,17 +52,26 @@ def extra(protocol: Protocol, ks: Sequence[int]) -> int:
 
 @dataclass
 class Runs:
-    """The metric of every run on every example, in the order of the examples; float64."""
+    """The metric of every run on every example, in the order of the examples; float64.
+
+    Where they are asked for, also the logits at the answer, in float32: of the circuits and of the clean run.
+    """
 
     clean: Float[Tensor, " example"]
     corrupt: Float[Tensor, " example"]
     circuits: Float[Tensor, "size example"]
     kl: Float[Tensor, "size example"]
+    logits: Float[Tensor, "size example vocab"] | None = None
+    clean_logits: Float[Tensor, "example vocab"] | None = None
 
     @classmethod
-    def empty(cls, n_sizes: int, n: int) -> Runs:
-        """Zeros, to be written over."""
-        return cls(*(torch.zeros(shape, dtype=torch.float64) for shape in ((n,), (n,), (n_sizes, n), (n_sizes, n))))
+    def empty(cls, n_sizes: int, n: int, *, d_vocab: int = 0) -> Runs:
+        """Zeros, to be written over; with room for so many logits of each example."""
+        runs = cls(*(torch.zeros(shape, dtype=torch.float64) for shape in ((n,), (n,), (n_sizes, n), (n_sizes, n))))
+        if d_vocab:
+            runs.logits = torch.zeros(n_sizes, n, d_vocab, dtype=torch.float32)
+            runs.clean_logits = torch.zeros(n, d_vocab, dtype=torch.float32)
+        return runs
 
     def record_whole(
         self,
@@ -75,6 +84,8 @@ class Runs:
         """Write down what the whole model gives on the examples ``rows``, clean and corrupt."""
         self.clean[rows] = metric(clean, batch, clean).double().cpu()
         self.corrupt[rows] = metric(corrupt, batch, clean).double().cpu()
+        if self.clean_logits is not None:
+            self.clean_logits[rows] = clean.float().cpu()
 
     def record(
         self,
@@ -89,6 +100,8 @@ class Runs:
         self.circuits[i, rows] = metric(logits, batch, clean).double().cpu()
         log_p_clean, log_p = clean.float().log_softmax(-1), logits.float().log_softmax(-1)
         self.kl[i, rows] = metrics.divergence(log_p_clean, log_p).double().cpu()
+        if self.logits is not None:
+            self.logits[i, rows] = logits.float().cpu()
 
     def curve(
         self, kept: Sequence[float], ks: Sequence[int], *, added: int, protocol: Protocol, ranking: Ranking, n: int
@@ -100,12 +113,7 @@ class Runs:
         FaithfulnessError
             If the clean and the corrupt run have the same mean metric.
         """
-        clean, corrupt = float(self.clean.mean()), float(self.corrupt.mean())
-        if not abs(clean - corrupt) > 1e-9 * max(abs(clean), abs(corrupt), 1e-30):
-            raise FaithfulnessError(
-                f"The clean and the corrupt run have the same mean metric ({clean:.6g} and {corrupt:.6g}): "
-                "faithfulness is not defined on these pairs."
-            )
+        require_gap(float(self.clean.mean()), float(self.corrupt.mean()))
         return FaithfulnessCurve(
             fractions=np.asarray(kept, dtype=np.float64),
             sizes=np.asarray(ks),
@@ -117,4 +125,13 @@ class Runs:
             ranking=ranking,
             n_nodes=n,
             empty_values=(self.circuits[0] if protocol == "nodes" else self.corrupt).numpy(),
+        )
+
+
+def require_gap(clean: float, corrupt: float) -> None:
+    """A :class:`~dfa_lens.errors.FaithfulnessError` if the clean and the corrupt run have the same mean metric."""
+    if not abs(clean - corrupt) > 1e-9 * max(abs(clean), abs(corrupt), 1e-30):
+        raise FaithfulnessError(
+            f"The clean and the corrupt run have the same mean metric ({clean:.6g} and {corrupt:.6g}): "
+            "faithfulness is not defined on these pairs."
         )

@@ -32,7 +32,7 @@ __all__ = ["FULL", "QUICK", "SHOWN", "Budget", "run"]
 
 def run(
     *,
-    families: Sequence[str] | None = None,
+    families: Sequence[str | ModelPair] | None = None,
     only: Sequence[str] | None = None,
     seed: int = 0,
     budget: Budget = FULL,
@@ -53,7 +53,7 @@ def run(
     Parameters
     ----------
     families:
-        Of ``dfa.zoo.pairs("all")``; default: those that know the paper's tasks.
+        Of ``dfa.zoo.pairs("all")``, or pairs of models of your own; default: those that know the paper's tasks.
     only:
         The tasks to evaluate; default: all. Zero-shot training uses all others in any case.
     seed:

@@ -1,0 +1,122 @@
+"""Whole experiments on the command line: the demo, and studies."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dfa_lens.cli import options as option
+from dfa_lens.cli import reading
+from dfa_lens.cli.app import app
+from dfa_lens.cli.writing import records, say
+from dfa_lens.data.files import write_atomically
+from dfa_lens.errors import unknown
+
+
+@app.command(epilog="Example: dfa-lens demo --quick --family llama3 --out report")
+def demo(
+    out: option.FolderOption = Path("report"),
+    family: Annotated[
+        list[str] | None, typer.Option(help="llama3, qwen2.5 or llama3-more; default: the first two.")
+    ] = None,
+    models: option.ModelPairOption = None,
+    task: Annotated[
+        list[str] | None, typer.Option(help="A task; may be given several times. Default: all six.")
+    ] = None,
+    seed: option.SeedOption = 0,
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer examples, steps and sizes.")] = False,
+    pairs: option.NamedPairsOption = None,
+    collection: option.CollectionOption = "offline",
+    device: option.DeviceOption = "cpu",
+    dtype: option.DtypeOption = "float32",
+    batch_size: Annotated[int | None, typer.Option(help="Examples a pass, of attribution and curves.")] = None,
+    as_json: option.JsonOption = False,
+) -> None:
+    """Transfer circuits in the shipped models, or in yours; print a table and write a report."""
+    from dfa_lens.experiments import demo as module
+    from dfa_lens.plots import report as write_report
+
+    budget = module.QUICK if quick else module.FULL
+    results = module.run(
+        families=reading.model_pairs(family, models, device, dtype),
+        only=task,
+        seed=seed,
+        budget=budget if batch_size is None else replace(budget, batch_size=batch_size),
+        tasks=reading.all_tasks(pairs, task, family),
+        device=device,
+        dtype=option.dtype_of(dtype),
+        collection=collection,
+        progress=True,
+    )
+    rows = results.table()
+    write_atomically(out / "results.csv", rows.to_csv(index=False).encode())
+    page = write_report(results, out / "index.html")
+    say(
+        "CPR (area under the faithfulness curve; higher is better)\n\n"
+        f"{results.summary().round(3).to_string()}\n"
+        f"\n{page} and {out / 'results.csv'} written; it took {results.provenance['time']}.",
+        {"report": str(page), "results": str(out / "results.csv"), "rows": records(rows) if as_json else []},
+        as_json=as_json,
+    )
+
+
+@app.command(epilog="Example: dfa-lens study --quick --setting zero-shot --setting uniform-s --out study")
+def study(
+    out: option.FolderOption,
+    setting: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="One of dfa.study.SETTINGS or FUNCTIONAL; may be given several times. Default: all of the first."
+        ),
+    ] = None,
+    family: Annotated[
+        list[str] | None, typer.Option(help="llama3, qwen2.5 or llama3-more; default: the first two.")
+    ] = None,
+    models: option.ModelPairOption = None,
+    task: Annotated[list[str] | None, typer.Option(help="A test task; default: all six.")] = None,
+    seed: Annotated[list[int] | None, typer.Option(help="Default: 0, 1 and 2.")] = None,
+    workers: option.WorkersOption = 1,
+    pairs: option.NamedPairsOption = None,
+    collection: option.CollectionOption = "offline",
+    device: option.DeviceOption = "cpu",
+    dtype: option.DtypeOption = "float32",
+    batch_size: Annotated[int | None, typer.Option(help="Examples a pass, of attribution and curves.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer examples, steps and sizes.")] = False,
+    as_json: option.JsonOption = False,
+) -> None:
+    """Compare settings (regimes, controls, methods) over tasks, families and seeds; one tidy table.
+
+    The folder keeps the rows; what is there already is not run again.
+    """
+    from dfa_lens.experiments import study as module
+    from dfa_lens.experiments.functional import FUNCTIONAL
+    from dfa_lens.experiments.table import means
+
+    settings = {**module.SETTINGS, **FUNCTIONAL}
+    for name in setting or ():
+        if name not in settings:
+            raise unknown("setting", name, settings)
+    budget = module.QUICK if quick else module.FULL
+    table = module.run(
+        reading.model_pairs(family, models, device, dtype),
+        {name: settings[name] for name in setting} if setting else None,
+        seeds=seed or (0, 1, 2),
+        test_tasks=task,
+        tasks=reading.all_tasks(pairs, task, family),
+        budget=budget if batch_size is None else replace(budget, batch_size=batch_size),
+        out=out,
+        workers=workers,
+        device=device,
+        dtype=option.dtype_of(dtype),
+        collection=collection,
+        progress=True,
+    )
+    write_atomically(out / "table.csv", table.to_csv(index=False).encode())
+    say(
+        f"{means(table).round(3).to_string()}\n{out / 'table.csv'} written.",
+        {"table": str(out / "table.csv"), "rows": records(table) if as_json else []},
+        as_json=as_json,
+    )

@@ -1,0 +1,100 @@
+"""The options that commands share, and what is asked of them before the work begins."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from dfa_lens.cli.writing import STANDARD_OUTPUT
+from dfa_lens.data.files import writable
+from dfa_lens.errors import DfaError, ModelError, short, unknown
+
+#: More examples than any task has, or a figure needs: a slip of the finger otherwise runs for hours.
+MOST_EXAMPLES = 20_000
+
+
+def _writable(path: Path | None) -> Path | None:
+    """Asked before the work: that a file can't be written is not to be learned after it."""
+    return path if path is None or path == STANDARD_OUTPUT else writable(path)
+
+
+def _writable_folder(path: Path) -> Path:
+    return writable(path, folder=True)
+
+
+def _examples(number: int) -> int:
+    if not 1 <= number <= MOST_EXAMPLES:
+        raise DfaError(f"--examples is between 1 and {MOST_EXAMPLES:,}, not {number:,}.")
+    return number
+
+
+def _workers(number: int) -> int:
+    if number < 1:
+        raise DfaError(f"--workers is the number of processes, at least 1, not {number}.")
+    return number
+
+
+def dtype_of(name: str) -> Any:
+    """The torch dtype of a name."""
+    import torch
+
+    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+    if name not in known:
+        raise unknown("dtype", name, known, ModelError)
+    return known[name]
+
+
+def batch_size_of(given: str) -> Any:
+    """A number, or "auto"."""
+    if given != "auto" and not (given.isdecimal() and len(given) < 10):
+        raise DfaError(f"--batch-size must be a number or auto, not {short(given)!r}.")
+    return given if given == "auto" else int(given)
+
+
+ModelOption = Annotated[str, typer.Option(help="A shipped model, a checkpoint folder, or a Hugging Face name.")]
+TaskOption = Annotated[
+    str | None,
+    typer.Option(
+        help="ioi, mcqa, addition, subtraction, arc-easy, arc-challenge, or a further offline task; or give --pairs."
+    ),
+]
+PairsOption = Annotated[
+    Path | None,
+    typer.Option(help="Instead of a task: a .csv or .jsonl file with the columns clean, corrupt, answer and wrong."),
+]
+NamedPairsOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="TASK=FILE, a task of your own, as .csv or .jsonl with the columns clean, corrupt, answer and wrong."
+    ),
+]
+NodesOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Nodes to score: a name or pattern (a3.*, m*), or a hook point with the axis that is cut into nodes "
+        "(blocks.{layer}.attn.hook_v=2); may be given several times. Default: all heads and MLP blocks."
+    ),
+]
+ModelPairOption = Annotated[
+    list[str] | None,
+    typer.Option("--models", help="NAME=SOURCE,TARGET, a pair of models of your own, as --model takes them."),
+]
+CollectionOption = Annotated[str, typer.Option(help="Where the tasks come from: offline, or mib (Hugging Face hub).")]
+DeviceOption = Annotated[str, typer.Option(help="cpu, cuda, …")]
+DtypeOption = Annotated[str, typer.Option(help="float32, bfloat16, float16 or float64: of the weights.")]
+BatchOption = Annotated[str, typer.Option(help="Examples a pass, or auto: what fits into memory.")]
+SplitOption = Annotated[str, typer.Option(help="train, validation or test.")]
+ExamplesOption = Annotated[int, typer.Option("--examples", "-n", help="Prompt pairs.", callback=_examples)]
+SeedOption = Annotated[int, typer.Option(help="Of prompts and training.")]
+OutOption = Annotated[
+    Path, typer.Option("--out", "-o", help="File to write, or - for standard output.", callback=_writable)
+]
+MaybeOutOption = Annotated[
+    Path | None, typer.Option("--out", "-o", help="Write the curve as CSV; - is standard output.", callback=_writable)
+]
+FolderOption = Annotated[Path, typer.Option("--out", "-o", help="Folder to write.", callback=_writable_folder)]
+WorkersOption = Annotated[int, typer.Option(help="Processes.", callback=_workers)]
+BackendOption = Annotated[str, typer.Option(help="auto, hooked or bridge.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]

@@ -1,0 +1,161 @@
+"""What commands read: models, prompt pairs, and files of scores of whatever kind."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from dfa_lens.cli.options import dtype_of
+from dfa_lens.data.files import read_bytes, read_json
+from dfa_lens.errors import DfaError, FileError, TaskError, short
+
+#: Of MIB's files: nodes or edges as JSON, edges as torch's.
+MIB_SUFFIXES = (".json", ".pt")
+
+
+def model(name: str, backend: str = "auto", device: str = "cpu", dtype: str = "float32") -> Any:
+    """A model, loaded."""
+    from dfa_lens.models.loading import load_model
+
+    return load_model(name, backend=backend, device=device, dtype=dtype_of(dtype))  # type: ignore[arg-type]
+
+
+def model_pairs(families: list[str] | None, own: list[str] | None, device: str, dtype: str) -> list[Any] | None:
+    """Pairs of models: shipped families by name, and those of the user's; None: all that are shipped."""
+    from dfa_lens.experiments.experiment import ModelPair
+    from dfa_lens.models.loading import load_model
+
+    made: list[Any] = list(families or ())
+    for value in own or ():
+        name, separator, models = value.partition("=")
+        both = models.split(",")
+        if not separator or not name or len(both) != 2 or not all(both):
+            raise DfaError(f"--models are given as NAME=SOURCE,TARGET, not {short(value)!r}.")
+        load = [functools.partial(load_model, each, device=device, dtype=dtype_of(dtype)) for each in both]
+        made.append(ModelPair(name, *load))
+    return made or None
+
+
+def nodes(model: Any, given: Sequence[str] | None) -> Any:
+    """The nodes that names, patterns and hook points mean on a model; None: the usual ones."""
+    from dfa_lens.data.nodes import NodeSet
+
+    if not given:
+        return None
+    points: dict[str, int | None] = {}
+    kept = []
+    for each in given:
+        point, _, axis = each.partition("=")
+        if "hook_" not in point:
+            kept += [node for node in NodeSet.heads_and_mlps(model)[each] if node not in kept]
+        elif axis and not axis.isdecimal():
+            raise DfaError(f"--nodes cuts a hook point along an axis, {point}=2 say, not {short(each)!r}.")
+        else:
+            points[point] = int(axis) if axis else None
+    if points:
+        kept += NodeSet.from_points(model, points)
+    return NodeSet(kept)
+
+
+def pairs(
+    model: Any, task: str | None, file: Path | None, *, split: str, examples: int, seed: int, collection: str
+) -> Any:
+    """The prompt pairs of one of our tasks or of a file, whose rows all count unless they name their splits."""
+    from dfa_lens import tasks
+    from dfa_lens.tasks.own import FileTask
+
+    if (task is None) == (file is None):
+        raise TaskError("Give either --task or --pairs.")
+    if task is not None:
+        return tasks.load(task, model.tokenizer, split=split, n=examples, seed=seed, collection=collection)  # type: ignore[arg-type]
+    own = FileTask.read(file)  # type: ignore[arg-type]
+    return own(model.tokenizer, split=split if own.has_splits else None, n=examples, seed=seed)
+
+
+def named(values: list[str], what: str) -> dict[str, Path]:
+    """Task → file, of options that are given as TASK=FILE."""
+    found: dict[str, Path] = {}
+    for value in values:
+        task, separator, path = value.partition("=")
+        if not separator or not task:
+            raise TaskError(f"{what} are given as TASK=FILE, not {value!r}.")
+        if task in found:
+            raise TaskError(f"{what} of task {task!r} are given twice.")
+        found[task] = Path(path)
+    return found
+
+
+def own_tasks(pairs: list[str] | None) -> dict[str, Any]:
+    """Task → the file that it is read from."""
+    from dfa_lens.tasks.own import FileTask
+
+    return {task: FileTask.read(path) for task, path in named(pairs or [], "Pairs").items()}
+
+
+def all_tasks(
+    pairs: list[str] | None, named: Sequence[str] | None, families: Sequence[str] | None
+) -> dict[str, Any] | None:
+    """Our tasks and those of files; None: the paper's six. Where a further one is named, or models of those: those."""
+    from dfa_lens import tasks, zoo
+
+    own = own_tasks(pairs)
+    models = [name for family in families or () for name in zoo.pairs("more").get(family, ())]
+    solved = [task for task in tasks.names("more") if all(task in zoo.solves(name) for name in models)]
+    if models or set(named or ()) & set(tasks.names("more")):
+        return {name: name for name in solved} | own
+    return {name: name for name in tasks.names()} | own if own else None
+
+
+def kind(path: Path) -> str:
+    """What a file of ours says that it holds, or nothing; what is wrong with it is said by the loading."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            return str((file.metadata() or {}).get("format", ""))
+    except (SafetensorError, OSError):
+        return ""
+
+
+def scores(path: Path) -> Any:
+    """Scores of nodes or of edges, whichever a file holds: ours, MIB's, or a CSV table of nodes.
+
+    Raises
+    ------
+    FileError
+        If it is a file of another kind, which the message names.
+    """
+    import dfa_lens as dfa
+
+    if path.suffix == ".pt":
+        return dfa.EdgeScores.from_mib(path)
+    if path.suffix == ".json":
+        holds_edges = bool(read_json(path, "one of MIB's files").get("edges"))
+        return dfa.EdgeScores.from_mib(path) if holds_edges else dfa.NodeScores.from_mib(path)
+    if path.suffix == ".csv":
+        return _table(path)
+    found = kind(path)
+    if "scores" not in found and found:
+        raise FileError(f"{path} is a file of {found.rsplit(' ', 1)[0]!r}, and scores are needed.")
+    if not found and read_bytes(path)[:1] == b"{":
+        raise FileError(f"{path} is no file of scores but JSON: if it is one of MIB's, let its name end in .json.")
+    return dfa.EdgeScores.load(path) if "edge" in found else dfa.NodeScores.load(path)
+
+
+def _table(path: Path) -> Any:
+    import io
+
+    import pandas as pd
+
+    import dfa_lens as dfa
+
+    try:
+        table = pd.read_csv(io.BytesIO(read_bytes(path)))
+    except (ValueError, UnicodeDecodeError) as error:
+        raise FileError(f"{path} is not a CSV table: {short(error)}.") from error
+    try:
+        return dfa.NodeScores.from_frame(table, meta={"file": path.name})
+    except DfaError as error:
+        raise FileError(f"{path} is not a table of scores of nodes: {error}") from error

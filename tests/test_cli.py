@@ -1,0 +1,342 @@
+"""The command line, as a user meets it."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import dfa_lens as dfa
+from dfa_lens.cli import app
+
+
+def invoke(arguments):
+    return CliRunner().invoke(app, arguments.split(), catch_exceptions=False)
+
+
+def refused(arguments):
+    found = CliRunner().invoke(app, arguments.split()).exception
+    assert isinstance(found, dfa.DfaError), found
+    assert "\n" not in str(found)
+    return str(found)
+
+
+def run_cli(*arguments, cwd):
+    done = subprocess.run(
+        [sys.executable, "-m", "dfa_lens.cli", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        check=False,
+    )
+    return done.returncode, done.stdout, done.stderr
+
+
+def test_the_command_line_chain(tmp_path, monkeypatch):
+    """attribute → fit → transfer → evaluate → report, as the --help examples have it."""
+    monkeypatch.chdir(tmp_path)
+    for arguments in (
+        "attribute --model llama3-tiny-source --task ioi --out ioi-source.safetensors -n 8",
+        "fit --target llama3-tiny-target --scores ioi=ioi-source.safetensors --out w.safetensors --steps 3 -n 8",
+        "transfer --alignment w.safetensors --scores ioi-source.safetensors --out ioi-target.safetensors",
+        "evaluate --model llama3-tiny-target --scores ioi-target.safetensors --task ioi -n 4 --out curve.csv",
+        "report --source ioi-source.safetensors --target ioi-target.safetensors --alignment w.safetensors --out ioi.html",
+    ):
+        assert invoke(arguments).stdout
+    assert (tmp_path / "ioi.html").stat().st_size > 1_000_000
+    assert (tmp_path / "curve.csv").read_text().startswith("fraction,size,faithfulness,kl")
+
+
+def test_measure_and_carry(tmp_path, monkeypatch):
+    """What the library gives; a name that is no way or task is said before models are loaded."""
+    monkeypatch.chdir(tmp_path)
+    said = invoke("measure --model llama3-tiny-source --task ioi -n 4 --out m.safetensors").stdout
+    assert f"{2 * 4 + 4 * (2 + 12)} passes" in said
+    source, target = dfa.zoo.load("llama3-tiny-source"), dfa.zoo.load("llama3-tiny-target")
+    ours = {task: dfa.tasks.load(task, source.tokenizer, n=4) for task in ("addition", "mcqa", "ioi")}
+    theirs = {"ioi": dfa.tasks.load("ioi", target.tokenizer, n=4)}
+    assert dfa.Measurements.load("m.safetensors") == dfa.measure(source, ours["ioi"])
+    command = "carry --source llama3-tiny-source --target llama3-tiny-target --task ioi -n 4 --out c.safetensors"
+    assert invoke(f"{command} --teach addition --teach mcqa").stdout
+    assert dfa.NodeScores.load("c.safetensors") == dfa.carry(source, target, "ioi", ours, theirs)
+    monkeypatch.setattr("dfa_lens.models.loading.load_model", None)
+    assert "Unknown task 'adition'" in refused(f"{command} --teach adition")
+    assert "way to carry 'w'" in refused(f"{command} --by w")
+
+
+def test_the_command_line_of_edges(tmp_path, monkeypatch):
+    """attribute --edges → evaluate → report, with files of ours and of MIB."""
+    monkeypatch.chdir(tmp_path)
+    for arguments in (
+        "attribute --edges --model llama3-tiny-source --task ioi --out edges.safetensors -n 4 --integration-steps 2",
+        "attribute --edges --method eap --readers per-head --model llama3-tiny-source --task ioi --out g.pt -n 4",
+        "evaluate --model llama3-tiny-source --scores edges.safetensors --task ioi -n 2 --selection greedy --out c.csv",
+        "evaluate --model llama3-tiny-source --scores g.pt --task ioi -n 2 --protocol mib --ranking absolute",
+        "report --edges ioi=edges.safetensors --edges per-head=g.pt --out edges.html",
+        "fit --target llama3-tiny-target --scores ioi=edges.safetensors --steps 1 -n 4 --out w.safetensors",
+        "transfer --alignment w.safetensors --scores edges.safetensors --out carried.safetensors",
+    ):
+        assert CliRunner().invoke(app, arguments.split(), catch_exceptions=False).output
+    saved = dfa.EdgeScores.load(tmp_path / "edges.safetensors")
+    assert saved.meta["steps"] == 2
+    assert saved.edges.grouped
+    assert not dfa.EdgeScores.from_mib(tmp_path / "g.pt").edges.grouped
+    assert "live" in (tmp_path / "c.csv").read_text().splitlines()[0]
+    alignment = dfa.EdgeAlignment.load(tmp_path / "w.safetensors")
+    assert dfa.EdgeScores.load(tmp_path / "carried.safetensors") == alignment.transfer(saved)
+    page = (tmp_path / "edges.html").read_text()
+    assert ">ioi</h3>" in page
+    assert ">per-head</h3>" in page
+
+
+def test_the_command_line_says_what_edges_need(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model = "--model llama3-tiny-source --task ioi"
+    for arguments, message in (
+        (f"attribute {model} --out x --readers per-head", "options of edges: add --edges"),
+        (f"attribute --edges {model} --out x.json", "hold per-head readers"),
+        (f"attribute --edges {model} --out x --method nap", "Unknown edge method 'nap'"),
+        ("report --out x", "Give --source and --target, or --edges"),
+        ("report --out x --edges a=b --source c", "either --edges, or"),
+        (f"evaluate {model} --scores missing.safetensors", "missing.safetensors"),
+        (f"evaluate {model} --scores missing.pt", "missing.pt"),
+    ):
+        found = CliRunner().invoke(app, arguments.split()).exception
+        assert isinstance(found, dfa.DfaError)
+        assert message in str(found)
+    assert not list(tmp_path.iterdir())
+
+
+def test_command_line_errors_are_one_line(tmp_path):
+    code, _, err = run_cli("attribute", "--model", "llama3-tiny-source", "--task", "oio", "--out", "x", cwd=tmp_path)
+    assert code == 2
+    assert err.strip().splitlines()[-1].startswith("dfa-lens: Unknown task 'oio'")
+    assert "Traceback" not in err
+
+
+def test_every_command_shows_an_example():
+    for command in (
+        "demo",
+        "attribute",
+        "measure",
+        "carry",
+        "fit",
+        "transfer",
+        "evaluate",
+        "report",
+        "study",
+        "doctor",
+    ):
+        assert f"Example: dfa-lens {command} " in " ".join(invoke(f"{command} --help").output.split())
+
+
+def test_doctor(tmp_path, zoo_source):
+    code, out, err = run_cli("doctor", "--model", "llama3-tiny-source", cwd=tmp_path)
+    assert code == 0, err
+    for text in (
+        dfa.__version__,
+        torch.__version__,
+        "threads for torch",
+        "llama3-tiny-target",
+        "shared beginnings  run once",
+        "edges              2,500 (per head: 3,628): eap in 3 passes, eap-ig-inputs in 1 + 2 x steps",
+    ):
+        assert text in out
+    assert "NOT INSTALLED" not in out
+
+
+def test_doctor_on_a_model_without_a_tokenizer(zoo_source, monkeypatch):
+    from dfa_lens import doctor as diagnosis
+    from dfa_lens.models.runner import Runner
+
+    monkeypatch.setattr(zoo_source, "tokenizer", None)
+    monkeypatch.setattr(Runner, "allows", lambda *args: False)
+    report = "\n".join(diagnosis.lines(zoo_source))
+    assert "NONE: tasks need one" in report
+    assert "shared beginnings  can't be used" in report
+
+
+def test_doctor_on_a_model_without_edges(zoo_source, monkeypatch):
+    from dfa_lens import doctor as diagnosis
+    from dfa_lens.errors import ModelError
+
+    def refuse(*args):
+        raise ModelError("its attention and MLP run in parallel")
+
+    monkeypatch.setattr(diagnosis, "Stream", refuse)
+    assert "  edges              can't be scored: its attention and MLP run in parallel" in diagnosis.lines(zoo_source)
+
+
+def test_shell_completion():
+    """What a shell asks when the user has typed `dfa-lens att` and presses tab."""
+    command = Path(sys.executable).with_name("dfa-lens")
+    asked = {"_DFA_LENS_COMPLETE": "complete_bash", "COMP_WORDS": "dfa-lens att", "COMP_CWORD": "1"}
+    done = subprocess.run([command], env=os.environ | asked, capture_output=True, text=True, check=False)
+    assert done.stdout.split() == ["attribute"]
+
+
+SIZES = {"source": (6, 8), "target": (10, 10)}
+
+
+@pytest.fixture
+def files(tmp_path, monkeypatch):
+    """Scores on the source, transferred ones, and the alignment between them."""
+    monkeypatch.chdir(tmp_path)
+    nodes = {name: dfa.NodeSet.for_sizes(*sizes) for name, sizes in SIZES.items()}
+    alignment = dfa.controls.random_w(nodes["source"], nodes["target"])
+    scores = dfa.controls.random_scores(nodes["source"])
+    alignment.save("w.safetensors")
+    scores.save("s.safetensors")
+    alignment.transfer(scores).save("t.safetensors")
+    scores.to_mib("mib.json")
+    (tmp_path / "mib").write_bytes((tmp_path / "mib.json").read_bytes())
+    return scores, alignment
+
+
+def test_version_and_short_help():
+    assert invoke("--version").output == f"dfa-lens {dfa.__version__}\n"
+    for command in ("", "attribute ", "fit ", "transfer ", "evaluate ", "report ", "study ", "demo ", "doctor "):
+        assert "Usage:" in invoke(f"{command}-h").output
+
+
+def test_every_command_writes_with_o_and_prints_json():
+    for command in ("demo", "study", "attribute", "measure", "carry", "fit", "transfer", "evaluate", "report"):
+        assert (
+            "-o, --out" in " ".join(invoke(f"{command} -h").output.split())
+            or "--out    -o" in invoke(f"{command} -h").output
+        )
+    for command in (
+        "demo",
+        "study",
+        "attribute",
+        "measure",
+        "carry",
+        "fit",
+        "transfer",
+        "evaluate",
+        "report",
+        "doctor",
+    ):
+        assert "--json" in invoke(f"{command} -h").output
+    assert "--integration-steps" in invoke("attribute -h").output
+    assert " --steps" not in invoke("attribute -h").output
+
+
+def test_json_and_csv_hold_what_the_library_says(files):
+    scores, alignment = files
+    found = json.loads(invoke("transfer --alignment w.safetensors --scores s.safetensors -o t.csv --json").stdout)
+    expected = alignment.transfer(scores)
+    assert {row["node"]: row["score"] for row in found["scores"]} == pytest.approx(
+        dict(zip(expected.nodes.names, expected.values.tolist(), strict=True))
+    )
+    import pandas as pd
+
+    back = dfa.NodeScores.from_frame(pd.read_csv("t.csv"))
+    torch.testing.assert_close(back.values, expected.values)
+    # tables and MIB's files are read as ours are
+    for given in ("t.csv", "t.safetensors"):
+        out = invoke(
+            f"evaluate --model llama3-tiny-target --scores {given} --task ioi -n 2 --faithful 0.1 --json"
+        ).stdout
+        found = json.loads(out)
+        assert found["curve"][-1]["faithfulness"] == 1
+        assert found["examples"] == 2
+        circuit = found["circuit"]
+        assert circuit["faithfulness"] >= 0.1
+        assert set(circuit["nodes"]) == set(expected.top(circuit["k"]))
+    assert invoke("transfer --alignment w.safetensors --scores s.safetensors -o mib2.json").exit_code == 0
+    assert json.loads(Path("mib2.json").read_text())["cfg"]["n_layers"] == 10
+
+
+def test_standard_output(files):
+    """The file goes to standard output whole, and nothing else does."""
+    scores, alignment = files
+    command = [sys.executable, "-m", "dfa_lens.cli", "transfer", "--alignment", "w.safetensors"]
+    done = subprocess.run([*command, "--scores", "s.safetensors", "--out", "-"], capture_output=True, check=True)
+    Path("piped.safetensors").write_bytes(done.stdout)
+    assert dfa.NodeScores.load("piped.safetensors") == alignment.transfer(scores)
+    assert b"- written." in done.stderr
+    assert not Path("-").exists()
+    assert "give one of them" in refused("transfer --alignment w.safetensors --scores s.safetensors -o - --json")
+
+
+def test_links_stay_and_devices_are_refused(files, tmp_path):
+    link = tmp_path / "link.safetensors"
+    link.symlink_to(tmp_path / "real.safetensors")
+    assert invoke("transfer --alignment w.safetensors --scores s.safetensors -o link.safetensors").exit_code == 0
+    assert link.is_symlink()
+    assert dfa.NodeScores.load(tmp_path / "real.safetensors") == dfa.NodeScores.load("t.safetensors")
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "device").symlink_to("/dev/null")
+    for name in ("pipe", "device"):
+        message = refused(f"transfer --alignment w.safetensors --scores s.safetensors -o {name}")
+        assert "it is a device or a pipe" in message
+    assert (tmp_path / "device").is_symlink()
+    assert Path("/dev/null").is_char_device()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("attribute --model llama3-tiny-sorce --task ioi -o x", "Did you mean 'llama3-tiny-source'?"),
+        ("attribute --model llama3-tiny-source --task ioi -o x -n 1000000", "between 1 and 20,000, not 1,000,000"),
+        ("attribute --model llama3-tiny-source --task ioi -o x -n 0", "between 1 and 20,000, not 0"),
+        ("attribute --model llama3-tiny-source --task ioi -o x.xlsx", "Scores of nodes can't be written as .xlsx"),
+        ("attribute --model llama3-tiny-source --task ioi -o x.pt", "can't be written as .pt"),
+        ("attribute --edges --nodes m* --model llama3-tiny-source --task ioi -o x", "of edges all are scored"),
+        (
+            "fit --target llama3-tiny-target --scores ioi=s.safetensors -o w.csv",
+            "An alignment can't be written as .csv",
+        ),
+        ("fit --target llama3-tiny-target --scores i=s --scores i=t -o w", "Scores of task 'i' are given twice"),
+        ("evaluate --model llama3-tiny-target --scores t.safetensors --task ioi -o c.json", "A curve can't be written"),
+        (
+            "evaluate --model llama3-tiny-target --scores w.safetensors --task ioi",
+            "a file of 'dfa_lens alignment', and",
+        ),
+        ("evaluate --model llama3-tiny-target --scores mib --task ioi", "let its name end in .json"),
+        ("transfer --alignment s.safetensors --scores w.safetensors -o x", "are --alignment and --scores swapped?"),
+        ("transfer --alignment mib.json --scores s.safetensors -o x", "mib.json is not a readable safetensors file"),
+        ("report --source t.safetensors --target s.safetensors -o x.html", "they are swapped"),
+        ("report --source t.safetensors --target s.safetensors --alignment w.safetensors -o x.html", "are swapped"),
+        ("report --edges a=s.safetensors -o x.html", "The scores of 'a' are of nodes"),
+        ("report --source s.safetensors --target t.safetensors -o x.csv", "A report can't be written as .csv"),
+        ("study -o out --workers 0", "at least 1, not 0"),
+        ("study -o out --models mine=a", "NAME=SOURCE,TARGET, not 'mine=a'"),
+    ],
+)
+def test_what_is_wrong_is_one_line(files, arguments, message):
+    assert message in refused(arguments)
+    assert not list(Path().glob("x*")) and not Path("out").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_device_that_is_not_there(files):
+    assert "the device 'cuda'" in refused("attribute --model llama3-tiny-source --task ioi -o x --device cuda")
+
+
+def test_nodes_of_ones_choice(tmp_path, monkeypatch, zoo_source):
+    from dfa_lens.cli import reading
+
+    monkeypatch.chdir(tmp_path)
+    some = "attribute --model llama3-tiny-source --task ioi -n 2 --method nap --nodes a3.* --nodes m0 -o s.csv"
+    assert invoke(some).exit_code == 0
+    rows = Path("s.csv").read_text().splitlines()
+    assert [row.split(",")[0] for row in rows[1:]] == [f"a3.h{i}" for i in range(8)] + ["m0"]
+    values = reading.nodes(zoo_source, ["blocks.{layer}.attn.hook_v=2", "blocks.{layer}.hook_attn_out"])
+    assert values.points[:2] == ("blocks.0.attn.hook_v", "blocks.0.hook_attn_out")
+    with pytest.raises(dfa.DfaError, match="along an axis"):
+        reading.nodes(zoo_source, ["blocks.{layer}.attn.hook_v=x"])
+
+
+def test_a_pair_of_models_of_ones_own():
+    from dfa_lens.cli import reading
+
+    shipped, own = reading.model_pairs(["llama3"], ["mine=llama3-tiny-source,llama3-tiny-source"], "cpu", "float32")
+    assert shipped == "llama3" and own.name == "mine"
+    assert own.source().cfg.n_layers == 6
+    assert reading.model_pairs(None, None, "cpu", "float32") is None
