@@ -10,7 +10,7 @@ CPR is the area under f over the kept fraction, CMD the area under ``|1 - f|`` (
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from jaxtyping import Bool, Float
@@ -146,7 +146,7 @@ def faithfulness_curve(
     return runs.curve(kept, ks, added=added, protocol=protocol, ranking=ranking, n=n)
 
 
-def _check_model(scores: NodeScores, model: HookedModel) -> None:
+def _check_model(scores: NodeScores, model: Any) -> None:
     """Refuse the scores of a smaller model with equally many heads, whose nodes all exist here, too.
 
     Any other foreign node set is found out when its hook points are looked up or cut. A subset of this model's own
