@@ -101,7 +101,7 @@ def test_bad_input(tmp_path):
     with pytest.raises(ModelError, match="has no config.json"):
         dfa.load_model(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
-    with pytest.raises(ModelError, match="'gpt2' model; Llama and Qwen-2.5"):
+    with pytest.raises(ModelError, match="has no vocabulary|can't be loaded"):
         dfa.load_model(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
     with pytest.raises(ModelError, match="can't be loaded"):
