@@ -28,7 +28,10 @@ from .evaluation import diagnostics as diagnostics
 from .evaluation.check import TaskCheck as TaskCheck
 from .evaluation.check import check as check
 from .evaluation.faithfulness import faithfulness_curve as faithfulness_curve
+from .evaluation.rehearsal import Rehearsal as Rehearsal
+from .evaluation.rehearsal import rehearse as rehearse
 from .experiments import study as study
+from .experiments.carry import carry as carry
 from .models import hooks as hooks
 from .models.hooks import prepared as prepared
 from .models.loading import load_model as load_model

@@ -51,7 +51,7 @@ def lines(model: Any | None = None) -> Iterator[str]:
     if not torch.cuda.is_available():
         yield "  cuda               none"
     yield "works"
-    yield f"  shipped models     {', '.join(zoo.names())}"
+    yield f"  shipped models     {', '.join(zoo.names('all'))}"
     for name, use in OPTIONAL.items():
         yield f"  {name:18s} {'yes' if importlib.util.find_spec(name) else 'no'}: {use}"
     browser = next((path for path in map(shutil.which, ("chromium", "google-chrome", "chrome")) if path), None)

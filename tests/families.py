@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import tempfile
+import copy
 import warnings
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -40,37 +39,68 @@ def family_model(family: str, backend: str, dtype: torch.dtype = torch.float32) 
     if family in ("llama", "qwen"):
         model = random_model(backend, family=family)
     else:
-        model = _bridge(family) if backend == "bridge" else _hooked(family)
+        model = bridge(family) if backend == "bridge" else _hooked(family)
     return model.to(dtype) if dtype != torch.float32 else model
 
 
-def _bridge(family: str) -> Any:
+#: What Hugging Face calls a family, and what its config says beside :data:`_SHAPE`. Windows are shorter than prompts, and
+#: some heads are not d_model / heads wide.
+_KINDS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("Llama", {"tie_word_embeddings": True}),
+    "mistral": ("Mistral", {"sliding_window": WINDOW}),
+    "qwen": ("Qwen2", {}),
+    "qwen3": ("Qwen3", {"head_dim": 12}),
+    "gemma": ("Gemma", {"head_dim": 8}),
+    "gemma2": ("Gemma2", {"head_dim": 8, "sliding_window": WINDOW}),
+    "gemma3": (
+        "Gemma3",
+        {"head_dim": 12, "sliding_window": WINDOW, "layer_types": ["sliding_attention", "full_attention"] * 2},
+    ),
+    "olmo2": ("Olmo2", {}),
+    "phi3": ("Phi3", {"bos_token_id": 1, "eos_token_id": 2}),
+    "gpt_neox": ("GPTNeoX", {"num_key_value_heads": 4}),
+    "mixtral": ("Mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    "qwen3_moe": ("Qwen3Moe", {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "head_dim": 8}),
+}
+PLAIN_FAMILIES = (*_KINDS, "gpt2")
+
+
+@cache
+def hugging_face(family: str) -> Any:
+    """A random model of Hugging Face's, as ``AutoModelForCausalLM.from_pretrained`` would make it."""
     import transformers
-    from transformer_lens.model_bridge import TransformerBridge
 
     torch.manual_seed(0)
-    config: Any
     if family == "gpt2":
-        config = transformers.GPT2Config(
-            vocab_size=VOCABULARY, n_embd=32, n_layer=3, n_head=4, n_positions=64, initializer_range=0.3
-        )
-        model: Any = transformers.GPT2LMHeadModel(config)
-    elif family == "mistral":
-        model = transformers.MistralForCausalLM(transformers.MistralConfig(**_SHAPE, sliding_window=WINDOW))
-    elif family == "gemma":
-        model = transformers.GemmaForCausalLM(transformers.GemmaConfig(**_SHAPE, head_dim=8))
+        shape = {"vocab_size": VOCABULARY, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 64}
+        config: Any = transformers.GPT2Config(**shape, initializer_range=0.3)
     else:
-        config = transformers.Gemma2Config(**_SHAPE, head_dim=8, sliding_window=WINDOW)
-        model = transformers.Gemma2ForCausalLM(config)
+        kind, more = _KINDS[family]
+        layers = len(more.get("layer_types", "abc"))
+        name = "Gemma3TextConfig" if family == "gemma3" else f"{kind}Config"
+        config = getattr(transformers, name)(**(_SHAPE | {"num_hidden_layers": layers} | more))
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):  # transformers starts them at zero
+            torch.nn.init.normal_(parameter, std=0.3)
+    return model.eval()
+
+
+@cache
+def bridge(family: str) -> Any:
+    """The same model as a TransformerBridge."""
+    from transformer_lens.model_bridge import TransformerBridge
+
     from dfa_lens.zoo.tokenizer import build
 
-    with tempfile.TemporaryDirectory() as folder:
-        model.save_pretrained(folder)
-        build(begin_of_text=False).save_pretrained(folder)
-        settings = Path(folder) / "tokenizer_config.json"
-        settings.write_text(settings.read_text().replace("TokenizersBackend", "PreTrainedTokenizerFast"))
-        bridge = TransformerBridge.boot_transformers(folder, device="cpu", dtype=torch.float32)
-    return bridge.eval()
+    model = copy.deepcopy(hugging_face(family))
+    model.set_attn_implementation("eager")
+    # as they stand in a checkpoint's config
+    model.config.architectures, model.config._name_or_path = [type(model).__name__], family
+    made = TransformerBridge.boot_transformers(
+        family, hf_model=model, tokenizer=build(begin_of_text=False), device="cpu", dtype=torch.float32
+    )
+    return made.eval()
 
 
 def _hooked(family: str) -> Any:

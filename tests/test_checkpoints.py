@@ -112,8 +112,8 @@ DAMAGE = {
     "config is a pointer": (lambda f: (f / "config.json").write_bytes(POINTER), "config.json is a Git LFS pointer"),
     "config is a list": (lambda f: (f / "config.json").write_text("[1]"), "config.json holds a list"),
     "no model_type": (lambda f: edit(f, model_type=None), "config.json of mine has no model_type"),
-    "another model_type": (lambda f: edit(f, model_type="gpt2"), "is a 'gpt2' model; Llama and Qwen-2.5"),
-    "a model_type of nobody": (lambda f: edit(f, model_type="lama"), "is a 'lama' model"),
+    "another model_type": (lambda f: edit(f, model_type="gpt2"), "is not the model that its config.json describes"),
+    "a model_type of nobody": (lambda f: edit(f, model_type="lama"), "config.json of mine can't be used.*lama"),
     "a classifier": (
         lambda f: edit(f, architectures=["LlamaForSequenceClassification"]),
         "is a LlamaForSequenceClassification, not a causal language model",

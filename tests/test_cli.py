@@ -51,6 +51,23 @@ def test_the_command_line_chain(tmp_path, monkeypatch):
     assert (tmp_path / "curve.csv").read_text().startswith("fraction,size,faithfulness,kl")
 
 
+def test_measure_and_carry(tmp_path, monkeypatch):
+    """What the library gives; a name that is no way or task is said before models are loaded."""
+    monkeypatch.chdir(tmp_path)
+    said = invoke("measure --model llama3-tiny-source --task ioi -n 4 --out m.safetensors").stdout
+    assert f"{2 * 4 + 4 * (2 + 12)} passes" in said
+    source, target = dfa.zoo.load("llama3-tiny-source"), dfa.zoo.load("llama3-tiny-target")
+    ours = {task: dfa.tasks.load(task, source.tokenizer, n=4) for task in ("addition", "mcqa", "ioi")}
+    theirs = {"ioi": dfa.tasks.load("ioi", target.tokenizer, n=4)}
+    assert dfa.Measurements.load("m.safetensors") == dfa.measure(source, ours["ioi"])
+    command = "carry --source llama3-tiny-source --target llama3-tiny-target --task ioi -n 4 --out c.safetensors"
+    assert invoke(f"{command} --teach addition --teach mcqa").stdout
+    assert dfa.NodeScores.load("c.safetensors") == dfa.carry(source, target, "ioi", ours, theirs)
+    monkeypatch.setattr("dfa_lens.models.loading.load_model", None)
+    assert "Unknown task 'adition'" in refused(f"{command} --teach adition")
+    assert "way to carry 'w'" in refused(f"{command} --by w")
+
+
 def test_the_command_line_of_edges(tmp_path, monkeypatch):
     """attribute --edges → evaluate → report, with files of ours and of MIB."""
     monkeypatch.chdir(tmp_path)
@@ -102,7 +119,18 @@ def test_command_line_errors_are_one_line(tmp_path):
 
 
 def test_every_command_shows_an_example():
-    for command in ("demo", "attribute", "fit", "transfer", "evaluate", "report", "study", "doctor"):
+    for command in (
+        "demo",
+        "attribute",
+        "measure",
+        "carry",
+        "fit",
+        "transfer",
+        "evaluate",
+        "report",
+        "study",
+        "doctor",
+    ):
         assert f"Example: dfa-lens {command} " in " ".join(invoke(f"{command} --help").output.split())
 
 
@@ -176,12 +204,23 @@ def test_version_and_short_help():
 
 
 def test_every_command_writes_with_o_and_prints_json():
-    for command in ("demo", "study", "attribute", "fit", "transfer", "evaluate", "report"):
+    for command in ("demo", "study", "attribute", "measure", "carry", "fit", "transfer", "evaluate", "report"):
         assert (
             "-o, --out" in " ".join(invoke(f"{command} -h").output.split())
             or "--out    -o" in invoke(f"{command} -h").output
         )
-    for command in ("demo", "study", "attribute", "fit", "transfer", "evaluate", "report", "doctor"):
+    for command in (
+        "demo",
+        "study",
+        "attribute",
+        "measure",
+        "carry",
+        "fit",
+        "transfer",
+        "evaluate",
+        "report",
+        "doctor",
+    ):
         assert "--json" in invoke(f"{command} -h").output
     assert "--integration-steps" in invoke("attribute -h").output
     assert " --steps" not in invoke("attribute -h").output

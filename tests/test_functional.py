@@ -218,6 +218,36 @@ def test_what_is_far_from_all_that_taught_shows(taught):
         one.trust(measured(6, 7, 8))
 
 
+def test_without_a_family(taught):
+    """As if it had never been there: the trees, what an attention learns, and the families that are left."""
+    scores, source = taught
+    families = {"a": "x", "b": "y", "c": "x", "d": "z"}
+    for reader in (Attention(steps=3), Trees(trees=5)):
+        whole = dfa.fit_functional(*taught, reader=reader, families=families)
+        rest = dfa.fit_functional(
+            {t: scores[t] for t in "bd"}, {t: source[t] for t in "bd"}, reader=reader, families=families
+        )
+        assert whole.without("x") == rest and whole.without("x").meta["families"] == {"b": "y", "d": "z"}
+        assert rest.without("x") is rest
+    with pytest.raises(AlignmentError, match="Without the family 'y' there is nothing to learn from"):
+        rest.without("z").without("y")
+
+
+@pytest.mark.parametrize("reader", ["trees", "attention"])
+def test_importance(reader):
+    """Scores are one measurement: shuffling it takes all the correlation, shuffling the others next to none."""
+    source = {task: measured(6, 7, i) for i, task in enumerate("abc")}
+    scores = {t: dfa.NodeScores(found["direct-effect"], found.nodes) for t, found in source.items()}
+    found = dfa.fit_functional(scores, source, reader=reader).importance(repeats=3)
+    assert next(iter(found)) == "direct-effect" and set(found) == set(NAMES)
+    assert found["direct-effect"] > 0.7
+    assert all(abs(found[name]) < 0.1 for name in ("change", "entropy"))
+    with pytest.raises(AlignmentError, match="two are needed"):
+        dfa.fit_functional({"a": scores["a"]}, {"a": source["a"]}, trees=2).importance()
+    with pytest.raises(AlignmentError, match="repeats must be an integer of at least 1, not 0"):
+        dfa.fit_functional(scores, source, trees=2).importance(repeats=0)
+
+
 # --- values --------------------------------------------------------------------------------------------------------
 
 

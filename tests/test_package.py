@@ -82,8 +82,9 @@ def test_the_demo_and_its_report(tmp_path):
     results = demo.run(families=["llama3"], only=["addition"], budget=budget)
     again = demo.run(families=["llama3"], only=["addition"], budget=budget)
     table = results.table()
-    assert table["setting"].tolist() == ["gold", "in-distribution", "zero-shot", "uniform-s", "depth-mean", "random-w"]
-    assert table["control"].tolist() == ["", "", "", "uniform-s", "depth-mean", "random-w"]
+    transfers, controls = ["in-distribution", "zero-shot", "functional"], ["uniform-s", "depth-mean", "random-w"]
+    assert table["setting"].tolist() == ["gold", *transfers, *controls]
+    assert table["control"].tolist() == [""] * 4 + controls
     assert table["cpr"].tolist() == again.table()["cpr"].tolist()
     assert list(results.summary().columns) == [*table["setting"], "floor"]
     page = report(results, tmp_path / "out").read_text()

@@ -13,7 +13,7 @@ from helpers import BACKENDS, random_model
 
 from dfa_lens.errors import HookError
 from dfa_lens.models import private
-from dfa_lens.models.backend import Backend
+from dfa_lens.models.backend import backend_of
 
 
 @pytest.fixture
@@ -181,10 +181,10 @@ def test_a_bridge_s_cache_is_filled_under_whatever_name_it_has():
     """Until transformers 5.23 it is called past_key_values, from 5.24 on cache."""
     bridge = random_model("bridge")
     tokens = torch.ones(2, 4, dtype=torch.long)
-    kept = Backend.of(bridge).run_and_keep(tokens, torch.ones_like(tokens))
+    kept = backend_of(bridge).run_and_keep(tokens, torch.ones_like(tokens))
     assert len(kept.keys) == len(kept.values) == 3
     assert kept.keys[0].shape == (2, 2, 4, 8)
-    again = private.cached_layers(private.bridge_cache(list(zip(kept.keys, kept.values, strict=True))))
+    again = private.cached_layers(private.key_value_cache(list(zip(kept.keys, kept.values, strict=True))))
     assert all(torch.equal(a, b) for (a, _), b in zip(again, kept.keys, strict=True))
     assert private.foreign_hook(bridge) is None  # the names are told by hooks that are gone
 
@@ -201,8 +201,8 @@ def test_a_cache_that_was_not_filled_is_found_out():
 def test_a_hooked_transformer_reads_its_weights_as_we_lay_them_out():
     """Laid out so, the copy that it makes on every pass is none: the same memory."""
     model = random_model("hooked")
-    for parameter, order in Backend.of(model).copied_weights():
+    for parameter, order in backend_of(model).copied_weights():
         turned = parameter.data.permute(order).contiguous()
         assert turned.permute([order.index(axis) for axis in range(parameter.ndim)]).shape == parameter.shape
-    names = [name for name, p in model.named_parameters() if any(p is q for q, _ in Backend.of(model).copied_weights())]
+    names = [name for name, p in model.named_parameters() if any(p is q for q, _ in backend_of(model).copied_weights())]
     assert {name.split(".")[-1] for name in names} == {"W_Q", "_W_K", "_W_V", "W_O", "W_gate", "W_in", "W_out"}

@@ -95,14 +95,6 @@ class NoModel(torch.nn.Module):
     hook_dict = None
 
 
-def hugging_face_model() -> Any:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    return LlamaForCausalLM(
-        LlamaConfig(vocab_size=11, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
-    )
-
-
 def inference_weights() -> Any:
     model = random_model(BACKENDS[0])
     with torch.inference_mode():
@@ -118,10 +110,6 @@ def inference_weights() -> Any:
 UNUSABLE = {
     "None": (lambda: None, "A model is needed, not None"),
     "a name": (lambda: "gpt2", "A model is needed, not 'gpt2'"),
-    "a Hugging Face model": (
-        hugging_face_model,
-        r"LlamaForCausalLM can't be hooked.*boot_transformers\(name, hf_model",
-    ),
     "data parallel": (lambda: torch.nn.DataParallel(random_model()), "pass the model inside it, model.module"),
     "an encoder": (NoModel, "is no decoder-only language model"),
     "on meta": (lambda: random_model().to("meta"), "are on the meta device"),
@@ -288,7 +276,7 @@ def test_the_state_of_a_model_is_compared_in_full(model):
     assert state_of(model) == before
 
 
-@pytest.mark.parametrize("model", [None, "gpt2", hugging_face_model(), 3])
+@pytest.mark.parametrize("model", [None, "gpt2", 3])
 def test_what_is_no_model_has_no_nodes(model):
     with pytest.raises(ModelError, match="does not say how many layers and heads it has"):
         dfa.NodeSet.heads_and_mlps(model)

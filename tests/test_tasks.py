@@ -9,7 +9,7 @@ from dfa_lens.errors import TaskError
 from dfa_lens.tasks import offline, world
 from dfa_lens.zoo import tokenizer as zoo_tokenizer
 
-ALL = [(task, cf) for task, known in offline.TASKS.items() for cf in known.counterfactuals]
+ALL = [(task, cf) for task, known in offline.ALL.items() for cf in known.counterfactuals]
 
 
 @pytest.fixture(scope="module")
@@ -17,27 +17,35 @@ def word_level():
     return zoo_tokenizer.build(begin_of_text=True)
 
 
+@pytest.fixture(scope="module")
+def tokenizer_of(word_level):
+    """Task → the tokenizer of the shipped models that know it."""
+    further = zoo_tokenizer.build(begin_of_text=True, tasks="more")
+    return dict.fromkeys(dfa.tasks.names(), word_level) | dict.fromkeys(dfa.tasks.names("more"), further)
+
+
 @pytest.mark.parametrize(("task", "counterfactual"), ALL)
-def test_examples(task, counterfactual, word_level):
+def test_examples(task, counterfactual, tokenizer_of):
     """Equal lengths, one-token answers, no unknown word, the answer told by the prompt and not by the corrupt one."""
     drawn = offline.examples(task, n=200, counterfactual=counterfactual)
     assert len({e.clean for e in drawn}) == 200
     pairs = dfa.PromptPairs.from_strings(
-        word_level, *([getattr(e, name) for e in drawn] for name in ("clean", "corrupt", "answer", "wrong"))
+        tokenizer_of[task], *([getattr(e, name) for e in drawn] for name in ("clean", "corrupt", "answer", "wrong"))
     )
     assert not pairs.dropped
     assert {e.template for e in drawn} == set(range(max(e.template for e in drawn) + 1))
 
 
-@pytest.mark.parametrize("task", offline.TASKS)
+@pytest.mark.parametrize("task", offline.ALL)
 def test_splits_share_no_prompt(task):
     # `abc` of ioi brings names from anywhere: those corrupt prompts belong to no split
-    families = [cf for cf in offline.TASKS[task].counterfactuals if cf != "abc"]
+    n = 250 if task in offline.TASKS else 80
+    families = [cf for cf in offline.ALL[task].counterfactuals if cf != "abc"]
     prompts = {
         split: {
             text
             for family in families
-            for e in offline.examples(task, split=split, n=250, seed=3, counterfactual=family)
+            for e in offline.examples(task, split=split, n=n, seed=3, counterfactual=family)
             for text in (e.clean, e.corrupt)
         }
         for split in offline.SPLITS
@@ -47,11 +55,12 @@ def test_splits_share_no_prompt(task):
     assert not prompts["validation"] & prompts["test"]
 
 
-@pytest.mark.parametrize("task", offline.TASKS)
+@pytest.mark.parametrize("task", offline.ALL)
 def test_deterministic_and_many(task):
     assert offline.examples(task, n=50, seed=1) == offline.examples(task, n=50, seed=1)
     assert offline.examples(task, n=50, seed=1) != offline.examples(task, n=50, seed=2)
-    assert len(offline.examples(task, n=4000)) == 4000
+    many = 4000 if task in offline.TASKS else 1000
+    assert len(offline.examples(task, n=many)) == many
 
 
 def test_a_known_example_never_changes():
@@ -123,6 +132,7 @@ def test_ioi_flip():
         ({"distractors": 4}, "distractors must be between 0 and 3"),
         ({"name": "mcqa", "n_choices": 5}, "n_choices must be between 2 and 4"),
         ({"n": None}, "The offline tasks have no end: say how many"),
+        ({"name": "capitals", "collection": "mib"}, "MIB has no task 'capitals', which is an offline task only.*'ioi'"),
         ({"path": "somewhere"}, "path is for collection='mib'"),
         ({"name": "addition", "shots": 99}, "shots must be between 0 and 8"),
         ({"name": "addition", "max_number": 500}, "max_number must be between 10 and 99"),
@@ -138,11 +148,11 @@ def test_bad_input(given, message, word_level):
 # --- options, cards, exports -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("task", offline.TASKS)
-def test_templates_can_be_chosen(task, word_level):
+@pytest.mark.parametrize("task", offline.ALL)
+def test_templates_can_be_chosen(task, tokenizer_of):
     drawn = offline.examples(task, n=40, templates=[1])
     assert {e.template for e in drawn} == {1}
-    pairs = dfa.tasks.load(task, word_level, n=10, templates=[0, 1])
+    pairs = dfa.tasks.load(task, tokenizer_of[task], n=10, templates=[0, 1])
     assert len(pairs) == 10
 
 
@@ -165,23 +175,23 @@ def test_difficulty(word_level):
         assert not dfa.tasks.load(name, word_level, n=20, **options).dropped  # every word is known
 
 
-@pytest.mark.parametrize("task", offline.TASKS)
+@pytest.mark.parametrize("task", offline.ALL)
 def test_cards_tell_the_truth(task):
     card = dfa.tasks.card(task)
     example = offline.examples(task, split="test", n=1)[0]
     assert f"```text\n{example.clean}\n```\n\nAnswer: `{example.answer.strip()}`" in card
     assert f"```text\n{example.corrupt}\n```\n\nAnswer: `{example.wrong.strip()}`" in card
-    known = offline.TASKS[task]
+    known = offline.ALL[task]
     listed = re.findall(r"^- `(\w+)`", card, flags=re.MULTILINE)
     assert listed == [*known.counterfactuals, *known.options]
     assert f"- `{known.counterfactuals[0]}` (default)" in card
 
 
-@pytest.mark.parametrize("task", offline.TASKS)
-def test_export_and_back(task, word_level):
+@pytest.mark.parametrize("task", offline.ALL)
+def test_export_and_back(task, tokenizer_of):
     dataset = dfa.tasks.to_dataset(task, split="validation", n=7, seed=2)
-    pairs = dfa.PromptPairs.from_dataset(dataset, word_level)
-    expected = dfa.tasks.load(task, word_level, split="validation", n=7, seed=2)
+    pairs = dfa.PromptPairs.from_dataset(dataset, tokenizer_of[task])
+    expected = dfa.tasks.load(task, tokenizer_of[task], split="validation", n=7, seed=2)
     assert torch.equal(pairs.clean, expected.clean) and torch.equal(pairs.corrupt, expected.corrupt)
     assert (pairs.choices is None) == (expected.choices is None)
     if pairs.choices is not None:

@@ -114,6 +114,22 @@ def test_target_only(any_model):
     assert mask.nodes == dfa.NodeSet.heads_and_mlps(any_model)
 
 
+def test_a_warm_start(any_model):
+    """The mask begins at the scores' ranks; with steps of next to nothing it stays there."""
+    _, pairs = inputs()
+    nodes = dfa.NodeSet.heads_and_mlps(any_model)
+    scores = dfa.NodeScores(torch.randn(len(nodes), generator=torch.Generator().manual_seed(0)) ** 3, nodes)
+    mask = dfa.controls.target_only(any_model, pairs, steps=1, lr=1e-6, start=scores)
+    expected = torch.linspace(2, -2, len(nodes))[scores.ranks() - 1]
+    torch.testing.assert_close(mask.values, expected, atol=1e-4, rtol=0)
+    other = dfa.NodeScores(torch.rand(5), dfa.NodeSet.for_sizes(1, 4))
+    with pytest.raises(ScoreError, match="The scores to start at"):
+        dfa.controls.target_only(any_model, pairs, start=other)
+    for name, value in {"initial": torch.zeros(1, len(nodes)), "edges": dfa.EdgeSet.of_model(any_model)}.items():
+        with pytest.raises(AlignmentError, match=f"start does not go with {name}"):
+            dfa.controls.target_only(any_model, pairs, start=scores, **{name: value})
+
+
 def test_a_failed_training_hands_back_what_it_had(any_model, monkeypatch):
     """The gates become NaN at step 3: the error says where, and carries the W of the steps before."""
     from dfa_lens.transfer.objectives import Masks, Sparse

@@ -22,10 +22,14 @@ from torch import Tensor
 from dfa_lens.attribution.method import Batch, summed
 from dfa_lens.data.edges import ReaderSite
 from dfa_lens.data.nodes import Site
+from dfa_lens.errors import HookError, ModelError
 from dfa_lens.models.backend import HookFunction
 from dfa_lens.models.stream import Stream, head_mask
 
 Taps = list[tuple[str, HookFunction]]
+
+
+SCORES_POINT = "blocks.{layer}.attn.hook_attn_scores"
 
 
 class ReaderGradients:
@@ -53,6 +57,17 @@ class ReaderGradients:
         self.sums: dict[ReaderSite, Tensor] = {}
         self.along = torch.zeros(stream.edges.shape, dtype=torch.float64)
         self.places = stream.places(batch)
+        if stream.members > 1:
+            self._require_scores()
+
+    def _require_scores(self) -> None:
+        try:
+            self.stream.runner.points([SCORES_POINT.format(layer=0)])
+        except HookError as error:
+            raise ModelError(
+                "The gradients of edges into single heads that share keys and values are read off attention scores, "
+                "which this model does not show: use readers='grouped', method='exact', or backend='bridge'."
+            ) from error
 
     def scores(self) -> Float[Tensor, "writer reader"]:
         """Δ·g summed over positions and width, examples and passes, in float64; 0 where there is no edge."""
@@ -163,7 +178,7 @@ class GradientPass:
             return [(point, partial(self._projected, site))]
         split = _SplitHeads(site, self.stream.members)
         self.split.append(split)
-        mixed = f"{block}.attn.hook_attn_scores" if site.kind == "k" else f"{block}.attn.hook_z"
+        mixed = SCORES_POINT.format(layer=site.layer) if site.kind == "k" else f"{block}.attn.hook_z"
         return [(point, split.keep_shared), (mixed, split.keep_mixed)]
 
     def _keep_stream(self, layer: int, now: Tensor) -> None:

@@ -1,10 +1,11 @@
-"""The command line: ``dfa-lens demo | attribute | fit | transfer | evaluate | report | study | doctor``.
+"""The command line: ``dfa-lens demo | attribute | measure | carry | fit | transfer | evaluate | report | study`` and
+``doctor``.
 
 ``app`` is the application, ``options`` what commands share, ``reading`` and ``writing`` their files; the commands are
-in ``scores``, ``experiments`` and ``look``.
+in ``scores``, ``carrying``, ``experiments`` and ``look``.
 """
 
-from dfa_lens.cli import experiments, look, scores
+from dfa_lens.cli import carrying, experiments, look, scores
 from dfa_lens.cli.app import app, main
 
-__all__ = ["app", "experiments", "look", "main", "scores"]
+__all__ = ["app", "carrying", "experiments", "look", "main", "scores"]

@@ -19,7 +19,9 @@ from dfa_lens.errors import unknown
 @app.command(epilog="Example: dfa-lens demo --quick --family llama3 --out report")
 def demo(
     out: option.FolderOption = Path("report"),
-    family: Annotated[list[str] | None, typer.Option(help="llama3 or qwen2.5; default: both.")] = None,
+    family: Annotated[
+        list[str] | None, typer.Option(help="llama3, qwen2.5 or llama3-more; default: the first two.")
+    ] = None,
     models: option.ModelPairOption = None,
     task: Annotated[
         list[str] | None, typer.Option(help="A task; may be given several times. Default: all six.")
@@ -43,7 +45,7 @@ def demo(
         only=task,
         seed=seed,
         budget=budget if batch_size is None else replace(budget, batch_size=batch_size),
-        tasks=reading.all_tasks(pairs),
+        tasks=reading.all_tasks(pairs, task, family),
         device=device,
         dtype=option.dtype_of(dtype),
         collection=collection,
@@ -65,9 +67,14 @@ def demo(
 def study(
     out: option.FolderOption,
     setting: Annotated[
-        list[str] | None, typer.Option(help="One of dfa.study.SETTINGS; may be given several times. Default: all.")
+        list[str] | None,
+        typer.Option(
+            help="One of dfa.study.SETTINGS or FUNCTIONAL; may be given several times. Default: all of the first."
+        ),
     ] = None,
-    family: Annotated[list[str] | None, typer.Option(help="llama3 or qwen2.5; default: both.")] = None,
+    family: Annotated[
+        list[str] | None, typer.Option(help="llama3, qwen2.5 or llama3-more; default: the first two.")
+    ] = None,
     models: option.ModelPairOption = None,
     task: Annotated[list[str] | None, typer.Option(help="A test task; default: all six.")] = None,
     seed: Annotated[list[int] | None, typer.Option(help="Default: 0, 1 and 2.")] = None,
@@ -85,18 +92,20 @@ def study(
     The folder keeps the rows; what is there already is not run again.
     """
     from dfa_lens.experiments import study as module
+    from dfa_lens.experiments.functional import FUNCTIONAL
     from dfa_lens.experiments.table import means, over
 
+    settings = {**module.SETTINGS, **FUNCTIONAL}
     for name in setting or ():
-        if name not in module.SETTINGS:
-            raise unknown("setting", name, module.SETTINGS)
+        if name not in settings:
+            raise unknown("setting", name, settings)
     budget = module.QUICK if quick else module.FULL
     table = module.run(
         reading.model_pairs(family, models, device, dtype),
-        {name: module.SETTINGS[name] for name in setting} if setting else None,
+        {name: settings[name] for name in setting} if setting else None,
         seeds=seed or (0, 1, 2),
         test_tasks=task,
-        tasks=reading.all_tasks(pairs),
+        tasks=reading.all_tasks(pairs, task, family),
         budget=budget if batch_size is None else replace(budget, batch_size=batch_size),
         out=out,
         workers=workers,

@@ -55,7 +55,10 @@ def batch_size_of(given: str) -> Any:
 
 ModelOption = Annotated[str, typer.Option(help="A shipped model, a checkpoint folder, or a Hugging Face name.")]
 TaskOption = Annotated[
-    str | None, typer.Option(help="ioi, mcqa, addition, subtraction, arc-easy or arc-challenge; or give --pairs.")
+    str | None,
+    typer.Option(
+        help="ioi, mcqa, addition, subtraction, arc-easy, arc-challenge, or a further offline task; or give --pairs."
+    ),
 ]
 PairsOption = Annotated[
     Path | None,

@@ -94,11 +94,17 @@ def own_tasks(pairs: list[str] | None) -> dict[str, Any]:
     return {task: FileTask.read(path) for task, path in named(pairs or [], "Pairs").items()}
 
 
-def all_tasks(pairs: list[str] | None) -> dict[str, Any] | None:
-    """Our tasks and those of files; None: ours."""
-    from dfa_lens import tasks
+def all_tasks(
+    pairs: list[str] | None, named: Sequence[str] | None, families: Sequence[str] | None
+) -> dict[str, Any] | None:
+    """Our tasks and those of files; None: the paper's six. Where a further one is named, or models of those: those."""
+    from dfa_lens import tasks, zoo
 
     own = own_tasks(pairs)
+    models = [name for family in families or () for name in zoo.pairs("more").get(family, ())]
+    solved = [task for task in tasks.names("more") if all(task in zoo.solves(name) for name in models)]
+    if models or set(named or ()) & set(tasks.names("more")):
+        return {name: name for name in solved} | own
     return {name: name for name in tasks.names()} | own if own else None
 
 

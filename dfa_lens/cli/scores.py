@@ -15,7 +15,8 @@ from dfa_lens.data.files import write_atomically
 from dfa_lens.errors import DfaError, TaskError
 
 
-def _save(scores: Any, out: Path, suffix: str, as_json: bool) -> None:
+def save_scores(scores: Any, out: Path, suffix: str, as_json: bool) -> None:
+    """Write scores as what the file's name says."""
     with written(out, as_json) as path:
         if suffix == ".csv":
             write_atomically(path, scores.to_frame().to_csv(index=False).encode())
@@ -25,12 +26,14 @@ def _save(scores: Any, out: Path, suffix: str, as_json: bool) -> None:
             scores.save(path)
 
 
-def _suffix_of_scores(out: Path, edges: bool) -> str:
+def suffix_of_scores(out: Path, edges: bool) -> str:
+    """What scores will be written as, asked before the work."""
     more = reading.MIB_SUFFIXES if edges else reading.MIB_SUFFIXES[:1]
     return require_suffix(out, f"Scores of {'edges' if edges else 'nodes'}", (".safetensors", ".csv", *more))
 
 
-def _say_scores(scores: Any, out: Path, as_json: bool) -> None:
+def say_scores(scores: Any, out: Path, as_json: bool) -> None:
+    """Print the ten best, or all as JSON."""
     table = scores.to_frame()
     best = table.nsmallest(10, "rank").to_string(index=False)
     facts = {"out": str(out), "scores": records(table) if as_json else [], "meta": scores.meta}
@@ -82,7 +85,7 @@ def attribute(
         raise DfaError("--readers and --step-points are options of edges: add --edges.")
     if edges and nodes:
         raise DfaError("--nodes chooses nodes; of edges all are scored.")
-    suffix = _suffix_of_scores(out, edges)
+    suffix = suffix_of_scores(out, edges)
     if edges and readers == "grouped" and suffix in reading.MIB_SUFFIXES:
         raise DfaError(f"MIB's graph files ({suffix}) hold per-head readers: add --readers per-head.")
     loaded = reading.model(model, backend, device, dtype)
@@ -102,8 +105,8 @@ def attribute(
     else:
         chosen = reading.nodes(loaded, nodes)
         scores = dfa.attribute(loaded, prompts, method=method or "nap-ig-inputs", nodes=chosen, **common)
-    _save(scores, out, suffix, as_json)
-    _say_scores(scores, out, as_json)
+    save_scores(scores, out, suffix, as_json)
+    say_scores(scores, out, as_json)
 
 
 @app.command(
@@ -181,10 +184,10 @@ def transfer(
         raise DfaError(
             f"{scores} holds {given!r}, and {alignment} an {carrier!r}: one is of edges, the other of nodes."
         )
-    suffix = _suffix_of_scores(out, of_edges)
+    suffix = suffix_of_scores(out, of_edges)
     circuit = carrier.transfer(given)
-    _save(circuit, out, suffix, as_json)
-    _say_scores(circuit, out, as_json)
+    save_scores(circuit, out, suffix, as_json)
+    say_scores(circuit, out, as_json)
 
 
 @app.command(epilog="Example: dfa-lens evaluate --model llama3-tiny-target --scores ioi-target.safetensors --task ioi")

@@ -27,7 +27,7 @@ from torch import Tensor
 from dfa_lens.data import html, mib_graphs, selection
 from dfa_lens.data.content import ByContent, float_copy, plain
 from dfa_lens.data.files import load_tensors, made_from, parse_json, save_tensors
-from dfa_lens.data.nodes import NodeSet
+from dfa_lens.data.nodes import NodeSet, cfg_of
 from dfa_lens.data.scores import NodeScores, Ranking
 from dfa_lens.errors import EdgeError, ScoreError, short, unknown
 
@@ -150,7 +150,7 @@ class EdgeSet(ByContent):
         Parameters
         ----------
         model:
-            A HookedTransformer or TransformerBridge; only ``model.cfg`` is read.
+            A HookedTransformer or TransformerBridge, of which only ``model.cfg`` is read, or a Hugging Face model.
         readers:
             See :data:`Readers`.
 
@@ -163,7 +163,8 @@ class EdgeSet(ByContent):
         """
         if readers not in get_args(Readers):
             raise unknown("readers", readers, get_args(Readers), EdgeError)
-        cfg, heads = model.cfg, int(model.cfg.n_heads)
+        cfg = cfg_of(model)
+        heads = int(cfg.n_heads)
         kv = getattr(cfg, "n_key_value_heads", None) if readers == "grouped" else None
         return cls(int(cfg.n_layers), heads, int(kv or heads))
 

@@ -152,12 +152,12 @@ class NodeSet(ByContent, Sequence[Node]):
     def heads_and_mlps(cls, model: Any, with_input: bool = False) -> NodeSet:
         """All attention heads and MLP blocks in canonical order: a0.h0 … a0.h{H-1}, m0, a1.h0, …
 
-        A model of attention alone (``cfg.attn_only``) has no MLP blocks, and no such nodes.
+        Of a model without MLP blocks the heads alone.
 
         Parameters
         ----------
         model:
-            A HookedTransformer or TransformerBridge; only ``model.cfg`` is read.
+            A HookedTransformer or TransformerBridge, of which only ``model.cfg`` is read, or a Hugging Face model.
         with_input:
             Put the embedding first, as the node "input", as MIB's released code ranks it.
 
@@ -174,18 +174,19 @@ class NodeSet(ByContent, Sequence[Node]):
         (54, ('a0.h0', 'a0.h1', 'a0.h2'), 'm5')
         """
         try:
-            n_layers, n_heads = int(model.cfg.n_layers), int(model.cfg.n_heads)
+            cfg = cfg_of(model)
+            n_layers, n_heads = int(cfg.n_layers), int(cfg.n_heads)
         except (AttributeError, TypeError):
             raise ModelError(
-                f"A {type(model).__name__} does not say how many layers and heads it has: pass a HookedTransformer or "
-                "TransformerBridge (dfa.load_model makes either), or use NodeSet.for_sizes."
+                f"A {type(model).__name__} does not say how many layers and heads it has: pass a HookedTransformer, a "
+                "TransformerBridge or a Hugging Face model (dfa.load_model makes each), or use NodeSet.for_sizes."
             ) from None
-        mlps = not getattr(model.cfg, "attn_only", False)
+        mlps = not getattr(cfg, "attn_only", False)
         return cls.for_sizes(n_layers, n_heads, with_input=with_input, mlps=mlps)
 
     @classmethod
     def for_sizes(cls, n_layers: int, n_heads: int, *, with_input: bool = False, mlps: bool = True) -> NodeSet:
-        """As :meth:`heads_and_mlps`, from the two numbers alone; with ``mlps=False`` the heads alone."""
+        """As :meth:`heads_and_mlps`, from the two numbers alone; ``mlps=False`` leaves the MLP blocks out."""
         for what, number in (("layers", n_layers), ("heads", n_heads)):
             if (selection.integer(number) or 0) < 1:
                 raise NodeError(f"The number of {what} is an integer of at least 1, not {short(repr(number))}.")
@@ -436,6 +437,15 @@ class NodeSet(ByContent, Sequence[Node]):
     def __repr__(self) -> str:
         shown = ", ".join(self.names[:3]) + (f", …, {self.names[-1]}" if len(self) > 3 else "")
         return f"NodeSet({len(self)} nodes: {shown})"
+
+
+def cfg_of(model: Any) -> Any:
+    """What a model says of its sizes: its ``cfg``. A Hugging Face model has none and is looked at."""
+    if hasattr(model, "cfg") or not hasattr(model, "parameters"):
+        return model.cfg
+    from dfa_lens.models.runner import Runner
+
+    return Runner(model).model.cfg
 
 
 def _layers(layer: object) -> set[int]:

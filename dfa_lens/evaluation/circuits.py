@@ -308,7 +308,7 @@ def generate(
     """
     if max_new_tokens < 1:
         raise PromptError(f"max_new_tokens must be at least 1, not {max_new_tokens}.")
-    limit = getattr(model.cfg, "n_ctx", None) if hasattr(model, "cfg") else None
+    limit = Runner(model).n_ctx
     longest = int(pairs.longest.max()) + max_new_tokens - 1
     if limit is not None and longest > limit:
         raise PromptError(f"The prompts and new tokens are up to {longest} tokens, but the model takes {limit}.")

@@ -15,7 +15,6 @@ from dfa_lens.data.nodes import NodeSet
 from dfa_lens.data.pairs import PromptPairs
 from dfa_lens.errors import ScoreError
 from dfa_lens.evaluation.runs import Runs
-from dfa_lens.models.backend import HookedModel
 from dfa_lens.models.hooks import Activations
 from dfa_lens.models.memory import Footprint, Need
 from dfa_lens.models.paired_run import PairedRun
@@ -152,7 +151,7 @@ class _Circuits:
             before = self.keep[i]
 
 
-def require_model(nodes: NodeSet, meta: Mapping[str, Any], model: HookedModel) -> None:
+def require_model(nodes: NodeSet, meta: Mapping[str, Any], model: Any) -> None:
     """Refuse the nodes of a smaller model with equally many heads, which all exist here, too.
 
     Any other foreign node set is found out when its hook points are looked up or cut. A subset of this model's own

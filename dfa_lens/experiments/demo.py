@@ -14,11 +14,17 @@ import dfa_lens
 from dfa_lens import zoo
 from dfa_lens.errors import TaskError, unknown
 from dfa_lens.experiments.experiment import QUICK, Budget, Experiment, ModelPair, Outcome
+from dfa_lens.experiments.functional import FUNCTIONAL
 from dfa_lens.experiments.settings import SETTINGS
 from dfa_lens.experiments.table import GOLD, Results, TaskResult
 from dfa_lens.tasks.own import TaskSource, sources
 
-SHOWN = {name: SETTINGS[name] for name in ("in-distribution", "zero-shot", "uniform-s", "depth-mean", "random-w")}
+SHOWN = {
+    "in-distribution": SETTINGS["in-distribution"],
+    "zero-shot": SETTINGS["zero-shot"],
+    "functional": FUNCTIONAL["functional, zero-shot, own scores"],
+    **{name: SETTINGS[name] for name in ("uniform-s", "depth-mean", "random-w")},
+}
 FULL = Budget(steps=100)  # half of fit's default: a table in minutes
 
 __all__ = ["FULL", "QUICK", "SHOWN", "Budget", "run"]
@@ -39,14 +45,15 @@ def run(
     """Transfer circuits in the shipped families, and measure them.
 
     For every task: nap-ig-inputs on the source, the same directly on the target ("gold"), W trained on the task itself
-    ("in-distribution"), W trained on the other five tasks ("zero-shot"), and three controls: the same training with
-    equal scores for all source nodes ("uniform-s"), a fixed map by relative depth ("depth-mean"), a random W
-    ("random-w"). Each is judged by its faithfulness curve on held-out prompts.
+    ("in-distribution"), W trained on the other five tasks ("zero-shot"), a functional alignment of those and the task's
+    own source scores ("functional"), and three controls: the training of zero-shot with equal scores for all source
+    nodes ("uniform-s"), a fixed map by relative depth ("depth-mean"), a random W ("random-w"). Each is judged by its
+    faithfulness curve on held-out prompts.
 
     Parameters
     ----------
     families:
-        Of :func:`dfa_lens.zoo.pairs`, or pairs of models of your own; default: all that are shipped.
+        Of ``dfa.zoo.pairs("all")``, or pairs of models of your own; default: those that know the paper's tasks.
     only:
         The tasks to evaluate; default: all. Zero-shot training uses all others in any case.
     seed:

@@ -69,7 +69,7 @@ class ModelPair:
         """The shipped pair of a family; an instance is returned unchanged."""
         if isinstance(family, ModelPair):
             return family
-        known = zoo.pairs()
+        known = zoo.pairs("all")
         if family not in known:
             raise unknown("family", family, known, DfaError)
         return cls(family, *known[family])
@@ -117,7 +117,7 @@ class Experiment:
         How much to run.
     tasks:
         Name → one of our tasks by its name, or a source of one's own, see :class:`~dfa_lens.tasks.own.TaskSource`;
-        default: all of ours. Zero-shot training uses all of them but the one that is tested.
+        default: the paper's six. Zero-shot training uses all of them but the one that is tested.
     method, steps:
         Of attribution, on the source and for gold.
     device, dtype:

@@ -140,6 +140,7 @@ FUNCTIONAL: dict[str, Setting] = {
         "in-distribution", "", Functional(own=True), "functional, own scores alone"
     ),
     "functional, zero-shot": Setting("zero-shot", "", Functional(), "functional"),
+    "functional, zero-shot, own scores": Setting("zero-shot", "", Functional(own=True), "functional, own scores"),
     "attention": Setting(_LEFT_OUT, "", Functional(reader="attention"), "functional attention"),
     "attention, own scores": Setting(_LEFT_OUT, "", Functional(own=True, reader="attention"), "functional attention"),
     "functional, scrambled": Setting(_LEFT_OUT, "scrambled-s", Functional(scramble=True), "functional"),

@@ -69,7 +69,8 @@ def run(
     Parameters
     ----------
     families:
-        Pairs of models, see :class:`~dfa_lens.experiments.experiment.ModelPair`; default: the shipped ones.
+        Pairs of models, see :class:`~dfa_lens.experiments.experiment.ModelPair`; default: the shipped ones that
+        know the paper's tasks.
     settings:
         Default: :data:`~dfa_lens.experiments.setting.SETTINGS`.
     seeds:
@@ -78,8 +79,8 @@ def run(
         Those that are tested; default: all of ``tasks``.
     tasks:
         Those that are tested and trained on: name → one of our tasks by its name, or a source of one's own (see
-        :class:`~dfa_lens.tasks.own.TaskSource`; a file is one, :class:`~dfa_lens.tasks.own.FileTask`). Default: all of
-        ours.
+        :class:`~dfa_lens.tasks.own.TaskSource`; a file is one, :class:`~dfa_lens.tasks.own.FileTask`). Default: the
+        paper's six.
     budget:
         How much to run.
     out:

@@ -1,6 +1,7 @@
 """The only folder that touches a model, or knows TransformerLens and transformers.
 
-- :mod:`~dfa_lens.models.backend`: what a model must have, and how HookedTransformer and TransformerBridge differ.
+- :mod:`~dfa_lens.models.backend`: what a model must have, and how HookedTransformer, TransformerBridge and Hugging
+  Face's own models differ.
 - :mod:`~dfa_lens.models.runner`: one model made ready: its hook points, the short cuts that hold on it, its lock.
 - :mod:`~dfa_lens.models.paired_run`: one batch of prompt pairs, run clean, corrupt, and under masks in between.
 - :mod:`~dfa_lens.models.hooks`: record, gate and ablate the activations of nodes.

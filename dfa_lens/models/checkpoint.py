@@ -22,9 +22,6 @@ from safetensors import safe_open
 
 from dfa_lens.errors import DfaError, ModelError, unknown
 
-ARCHITECTURES = ("llama", "qwen2")
-"""The ``model_type`` of the configs that can be loaded."""
-
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 """What weights can be held in."""
 
@@ -156,12 +153,12 @@ def quietly() -> Iterator[None]:
 
 
 def read_config(checkpoint: Checkpoint) -> Any:
-    """The checkpoint's ``LlamaConfig`` or ``Qwen2Config``.
+    """The checkpoint's config, ``LlamaConfig`` say.
 
     Raises
     ------
     ModelError
-        If it can't be read; is no causal Llama or Qwen-2; comes with code of its own, or with an adapter.
+        If it can't be read; is no causal language model; comes with code of its own, or with an adapter.
     """
     from transformers import AutoConfig, PretrainedConfig
     from transformers.utils import find_adapter_config_file
@@ -192,12 +189,12 @@ def _check_architecture(name: str, written: dict[str, Any]) -> None:
     """Of what config.json says itself: AutoConfig guesses a missing type from the folder's name."""
     kind = written.get("model_type")
     if kind is None:
-        raise ModelError(f"The config.json of {name} has no model_type: 'llama' or 'qwen2' is needed.")
-    if kind not in ARCHITECTURES:
-        raise ModelError(f"{name} is a {kind!r} model; Llama and Qwen-2.5 are supported.")
+        raise ModelError(f"The config.json of {name} has no model_type: 'llama' or 'qwen2', say.")
     classes = written.get("architectures") or []
-    if classes and not any(str(each).endswith("ForCausalLM") for each in classes):
-        raise ModelError(f"{name} is a {classes[0]}, not a causal language model (LlamaForCausalLM, Qwen2ForCausalLM).")
+    if classes and not any(str(each).endswith(("ForCausalLM", "LMHeadModel")) for each in classes):
+        raise ModelError(
+            f"{name} is a {classes[0]}, not a causal language model (LlamaForCausalLM, Qwen2ForCausalLM …)."
+        )
     own = written.get("auto_map") or {}
     if isinstance(own, dict) and any(key.startswith("AutoModel") for key in own):
         raise ModelError(
@@ -223,7 +220,14 @@ def _json(path: Path) -> dict[str, Any]:
 # --- weights -----------------------------------------------------------------------------------------------------
 
 
-def read_weights(checkpoint: Checkpoint, config: Any, dtype: torch.dtype, **placement: Any) -> Any:
+def read_weights(
+    checkpoint: Checkpoint,
+    config: Any,
+    dtype: torch.dtype,
+    *,
+    attn_implementation: str | None = "eager",
+    **placement: Any,
+) -> Any:
     """The Hugging Face model, in evaluation mode, with every weight from the checkpoint.
 
     The weights are held once. Those that are stored in ``dtype`` stay mapped from the file where transformers maps
@@ -243,12 +247,11 @@ def read_weights(checkpoint: Checkpoint, config: Any, dtype: torch.dtype, **plac
         folder = _local_folder(checkpoint)
         # Converted by transformers, the whole file stays in memory beside what is made of it.
         stored = None if placement else _stored_dtype(folder)
-        # eager attention: the arithmetic that TransformerLens rebuilds
         model, report = AutoModelForCausalLM.from_pretrained(
             checkpoint.source,
             config=config,
             dtype=stored or dtype,
-            attn_implementation="eager",
+            attn_implementation=attn_implementation,
             output_loading_info=True,
             # for the report to say which; transformers' own error leaves it to the log
             ignore_mismatched_sizes=True,

@@ -42,9 +42,9 @@ _states_lock = threading.Lock()
 
 
 def remembered_of(model: Any) -> State:
-    """The one state of a model."""
+    """The one state of a model; of names put on a model for the length of an operation, that of the model."""
     with _states_lock:
-        return _states.setdefault(model, State())
+        return _states.setdefault(vars(model).get("original_model", model), State())
 
 
 class OwnHook:
@@ -137,6 +137,8 @@ class Kept:
                 self._steps.append(
                     partial(_restore_module, module, module.training, vars(module).get("forward"), hooks)
                 )
+            for config in private.attention_configs(model):
+                self._steps.append(partial(private.put_attention, config, config._attn_implementation_internal))
             self._steps.append(partial(_restore_state, state, state.setting, state.foreign))
         for device in devices | {"cpu"}:
             self._steps.append(partial(torch.set_autocast_enabled, device, torch.is_autocast_enabled(device)))
@@ -161,19 +163,18 @@ def each_of(steps: Iterable[Callable[[], object]]) -> None:
 
 def locks(models: Sequence[Any]) -> tuple[Any, Any]:
     """The locks of one or two models, in the order in which every thread takes them; of one model, its lock twice."""
-    ordered = sorted(models, key=id)
-    return remembered_of(ordered[0]).lock, remembered_of(ordered[-1]).lock
+    ordered = sorted((remembered_of(model).lock for model in models), key=id)
+    return ordered[0], ordered[-1]
 
 
 def _own_hooks(module: Any) -> list[OwnHook]:
-    return [hook for hook in private.hooked(module) if isinstance(hook, OwnHook)] if module._forward_hooks else []
+    return [hook for hook in private.hooked(module) if isinstance(hook, OwnHook)]
 
 
 def _restore_module(module: Any, training: bool, forward: Any, hooks: set[int]) -> None:
-    if module._forward_hooks:
-        for hook in _own_hooks(module):
-            if id(hook) not in hooks and hook.thread == threading.get_ident():
-                private.remove_hook(module, hook)
+    for hook in _own_hooks(module):
+        if id(hook) not in hooks and hook.thread == threading.get_ident():
+            private.remove_hook(module, hook)
     if module._forward_pre_hooks:
         private.remove_cache_hooks(module)
     private.put_forward(module, forward)

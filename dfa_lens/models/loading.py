@@ -1,4 +1,4 @@
-"""Load Llama and Qwen-2.5 checkpoints as TransformerLens models, with unprocessed weights.
+"""Load checkpoints as TransformerLens models with unprocessed weights, or as Hugging Face's models as they are.
 
 Here models are made; :mod:`~dfa_lens.models.runner` knows how they are run, and :mod:`~dfa_lens.models.checkpoint`
 reads what is on disk. A HookedTransformer is built from a config of ours and Hugging Face's weights, so it can be
@@ -26,14 +26,17 @@ from dfa_lens.errors import ModelError, unknown
 from dfa_lens.models import backend as classes
 from dfa_lens.models import checkpoint as checkpoints
 
-Backend = Literal["auto", "hooked", "bridge"]
-"""Which TransformerLens class: "hooked" (HookedTransformer, up to 3.x), "bridge" (TransformerBridge), or "auto":
-HookedTransformer where the installed TransformerLens has it."""
+Backend = Literal["auto", "hooked", "bridge", "transformers"]
+"""Which class: TransformerLens's "hooked" (HookedTransformer, up to 3.x; Llama and Qwen-2.5) or "bridge"
+(TransformerBridge); "transformers", Hugging Face's own model without TransformerLens; or "auto": HookedTransformer for
+what it can be, where the installed TransformerLens has it, else a bridge."""
 
 # How far logits may be from Hugging Face's, as a part of their spread: the norm of the difference by that of the logits
 # minus their means. A config field that is not translated costs .3 to 1.2; rounding at most 3e-5 in float32, .016 in
 # float16 and .044 in bfloat16, in models of up to 80 layers.
 _TOLERANCE = {torch.float32: 0.005, torch.float64: 0.005, torch.float16: 0.05, torch.bfloat16: 0.15}
+#: ``model_type`` of what can be a HookedTransformer.
+HOOKED = ("llama", "qwen2")
 _PROMPT_LENGTH = 32
 _LONGEST_PROMPT = 128
 
@@ -64,7 +67,7 @@ def load_model(
     max_memory: Mapping[Any, Any] | None = None,
     offload_folder: str | Path | None = None,
 ) -> Any:
-    """Load a Llama or Qwen-2.5 checkpoint for use with dfa_lens.
+    """Load a checkpoint of a decoder for use with dfa_lens: Llama, Qwen-2.5, or what else the backend can.
 
     Weights stay as they were trained (no folding, no centering): what is attributed is the model itself. The tokenizer
     stays the checkpoint's, too: TransformerLens makes tokenizers add a begin-of-text token wherever one is defined;
@@ -86,27 +89,27 @@ def load_model(
     n_devices:
         Split a HookedTransformer's layers over so many GPUs.
     device_map, max_memory, offload_folder:
-        Where the parts of a bridge live, as in Hugging Face's ``from_pretrained`` (accelerate): "auto", or a map from
-        module to device, "cpu" or "disk". Disk needs a folder, and TransformerLens 4.
+        Where the parts of a bridge or of Hugging Face's model live, as in ``from_pretrained`` (accelerate): "auto", or
+        a map from module to device, "cpu" or "disk". Disk needs a folder, and for a bridge TransformerLens 4.
 
     Returns
     -------
-    HookedTransformer or TransformerBridge
+    HookedTransformer, TransformerBridge or :class:`~dfa_lens.models.backend.PlainModel`
         In evaluation mode, with ``.tokenizer`` set.
 
     Raises
     ------
     ModelError
-        If the checkpoint is missing, damaged or incomplete; is neither Llama nor Qwen-2, attends in both directions, or
-        has an adapter or code of its own beside it; if the backend is not in the installed TransformerLens, can't
+        If the checkpoint is missing, damaged or incomplete; is no decoder, attends in both directions, or has an
+        adapter or code of its own beside it; if the backend is not in the installed TransformerLens, can't
         represent the checkpoint, or gives other logits than Hugging Face's model; if the placement is not one that the
         backend has. See Notes.
 
     Notes
     -----
-    Every model that is returned was compared with Hugging Face's own: the logits of one prompt of 32 random tokens
-    (more, if a sliding window is longer). They may differ by 0.5 % of their spread in float32 and float64, 5 % in
-    float16 and 15 % in bfloat16; those of a real model of 30 layers differ by 0.0003, 0.7 and 4.4 %.
+    Every TransformerLens model that is returned was compared with Hugging Face's own: the logits of one prompt of 32
+    random tokens (more, if a sliding window is longer). They may differ by 0.5 % of their spread in float32 and
+    float64, 5 % in float16 and 15 % in bfloat16; those of a real model of 30 layers differ by 0.0003, 0.7 and 4.4 %.
 
     The weights are held once. Those that the file has in ``dtype`` already stay mapped from it where transformers maps
     them, as in every Hugging Face model: do not write to the file while the model is in use.
@@ -120,25 +123,33 @@ def load_model(
     8
     """
     placed = device_map is not None or max_memory is not None
-    kind = _existing_backend(backend, placed)
+    _check_backend(backend)
     _check_dtype(dtype)
     _check_positive("n_ctx", n_ctx)
     _check_positive("n_devices", n_devices)
-    _check_placement(kind, device, n_devices, placed)
+    _check_placement(backend, device, n_devices, placed)
     where = None if placed else _existing_device("cpu" if n_devices > 1 else device)
     checkpoint = checkpoints.locate(name_or_path)
     name = checkpoint.name
     with checkpoints.quietly(), _ordinary_torch():
         config = checkpoints.read_config(checkpoint)
+        kind = backend
+        if backend == "auto":
+            hooked = transformer_lens_major() < 4 and config.model_type in HOOKED and not placed
+            kind = "hooked" if hooked else "bridge"
         if kind == "hooked":
             _check_representable(name, config, n_ctx)
         tokenizer = checkpoints.read_tokenizer(checkpoint)
         placement = _placement(device_map, max_memory, offload_folder) if placed else {}
-        hf_model = checkpoints.read_weights(checkpoint, config, dtype, **placement)
-        if where is not None:
+        # eager attention is the arithmetic that TransformerLens rebuilds; None is what transformers takes by itself
+        kernel = None if kind == "transformers" else "eager"
+        hf_model = checkpoints.read_weights(checkpoint, config, dtype, attn_implementation=kernel, **placement)
+        if where is not None and not getattr(hf_model, "is_quantized", False):  # those are where they were made
             hf_model.to(where)
         prompt = _prompt(config, n_ctx if kind == "hooked" else None)
         expected = _logits_of_hugging_face(name, hf_model, prompt)
+        if kind == "transformers":
+            return classes.PlainModel(hf_model, tokenizer, name=name)
         with checkpoints.as_model_error(f"TransformerLens can't make a model of {name}"):
             if kind == "bridge":
                 model = _bridge(name, hf_model, tokenizer, dtype, where)
@@ -158,25 +169,22 @@ def _keep_tokenizer(model: Any, tokenizer: Any) -> None:
     Both classes put a copy in its place that begins every prompt with a begin-of-text token if one is defined; a
     bridge does so at every assignment to ``.tokenizer``, hence the private name.
     """
-    classes.Backend.of(model).set_tokenizer(tokenizer)
+    classes.backend_of(model).set_tokenizer(tokenizer)
     model.cfg.tokenizer_prepends_bos = model.cfg.default_prepend_bos = bool(tokenizer("").input_ids)
 
 
 # --- what is asked for -------------------------------------------------------------------------------------------
 
 
-def _existing_backend(backend: Any, placed: bool) -> str:
-    """ "hooked" or "bridge": what "auto" stands for, if the installed TransformerLens has it."""
+def _check_backend(backend: Any) -> None:
+    """That there is such a backend, and that the installed TransformerLens has it."""
     if backend not in get_args(Backend):
         raise unknown("backend", backend, get_args(Backend), ModelError)
-    if backend == "auto":
-        return "hooked" if transformer_lens_major() < 4 and not placed else "bridge"
     if backend == "hooked" and transformer_lens_major() >= 4:
         raise ModelError(
             f"TransformerLens {version('transformer-lens')} has no HookedTransformer any more: use backend='bridge', "
             "or install 'transformer-lens<4'."
         )
-    return backend
 
 
 def _check_dtype(dtype: Any) -> None:
@@ -215,8 +223,8 @@ def _check_placement(backend: Any, device: Any, n_devices: Any, placed: bool) ->
         raise ModelError("Give device, or device_map and max_memory, not both.")
     if placed and backend == "hooked":
         raise ModelError("A HookedTransformer has no device map: use n_devices, or backend='bridge'.")
-    if n_devices > 1 and backend == "bridge":
-        raise ModelError("n_devices is for HookedTransformer: give a bridge device_map='auto'.")
+    if n_devices > 1 and (backend in ("bridge", "transformers") or transformer_lens_major() >= 4):
+        raise ModelError("n_devices is for HookedTransformer: give any other model device_map='auto'.")
     if n_devices > 1 and torch.cuda.device_count() < n_devices:
         raise ModelError(f"n_devices={n_devices}, but there are {torch.cuda.device_count()} GPUs here.")
 
@@ -241,7 +249,7 @@ def _prompt(config: Any, n_ctx: int | None) -> Int[Tensor, "1 pos"]:
     ``n_ctx`` is the most that the model takes, None if there is no limit but the checkpoint's own.
     """
     length = max(_PROMPT_LENGTH, min(_window(config) + 8, _LONGEST_PROMPT))
-    length = min(length, config.max_position_embeddings, n_ctx or length)
+    length = min(length, getattr(config, "max_position_embeddings", None) or length, n_ctx or length)
     return torch.randint(config.vocab_size, (1, length), generator=torch.Generator().manual_seed(0))
 
 
@@ -271,7 +279,7 @@ def _check_logits(
     name: str, model: Any, config: Any, prompt: Int[Tensor, "1 pos"], expected: Float[Tensor, "pos vocab"]
 ) -> None:
     """That a TransformerLens model is the model that Hugging Face has read."""
-    tokens = prompt.to(classes.Backend.of(model).device)
+    tokens = prompt.to(classes.backend_of(model).device)
     with torch.no_grad(), checkpoints.as_model_error(f"TransformerLens can't run {name}"):
         found = model(tokens, attention_mask=torch.ones_like(tokens))[0]
     difference, tolerance = _difference(found, expected), _TOLERANCE[expected.dtype]
@@ -332,6 +340,11 @@ def _check_representable(name: str, config: Any, n_ctx: int) -> None:
     ModelError
         Naming everything that it has no place for.
     """
+    if config.model_type not in HOOKED:
+        raise ModelError(
+            f"{name} is a {config.model_type!r} model, and as a HookedTransformer only Llama and Qwen-2.5 are loaded: "
+            "use backend='bridge' or 'transformers'."
+        )
     lacks = []
     if getattr(config, "mlp_bias", False):
         lacks.append("biases inside its MLPs (mlp_bias)")

@@ -41,7 +41,7 @@ def out_of_memory(error: BaseException) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in text or "not enough memory" in text
 
 
-def foreign_hook(model: torch.nn.Module) -> str | None:
+def foreign_hook(model: Any) -> str | None:
     """Where somebody else's torch hook or replaced ``forward`` sits on a model, or None.
 
     torch lists a module's hooks under private names only (2.6 to 2.14). Hooks that TransformerLens, transformers,
@@ -73,7 +73,7 @@ def _is_foreign(function: Any) -> bool:
     return not f"{home}.".startswith(_KNOWN)
 
 
-def compiled(model: torch.nn.Module) -> bool:
+def compiled(model: Any) -> bool:
     """Whether ``module.compile()`` was called on the model or a part of it (torch 2.6 to 2.14: a private field)."""
     return any(vars(module).get("_compiled_call_impl") is not None for module in model.modules())
 
@@ -114,30 +114,35 @@ def execution_device(model: Any) -> torch.device | None:
 # --- TransformerLens -----------------------------------------------------------------------------------------------
 
 
-def hooked(point: Any) -> list[Any]:
-    """The functions on a hook point.
+def hooked(module: Any) -> list[Any]:
+    """The functions on a hook point, or on a module of a model without hook points.
 
-    ``HookPoint.add_hook`` wraps each, and keeps it in a closure (TransformerLens 3.9, 4.3).
+    ``HookPoint.add_hook`` wraps each, and keeps it in a closure (TransformerLens 3.9, 4.3), as we do.
     """
-    return [found for wrapped in point._forward_hooks.values() for found in _held(wrapped)]
+    wrapped = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+    return [found for each in wrapped for found in _held(each)]
 
 
 def _held(wrapped: Any) -> list[Any]:
-    return [cell.cell_contents for cell in getattr(wrapped, "__closure__", None) or ()]
+    cells = getattr(wrapped, "__closure__", None) or ()
+    return [getattr(wrapped, "function", None), *(cell.cell_contents for cell in cells)]
 
 
-def remove_hook(point: Any, function: Callable[..., Any]) -> None:
-    """Take a function off a hook point, also where putting it on was cut short; nothing if it is not there.
+def remove_hook(module: Any, function: Callable[..., Any]) -> None:
+    """Take a function off a hook point or a module, also where putting it on was cut short; nothing if it is not there.
 
-    It is in torch's lists of a module's hooks (private names, torch 2.6 to 2.14) before it is in ``fwd_hooks``, where a
-    handle has its number.
+    It is in torch's lists of a module's hooks (private names, torch 2.6 to 2.14) before it is in a hook point's
+    ``fwd_hooks``, where a handle has its number.
     """
-    numbers = [number for number, wrapped in point._forward_hooks.items() if any(f is function for f in _held(wrapped))]
-    point.fwd_hooks[:] = [kept for kept in point.fwd_hooks if kept.hook.id not in numbers]
-    for number in numbers:
-        point._forward_hooks_with_kwargs.pop(number, None)
-        point._forward_hooks_always_called.pop(number, None)
-        point._forward_hooks.pop(number, None)
+    for kind in ("_forward_hooks", "_forward_pre_hooks"):
+        hooks = getattr(module, kind)
+        numbers = [number for number, wrapped in hooks.items() if any(f is function for f in _held(wrapped))]
+        if "fwd_hooks" in vars(module):
+            module.fwd_hooks[:] = [kept for kept in module.fwd_hooks if kept.hook.id not in numbers]
+        for number in numbers:
+            getattr(module, f"{kind}_with_kwargs").pop(number, None)
+            module._forward_hooks_always_called.pop(number, None)
+            hooks.pop(number, None)
 
 
 def remove_torch_hook(module: Any, function: Callable[..., Any]) -> None:
@@ -190,8 +195,8 @@ def hooked_cache(cfg: Any, device: torch.device, batch: int) -> Any:
 # --- transformers ----------------------------------------------------------------------------------------------------
 
 
-def bridge_cache(layers: Sequence[tuple[Tensor, Tensor]] = ()) -> Any:
-    """A key-value cache for a bridge that holds these keys and values, layer by layer."""
+def key_value_cache(layers: Sequence[tuple[Tensor, Tensor]] = ()) -> Any:
+    """A key-value cache for a Hugging Face model that holds these keys and values, layer by layer."""
     from transformers import DynamicCache
 
     cache: Any = DynamicCache()
@@ -201,7 +206,7 @@ def bridge_cache(layers: Sequence[tuple[Tensor, Tensor]] = ()) -> Any:
 
 
 def cached_layers(cache: Any) -> list[tuple[Tensor, Tensor]]:
-    """The keys and values of every layer of a bridge's cache (transformers 5.x: ``DynamicCache.layers``)."""
+    """The keys and values of every layer of such a cache (transformers 5.x: ``DynamicCache.layers``)."""
     return [(layer.keys, layer.values) for layer in cache.layers if getattr(layer, "keys", None) is not None]
 
 
@@ -213,8 +218,7 @@ def bridge_cache_arguments(bridge: Any, cache: Any) -> Iterator[dict[str, Any]]:
     both are ``cache``, and the bridge's attention (TransformerLens 3.9, 4.3) still reads ``past_key_values``: the cache
     stays empty. So the attention is told under both names, and the model under the one that it knows.
     """
-    original = bridge.original_model
-    name = "cache" if "cache" in _parameters_of_forward(original) else "past_key_values"
+    name = cache_argument(bridge.original_model)
     with ExitStack() as stack:
         if name == "cache":
 
@@ -225,6 +229,40 @@ def bridge_cache_arguments(bridge: Any, cache: Any) -> Iterator[dict[str, Any]]:
                 stack.callback(remove_torch_hook, block.attn, both_names)
                 block.attn.register_forward_pre_hook(both_names, with_kwargs=True)
         yield {name: cache, "use_cache": True}
+
+
+def cache_argument(model: Any) -> str:
+    """What a Hugging Face model calls its key-value cache (transformers until 5.23, and from 5.24 on)."""
+    return "cache" if "cache" in _parameters_of_forward(model) else "past_key_values"
+
+
+def attention_configs(model: Any) -> list[Any]:
+    """The configs that say by which kernel a Hugging Face model computes attention (transformers 5.x), each once."""
+    configs = (getattr(module, "config", None) for module in model.modules())
+    return list(
+        {id(each): each for each in configs if "_attn_implementation_internal" in vars(each or object)}.values()
+    )
+
+
+def put_attention(config: Any, kernel: Any) -> None:
+    """Let attention be computed by a kernel; past the setter, which would look whether others could, too."""
+    vars(config)["_attn_implementation_internal"] = kernel
+
+
+@contextmanager
+def eager_attention(model: Any) -> Iterator[None]:
+    """Attention that hands out its patterns, for passes inside the context.
+
+    A config's field says which kernel is taken; its setter is meant for loading (transformers 5.x: a private field).
+    """
+    before = [(config, config._attn_implementation_internal) for config in attention_configs(model)]
+    try:
+        for config, _ in before:
+            put_attention(config, "eager")
+        yield
+    finally:
+        for config, kernel in before:
+            put_attention(config, kernel)
 
 
 def _parameters_of_forward(model: Any) -> set[str]:

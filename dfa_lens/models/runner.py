@@ -20,7 +20,6 @@ import logging
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
@@ -31,9 +30,10 @@ from torch import Tensor
 
 from dfa_lens.data.nodes import NodeSet
 from dfa_lens.data.pairs import PromptPairs
-from dfa_lens.errors import HookError, PromptError
+from dfa_lens.errors import HookError, ModelError, PromptError
 from dfa_lens.models import private, trials
-from dfa_lens.models.backend import Backend, HookFunction, neutral, usable
+from dfa_lens.models.backend import AddedPoint, HookFunction, backend_of, neutral, usable
+from dfa_lens.models.backend.families import how_to_add
 from dfa_lens.models.kept import Kept, OwnHook, TurnedWeights, each_of, remembered_of
 from dfa_lens.models.passes import Layout, Prefix, Start, attention_mask
 from dfa_lens.models.trials import ShortCut, Verdict
@@ -83,20 +83,13 @@ class ShortCutWarning(UserWarning):
     """A short cut changes this model's numbers, so passes are made the plain way: slower, and right."""
 
 
-@dataclass(frozen=True)
-class _AddedPoint:
-    module: Any
-    attribute: str
-    function: Any
-
-
 class Runner:
     """Runs one model. Made anew for every operation; what is known of the model outlives it.
 
     Parameters
     ----------
     model:
-        A HookedTransformer or TransformerBridge.
+        A HookedTransformer, TransformerBridge or Hugging Face causal language model.
 
     Raises
     ------
@@ -106,8 +99,10 @@ class Runner:
 
     def __init__(self, model: Any) -> None:
         self.model: Any = usable(model)
-        self.backend = Backend.of(self.model)
+        self.backend = backend_of(self.model)
         self.state = remembered_of(self.model)
+        if not self.backend.has_points:  # names of modules, which may have been exchanged since the last operation
+            self.state.points = {}
 
     # --- what the model is -------------------------------------------------------------------------------------
 
@@ -209,6 +204,11 @@ class Runner:
                     "have one of them."
                 )
             seen[id(point)] = name
+            if getattr(point, "read_only", False):
+                raise HookError(
+                    f"{name!r} can only be looked at on this model: what is made of it is made inside one module. Load "
+                    "the model with backend='bridge' to edit it."
+                )
         self._warn_if_processed()
 
     def _warn_if_processed(self) -> None:
@@ -230,8 +230,6 @@ class Runner:
 
     def add_point(self, module: str, name: str, at: Literal["output", "input"]) -> str:
         """See :func:`dfa_lens.hooks.add_hook_point`."""
-        from transformer_lens.hook_points import HookPoint
-
         try:
             place: Any = self.model.get_submodule(module)
         except AttributeError:
@@ -241,30 +239,12 @@ class Runner:
         full = f"{module}.{name}"
         if hasattr(place, name) or full in self.model.hook_dict:
             raise HookError(f"Module {module!r} already has {name!r}.")
-        point = HookPoint()
-
-        def first(value: Any) -> Any:
-            return (point(value[0]), *value[1:]) if isinstance(value, tuple) else point(value)
-
-        def before(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-            if args:
-                return first(args), kwargs
-            key = next(key for key, value in kwargs.items() if isinstance(value, Tensor))
-            return args, kwargs | {key: point(kwargs[key])}
-
-        def behind(_: Any, args: Any, output: Any) -> Any:
-            return first(output)
-
-        entry = _AddedPoint(place, name, behind if at == "output" else before)
+        entry = self.backend.new_point(place, module, name, at)
         done = False
         try:
             try:
-                setattr(place, name, point)
-                if at == "output":
-                    place.register_forward_hook(behind)
-                else:
-                    place.register_forward_pre_hook(before, with_kwargs=True)
-                self._register(full, point)
+                entry.put()
+                self.state.points = {}
                 self.state.added[full] = entry
                 done = True
             finally:
@@ -285,23 +265,8 @@ class Runner:
         finally:  # an interrupt may have cut the first round short; half a point is of no use to anybody
             self._take_away(name, entry)
 
-    def _take_away(self, name: str, entry: _AddedPoint) -> None:
-        def attribute() -> None:
-            if entry.attribute in entry.module._modules:
-                delattr(entry.module, entry.attribute)
-
-        each_of(
-            (
-                partial(private.remove_torch_hook, entry.module, entry.function),
-                attribute,
-                partial(self._register, name, None),
-                partial(self.state.added.pop, name, None),
-            )
-        )
-
-    def _register(self, name: str, point: Any) -> None:
-        self.state.points = {}
-        self.backend.register(name, point)
+    def _take_away(self, name: str, entry: AddedPoint) -> None:
+        each_of((*entry.away, self.state.points.clear, partial(self.state.added.pop, name, None)))
 
     @contextmanager
     def attach(self, hooks: Sequence[tuple[str, HookFunction]]) -> Iterator[list[OwnHook]]:
@@ -314,12 +279,13 @@ class Runner:
         taken = self.points([name for name, _ in hooks])
         own = [OwnHook(function) for _, function in hooks]
         places = [(taken[name], hook) for (name, _), hook in zip(hooks, own, strict=True)]
-        away = [partial(private.remove_hook, point, hook) for point, hook in places]
+        away = [partial(private.remove_hook, self.backend.module_of(point), hook) for point, hook in places]
         try:
             try:
-                for point, hook in places:
-                    point.add_hook(hook)
-                yield own
+                with self.backend.showing(list(taken)):
+                    for point, hook in places:
+                        point.add_hook(hook)
+                    yield own
             finally:
                 each_of(away)
         finally:  # an interrupt may have cut the first round short
@@ -355,11 +321,24 @@ class Runner:
                     if passes >= WORTH_LAYING_OUT:
                         state.turned = TurnedWeights()
                         state.turned.turn(self.backend.copied_weights())
+                    self._try_guess()
                     yield
                 finally:
                     before.restore()
             finally:  # an interrupt may have cut the first round short
                 before.restore()
+
+    def _try_guess(self) -> None:
+        """A model whose parts were found by their looks must behave as if they were the parts."""
+        guess = self.backend.guess
+        if guess is None or self.state.foreign is not None:
+            return
+        verdict = trials.remembered(self, "structure", 1)
+        if not verdict.holds:
+            raise ModelError(
+                f"No family of models is known for this {guess}, and its structure is not what it looks like: "
+                f"{verdict.detail}. {how_to_add(self.backend.config.model_type)}"
+            )
 
     def _foreign_hooks(self) -> str | None:
         """Where somebody else has hooks on the model now, or None."""
@@ -371,10 +350,9 @@ class Runner:
 
     def _setting(self) -> Any:
         """All that a trial's result can depend on, beside the values of the weights."""
-        config = getattr(getattr(self.model, "original_model", None), "config", None)
         settings = [
             (key, value)
-            for each in (self.model.cfg, config)
+            for each in (self.model.cfg, self.backend.config)
             for key, value in sorted(getattr(each, "__dict__", {}).items())
             if isinstance(value, (bool, int, float, str, torch.dtype, type(None)))
         ]
@@ -451,8 +429,9 @@ class Runner:
             stack.enter_context(torch.no_grad())
             stack.enter_context(self.attach(hooks))
             self._shorten_unembedding(stack, torch.zeros(len(tokens), 1, dtype=torch.long))
-            if not hooks:  # after the last keys and values nothing is read any more
-                stack.enter_context(private.replaced_forward(self.model.blocks[-1].mlp, _skip))
+            last = self.backend.mlp(-1)
+            if not hooks and last is not None:  # after the last keys and values nothing is read any more
+                stack.enter_context(private.replaced_forward(last, _skip))
             kept = self.backend.run_and_keep(tokens, torch.ones_like(tokens))
         return Prefix(tokens.shape[1], kept)
 
@@ -545,7 +524,7 @@ class Runner:
             hooks.append((drop_at, lambda now: _at(now, lengths - 1)))
         with ExitStack() as stack:
             if start is not None:
-                for block in list(self.model.blocks)[: start.layer]:
+                for block in self.backend.blocks[: start.layer]:
                     stack.enter_context(private.replaced_forward(block, _skip))
             if short_unembedding:
                 self._shorten_unembedding(stack, columns)

@@ -206,8 +206,8 @@ class SideBySide:
 
     def _output(self, layer: int) -> Tensor:
         try:
-            weights = self.runner.model.blocks[layer].attn.W_O
-        except (AttributeError, RuntimeError, ValueError) as error:
+            weights = self.runner.backend.output_weights(layer)
+        except (AttributeError, RuntimeError, TypeError, ValueError) as error:
             raise ModelError(f"What the heads of block {layer} write by can't be read ({error}).") from error
         heads = int(self.runner.model.cfg.n_heads)
         if (
@@ -304,6 +304,7 @@ class SideBySide:
 
 
 def _norms_behind(runner: Runner) -> bool:
-    """Whether a bridge's blocks have norms behind attention and MLP (Gemma 2, OLMo 2)."""
-    original = getattr(runner.model.blocks[0], "original_component", runner.model.blocks[0])
+    """Whether a Hugging Face model's blocks have norms behind attention and MLP (Gemma 2, OLMo 2)."""
+    first = runner.backend.blocks[0]
+    original = getattr(first, "original_component", first)
     return hasattr(original, "post_feedforward_layernorm")

@@ -76,7 +76,7 @@ class Plain(NamedTuple):
     logits: Float[Tensor, "2 pos vocab"]
 
 
-def remembered(runner: Passes, what: ShortCut | Literal["causal"], width: int) -> Verdict:
+def remembered(runner: Passes, what: ShortCut | Literal["causal", "structure"], width: int) -> Verdict:
     """The verdict on prompts of about ``width`` tokens in the running session's setting, found if need be."""
     state, size = runner.state, _size(runner, width)
     key = (what, size, state.setting)
@@ -220,10 +220,35 @@ def _try_causal(runner: Passes, plain: Plain) -> Verdict:
     return Verdict(True)
 
 
+def _try_structure(runner: Passes, plain: Plain) -> Verdict:
+    """With heads and MLPs at zero every block must add the same to every prompt: nothing else may go through it."""
+    layers = range(runner.n_layers)
+    taps: list[tuple[str, HookFunction]] = []
+    streams: dict[str, Tensor] = {}
+
+    def keep(name: str) -> HookFunction:
+        return lambda now: streams.__setitem__(name, now.detach())
+
+    for layer in layers:
+        block = f"blocks.{layer}"
+        outputs = [f"{block}.attn.hook_z"] + [f"{block}.hook_mlp_out"] * (runner.backend.mlp(layer) is not None)
+        taps += [(name, keep(name)) for name in (f"{block}.hook_resid_pre", f"{block}.hook_resid_post")]
+        taps += [(name, torch.zeros_like) for name in outputs]
+    runner.run_as_told(plain.tokens, plain.lengths, taps)
+    for layer in layers:
+        before, behind = (streams[f"blocks.{layer}.hook_resid_{end}"] for end in ("pre", "post"))
+        added = behind - before
+        constant = added[:1, :1].expand_as(added)
+        # in the spread of the stream
+        _compare(f"stream behind block {layer} by more than its nodes", before + constant, behind, plain.lengths)
+    return Verdict(True)
+
+
 _TRIALS: dict[str, Callable[[Passes, Plain], Verdict]] = {
     "answer": _try_answer,
     "unembedding": _try_unembedding,
     "prefix": _try_prefix,
     "start": _try_start,
     "causal": _try_causal,
+    "structure": _try_structure,
 }

@@ -203,12 +203,13 @@ def _task(result: TaskResult) -> dict[str, Any]:
         for setting, alignment in result.alignments.items()
         if alignment.history and setting not in result.controls
     }
-    for setting, alignment in trained.items():
+    measured = [name for name in result.circuits if name not in result.alignments and name not in result.controls]
+    for setting in [*trained, *measured]:
         figures.append(
             aligned_heatmap(
                 result.source,
                 result.circuits[setting],
-                alignment=alignment,
+                alignment=trained.get(setting),
                 curve=result.curves[setting],
                 contributors=2,  # 24 of these share the page
                 source_name=f"source: {result.source.meta.get('method', 'scores')}",

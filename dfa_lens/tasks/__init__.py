@@ -1,7 +1,8 @@
-"""The six tasks: prompt pairs for a tokenizer, by name.
+"""The tasks: prompt pairs for a tokenizer, by name.
 
-Two collections have the same six names: "offline" (:mod:`~dfa_lens.tasks.offline`: generated, no network, what the
-shipped models know) and "mib" (:mod:`~dfa_lens.tasks.mib`: the benchmark's data sets).
+The paper's six are in two collections: "offline" (:mod:`~dfa_lens.tasks.offline`: generated, no network, what the
+shipped models know) and "mib" (:mod:`~dfa_lens.tasks.mib`: the benchmark's data sets). Twelve further ones are offline
+tasks only (:mod:`~dfa_lens.tasks.more`).
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Any, Literal, get_args
 from dfa_lens.data import tokenization
 from dfa_lens.data.pairs import LengthPolicy, PromptPairs
 from dfa_lens.errors import TaskError, unknown
-from dfa_lens.tasks import mib, offline
+from dfa_lens.tasks import mib, more, offline
 from dfa_lens.tasks.offline import Example, examples, stream
 
 __all__ = [
@@ -36,29 +37,58 @@ __all__ = [
 Collection = Literal["offline", "mib"]
 """Where prompts come from: generated offline tasks, or MIB's data sets on the Hugging Face hub."""
 
+Which = Literal["paper", "more", "all"]
+"""The paper's six tasks, the further ones, or both."""
+
 #: The task of the same kind that near-distribution transfer trains on.
 SIBLINGS: dict[str, str] = {
     "addition": "subtraction",
     "subtraction": "addition",
     "arc-easy": "arc-challenge",
     "arc-challenge": "arc-easy",
+    "greater-than": "less-than",
+    "less-than": "greater-than",
+    "capitals": "languages",
+    "languages": "capitals",
+    "calendar": "counting",
+    "counting": "calendar",
 }
 
-#: The tasks' families: relatives, of which none may teach where transfer is to be more than recognition.
-FAMILIES: dict[str, str] = {name: task.family for name, task in offline.TASKS.items()}
+#: The families of all tasks: relatives, of which none may teach where transfer is to be more than recognition.
+FAMILIES: dict[str, str] = {name: task.family for name, task in offline.ALL.items()}
 
 # Prompts that are looked at before a tokenizer is declared unfit.
 _PATIENCE = 200
 
 
-def names() -> tuple[str, ...]:
+def names(which: Which = "paper") -> tuple[str, ...]:
     """The tasks' names.
 
+    Parameters
+    ----------
+    which:
+        "paper": the six of the paper, the default of studies and tables; "more": the further offline tasks; "all":
+        both.
+
+    Raises
+    ------
+    TaskError
+        If ``which`` is something else.
+
+    Examples
+    --------
     >>> import dfa_lens as dfa
     >>> dfa.tasks.names()
     ('ioi', 'mcqa', 'addition', 'subtraction', 'arc-easy', 'arc-challenge')
+    >>> dfa.tasks.names("more")[:4]
+    ('greater-than', 'less-than', 'pronouns', 'docstring')
+    >>> len({dfa.tasks.FAMILIES[name] for name in dfa.tasks.names("all")})
+    12
     """
-    return tuple(offline.TASKS)
+    if which not in get_args(Which):
+        raise unknown("set of tasks", which, get_args(Which), TaskError)
+    further = tuple(task.name for task in more.TASKS)
+    return {"paper": tuple(offline.TASKS), "more": further, "all": (*offline.TASKS, *further)}[which]
 
 
 def describe(name: str) -> str:
@@ -70,7 +100,7 @@ def describe(name: str) -> str:
     >>> dfa.tasks.describe("ioi")[:40]
     'Indirect object identification: two name'
     """
-    return offline.TASKS.find(name).summary
+    return offline.ALL.find(name).summary
 
 
 def card(name: str) -> str:
@@ -105,7 +135,7 @@ def load(
     Parameters
     ----------
     name:
-        One of :func:`names`.
+        One of ``names("all")``, see :func:`names`.
     tokenizer:
         A Hugging Face tokenizer: that of the model on which the pairs are to run (``model.tokenizer``).
     split:
@@ -115,7 +145,7 @@ def load(
     seed:
         Which ones; the same seed gives the same pairs on every machine.
     collection:
-        See :data:`Collection`. "mib" downloads the data set, unless ``path`` says where it is.
+        See :data:`Collection`. "mib" has the paper's six, and downloads the data set, unless ``path`` says where it is.
     counterfactual:
         How the corrupt prompt differs from the clean one; default: the task's first. Offline: see :func:`card`. MIB:
         any of the data set's counterfactuals ("…_counterfactual", or without that ending).
@@ -178,6 +208,22 @@ def load(
     return replace(pairs, dropped=dropped)
 
 
+def require(name: str, collection: str) -> None:
+    """Raise a TaskError if there is no such collection, or no such task in it.
+
+    Examples
+    --------
+    >>> import dfa_lens as dfa
+    >>> dfa.tasks.require("ioi", "mib")
+    """
+    if collection not in get_args(Collection):
+        raise unknown("collection", collection, get_args(Collection), TaskError)
+    offline.ALL.find(name)
+    if collection == "mib" and name not in mib.TASKS:
+        has = ", ".join(map(repr, mib.TASKS))
+        raise TaskError(f"MIB has no task {name!r}, which is an offline task only: MIB has {has}.")
+
+
 def _draw(
     name: str,
     tokenizer: Any,
@@ -188,8 +234,7 @@ def _draw(
     path: str | Path | None,
     options: dict[str, Any],
 ) -> Iterator[Example | mib.Reason]:
-    if collection not in get_args(Collection):
-        raise unknown("collection", collection, get_args(Collection), TaskError)
+    require(name, collection)
     if collection == "mib":
         if options:
             raise unknown(f"option for {name!r} of MIB", next(iter(options)), (), TaskError)
@@ -240,7 +285,7 @@ def _too_few(
     if not found and reasons:
         needs = (
             "The offline tasks need a tokenizer that knows every word and has one token for each answer, like that of "
-            "the shipped models"
+            "the shipped models that know the task"
             if collection == "offline"
             else "Other tokenizers may keep some"
         )
@@ -301,7 +346,7 @@ def coverage(
     tokenizers:
         Name → tokenizer.
     tasks:
-        Default: all six.
+        Default: the paper's six.
     n:
         How many prompts to look at; None: the whole split (for the offline tasks, 1000).
 

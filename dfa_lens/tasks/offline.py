@@ -12,55 +12,16 @@ facts of ``arc-challenge`` together or has learned each combination by heart is 
 
 from __future__ import annotations
 
-import hashlib
 import random
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from functools import partial
 from itertools import islice
 from typing import Any, NamedTuple
 
 from dfa_lens.data.registry import Registry
 from dfa_lens.errors import TaskError, unknown
-from dfa_lens.tasks import world
-
-SPLITS: dict[str, range] = {"train": range(80), "validation": range(80, 90), "test": range(90, 100)}
-"""Per cent of all keys that belong to each split."""
-
-
-class Example(NamedTuple):
-    """One prompt pair as text. ``answer`` is right for ``clean``, ``wrong`` is right for ``corrupt``.
-
-    (Under the ``abc`` counterfactual of ioi the corrupt prompt has no right answer among the two.)
-    """
-
-    clean: str
-    corrupt: str
-    answer: str
-    wrong: str
-    key: str
-    template: int
-    choices: tuple[str, ...] | None = None  #: what the clean prompt offers, where it offers a choice
-    corrupt_choices: tuple[str, ...] | None = None
-
-
-@dataclass(frozen=True)
-class OfflineTask:
-    """A task: how to draw an example, and what it is about."""
-
-    name: str
-    family: str  #: what relatives have in common
-    summary: str
-    counterfactuals: tuple[str, ...]  #: names, the default first
-    draw: Callable[..., Example]  #: ``draw(rng, split=…, counterfactual=…, **options)``
-    options: tuple[str, ...] = ()  #: names of further keyword options of ``draw``
-
-
-def split_of(key: str) -> str:
-    """The split to which a key belongs: a hash, so the same on every machine and in every session."""
-    percent = int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "big") % 100
-    return next(name for name, percents in SPLITS.items() if percent in percents)
-
+from dfa_lens.tasks import more, world
+from dfa_lens.tasks.example import SPLITS, Example, OfflineTask, choose_template, split_of
 
 # --- ioi -----------------------------------------------------------------------------------------------------
 
@@ -76,16 +37,6 @@ _IOI_TEMPLATES = (
 )
 
 
-def _template(rng: random.Random, n: int, templates: Sequence[int] | None) -> int:
-    """One of ``n`` templates, or of those of them that were asked for."""
-    if templates is None:
-        return rng.randrange(n)
-    allowed = [template for template in templates if 0 <= template < n]
-    if not allowed:
-        raise TaskError(f"templates are numbered from 0 to {n - 1} here, and none of {list(templates)} is among them.")
-    return rng.choice(allowed)
-
-
 def _ioi(
     rng: random.Random,
     *,
@@ -98,7 +49,7 @@ def _ioi(
         raise TaskError(f"distractors must be between 0 and 3, not {distractors!r}.")
     indirect_object, subject = rng.sample(world.NAMES, 2)
     place, thing = rng.choice(world.PLACES), rng.choice(world.OBJECTS)
-    template = _template(rng, len(_IOI_TEMPLATES), templates)
+    template = choose_template(rng, len(_IOI_TEMPLATES), templates)
     first, second = (indirect_object, subject) if rng.random() < 0.5 else (subject, indirect_object)
     before = ""
     for _ in range(distractors):  # somebody else, who has nothing to do with it
@@ -195,7 +146,7 @@ def _mcqa(
     thing = rng.choice(world.OBJECTS)
     options = rng.sample(world.COLORS, n_choices)
     right = options[0]
-    template = _template(rng, len(_MCQA_TEMPLATES), templates)
+    template = choose_template(rng, len(_MCQA_TEMPLATES), templates)
     stem = _MCQA_TEMPLATES[template].format(object=thing, color=right)
     return _choice_example(rng, counterfactual, "mcqa", stem, options, right, template)
 
@@ -213,7 +164,7 @@ def _about_an_animal(
 ) -> Example:
     _check_choices(n_choices)
     options = [right, *rng.sample(others, n_choices - 1)]
-    template = _template(rng, len(questions), templates)
+    template = choose_template(rng, len(questions), templates)
     stem = "Question: " + questions[template].format(x=f"the {animal.name}")
     return _choice_example(rng, counterfactual, name, stem, options, right, template)
 
@@ -309,7 +260,7 @@ def _arithmetic(
         raise TaskError(f"shots must be between 0 and 8, not {shots!r}.")
     if not 10 <= max_number <= 99:
         raise TaskError(f"max_number must be between 10 and 99, not {max_number!r}: results have one token each.")
-    template = _template(rng, len(_ARITHMETIC_TEMPLATES[operation]), templates)
+    template = choose_template(rng, len(_ARITHMETIC_TEMPLATES[operation]), templates)
     question, result, separator = _ARITHMETIC_TEMPLATES[operation][template]
     # worked examples come from the training pairs in every split: no test sum is ever shown solved
     shown = ""
@@ -398,6 +349,9 @@ TASKS: Registry[OfflineTask] = Registry(
     },
 )
 
+#: The six and those of :mod:`~dfa_lens.tasks.more`: all that can be drawn by name.
+ALL: Registry[OfflineTask] = Registry("task", TaskError, {**TASKS, **{task.name: task for task in more.TASKS}})
+
 
 def stream(
     task: str, *, split: str = "train", seed: int = 0, counterfactual: str | None = None, **options: Any
@@ -412,7 +366,7 @@ def stream(
     >>> next(dfa.tasks.stream("mcqa")).answer
     ' C'
     """
-    known = TASKS.find(task)
+    known = ALL.find(task)
     if split not in SPLITS:
         raise unknown("split", split, SPLITS, TaskError)
     counterfactual = counterfactual or known.counterfactuals[0]

@@ -36,7 +36,7 @@ def sources(tasks: Mapping[str, str | TaskSource] | None, collection: str = "off
     Parameters
     ----------
     tasks:
-        Name → the name of one of our tasks, or a source of one's own; default: all of ours.
+        Name → the name of one of our tasks, or a source of one's own; default: the paper's six.
     collection:
         Where ours come from, see :data:`dfa_lens.tasks.Collection`.
 
@@ -63,7 +63,7 @@ def sources(tasks: Mapping[str, str | TaskSource] | None, collection: str = "off
     for name, source in tasks.items():
         checked_name(name, "task", TaskError)
         if isinstance(source, str):
-            ours.describe(source)  # an unknown name is an error here, not after minutes
+            ours.require(source, collection)  # an unknown name is an error here, not after minutes
             made[name] = partial(ours.load, source, collection=collection)  # type: ignore[arg-type]
         elif callable(source):
             made[name] = source

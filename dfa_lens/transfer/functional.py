@@ -9,12 +9,13 @@ of any size.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
-from functools import cached_property
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -142,15 +143,15 @@ class FunctionalAlignment(ByContent):
         """What each member (each tree) says; the arguments are those of :meth:`transfer`."""
         own = self._own(scores, measurements)
         target = self.checked(target_measurements, "The target's measurements")
-        return self._read(self.table, own, features(target), shares(target), self.learned)
+        return self._read(self.table, own, self.learned, features(target), shares(target))
 
     def _read(
         self,
         table: Table,
         own: Table | None,
+        learned: Mapping[str, Tensor],
         phi: Float[Tensor, "node feature"],
         share: Float[Tensor, " node"],
-        learned: Mapping[str, Tensor],
     ) -> Float[Tensor, "member node"]:
         return self.reader.read(table, own, phi, learned, self.seed).double() + self.guard * share.double()
 
@@ -200,22 +201,87 @@ class FunctionalAlignment(ByContent):
 
     # --- trust -------------------------------------------------------------------------------------------------
 
-    @cached_property
-    def _held_out(self) -> Float[Tensor, "member row"]:
-        """What each member would have said of every row, had its family not been there to learn from."""
+    def without(self, family: str) -> FunctionalAlignment:
+        """What would have been learned without the tasks of a family; itself if none of its tasks taught.
+
+        Raises
+        ------
+        AlignmentError
+            If nothing is left to learn from.
+        """
+        families = list(dict.fromkeys(self.meta.get("families", {}).values()))
+        if family not in families:
+            return self
+        rest = self.table.where(self.table.group != families.index(family))
+        if len(rest) < LEAST_ROWS:
+            raise AlignmentError(f"Without the family {short(family)!r} there is nothing to learn from.")
+        _, group = rest.group.unique(return_inverse=True)
+        rest = replace(rest, group=group)
+        left = {task: of for task, of in self.meta["families"].items() if of != family}
+        meta = {**self.meta, "tasks": list(left), "families": left}
+        return replace(self, table=rest, learned=self.reader.train(rest, self.seed), meta=meta)
+
+    def importance(self, *, repeats: int = 5, seed: int = 0) -> dict[str, float]:
+        """How much each measurement matters: what shuffling it among nodes takes from the correlation with the scores.
+
+        Rows are read as in :attr:`held_out`, without their family to learn from. A measurement and its ranks are
+        shuffled together, within each family. Two measurements that say the same can each be shuffled without loss.
+
+        Parameters
+        ----------
+        repeats:
+            Shuffles of each measurement; the mean is given.
+        seed:
+            Of the shuffles.
+
+        Returns
+        -------
+        dict
+            Measurement → Pearson correlation lost, the most first.
+
+        Raises
+        ------
+        AlignmentError
+            If there is only one family.
+        """
+        if isinstance(repeats, bool) or not isinstance(repeats, int) or repeats < 1:
+            raise AlignmentError(f"repeats must be an integer of at least 1, not {short(repr(repeats))}.")
+        generator = torch.Generator().manual_seed(seed)
+        n, lost = len(self.names), dict.fromkeys(self.names, 0.0)
+        for rows, predict in self._folds():
+            phis, share = [rows.features], [rows.share]
+            for i, name in enumerate(self.names):
+                for _ in range(repeats):
+                    order = torch.randperm(len(rows), generator=generator)
+                    shuffled = rows.features.clone()
+                    shuffled[:, [i, n + i]] = shuffled[order][:, [i, n + i]]
+                    phis.append(shuffled)
+                    share.append(rows.share[order] if name == GUARD else rows.share)
+            said = predict(torch.cat(phis), torch.cat(share)).mean(0).reshape(len(phis), len(rows)).numpy()
+            agreement = np.array([np.corrcoef(each, rows.scores.double().numpy())[0, 1] for each in said])
+            parts = (agreement[0] - agreement[1:]).reshape(n, repeats).mean(1)
+            for name, part in zip(self.names, parts.tolist(), strict=True):
+                lost[name] += part * len(rows)
+        found = {name: value / len(self.table) for name, value in lost.items()}
+        return dict(sorted(found.items(), key=lambda item: -item[1]))
+
+    def _folds(self) -> Iterator[tuple[Table, Callable[[Tensor, Tensor], Tensor]]]:
+        """For every family, its rows, and what members that never saw it say of φ and shares."""
         families = self.table.group.unique().tolist()
         if len(families) < 2:
             raise AlignmentError("How far to trust is learned over families left out in turn: two are needed.")
-        parts: list[tuple[Tensor, Tensor]] = []
         for family in families:
-            tested, rest = self.table.group == family, self.table.where(self.table.group != family)
+            rest = self.table.where(self.table.group != family)
             learned = self.reader.train(rest, self.seed) if len(families) > 2 else self.learned
-            known = self.table.where(tested)
-            parts.append((tested, self._read(rest, None, known.features, known.share, learned)))
-        found = torch.empty(len(parts[0][1]), len(self.table), dtype=torch.float64)
-        for tested, members in parts:
-            found[:, tested] = members.double()
-        return found
+            yield self.table.where(self.table.group == family), partial(self._read, rest, None, learned)
+
+    @cached_property
+    def _held_out(self) -> Float[Tensor, "member row"]:
+        """What each member would have said of every row, had its family not been there to learn from."""
+        said = [predict(rows.features, rows.share) for rows, predict in self._folds()]
+        # the folds are in the order of the families' numbers
+        order = torch.cat([(self.table.group == family).nonzero()[:, 0] for family in self.table.group.unique()])
+        return torch.cat(said, 1)[:, order.argsort()]
 
     @property
     def held_out(self) -> Float[Tensor, " row"]:
@@ -248,7 +314,7 @@ class FunctionalAlignment(ByContent):
         known, truth = self._held_out, self.table.scores.double()
         target = self.checked(target_measurements, "The target's measurements")
         phi = features(target)
-        members = self._read(self.table, None, phi, shares(target), self.learned)
+        members = self._read(self.table, None, self.learned, phi, shares(target))
         mean = members.mean(0)
         spread = float(members.std(0, correction=0).mean() / mean.std().clamp_min(1e-12)) if len(members) > 1 else 0.0
         # split conformal: what the held-out errors, in units of the members' disagreement, exceed seldom enough

@@ -24,7 +24,6 @@ from torch import Tensor
 from dfa_lens.data.measurements import Measurements
 from dfa_lens.data.registry import Registry
 from dfa_lens.errors import AlignmentError
-from dfa_lens.transfer import trees
 
 
 @dataclass(frozen=True)
@@ -128,7 +127,10 @@ class Reader(ABC):
 
 @dataclass(frozen=True)
 class Trees(Reader):
-    """Extremely randomised trees over all rows.
+    """Extremely randomised trees (Geurts, Ernst and Wehenkel 2006) over all rows: scikit-learn's.
+
+    Nothing of them is saved: the same rows and seed grow the same trees again, so that no file holds code. A release of
+    scikit-learn that draws its splits in another way grows others, whose mean differs a little.
 
     Attributes
     ----------
@@ -153,15 +155,13 @@ class Trees(Reader):
         learned: Mapping[str, Tensor],
         seed: int,
     ) -> Float[Tensor, "member node"]:
+        from sklearn.ensemble import ExtraTreesRegressor
+
         whole = table if own is None else table.plus(own)
-        forest = trees.grow(
-            whole.features.double().numpy(),
-            whole.scores.double().numpy(),
-            n_trees=self.trees,
-            leaf=self.leaf,
-            seed=seed,
-        )
-        return torch.from_numpy(forest.predict(target.double().numpy()))
+        forest = ExtraTreesRegressor(self.trees, min_samples_leaf=self.leaf, random_state=seed)
+        forest.fit(whole.features.double().numpy(), whole.scores.double().numpy())
+        new = target.float().numpy()  # what each tree splits by, as scikit-learn has it
+        return torch.from_numpy(np.stack([tree.predict(new) for tree in forest.estimators_]))
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ that is transferred later.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -197,7 +198,7 @@ def _keys_of_repeated(tokens: Int[Tensor, "prompt pos"], length: int) -> Bool[Te
     return (torch.stack(parts) & (query >= n - length)).expand(len(tokens), -1, -1, -1)
 
 
-def _repeated(model: HookedModel, prompts: int, length: int, seed: int) -> Tensor:
+def _repeated(model: Any, prompts: int, length: int, seed: int) -> Tensor:
     """Random tokens twice over, after a begin-of-text token where the tokenizer has one."""
     tokenizer = getattr(model, "tokenizer", None)
     special = set(getattr(tokenizer, "all_special_ids", None) or ())

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -13,6 +14,9 @@ if TYPE_CHECKING:
 
 MODELS_DIR = Path(__file__).parent / "models"
 CONTEXT = 256
+
+Tasks = Literal["paper", "more"]
+"""The paper's six tasks, or the further ones."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +33,7 @@ class ZooModel:
     d_mlp: int
     seed: int
     steps: int
+    tasks: Tasks = "paper"  #: what it was trained on
 
     @property
     def n_nodes(self) -> int:
@@ -39,6 +44,11 @@ class ZooModel:
     def begin_of_text(self) -> bool:
         """Llama-3 starts every text with a token of its own, Qwen-2.5 does not."""
         return self.family == "llama3"
+
+    @property
+    def recipe(self) -> Recipe:
+        """How it was trained."""
+        return RECIPES[self.tasks]
 
     @property
     def folder(self) -> Path:
@@ -83,6 +93,8 @@ SPECS: dict[str, ZooModel] = {
         ZooModel("llama3-tiny-target", "llama3", 10, 10, 5, d_model=160, d_head=16, d_mlp=224, seed=2, steps=8000),
         ZooModel("qwen2.5-tiny-source", "qwen2.5", 7, 7, 1, d_model=112, d_head=16, d_mlp=256, seed=3, steps=10000),
         ZooModel("qwen2.5-tiny-target", "qwen2.5", 11, 9, 3, d_model=144, d_head=16, d_mlp=240, seed=4, steps=8000),
+        ZooModel("llama3-more-source", "llama3", 6, 8, 2, 96, d_head=12, d_mlp=96, seed=5, steps=2000, tasks="more"),
+        ZooModel("llama3-more-target", "llama3", 8, 9, 3, 108, d_head=12, d_mlp=108, seed=6, steps=2000, tasks="more"),
     )
 }
 
@@ -103,7 +115,10 @@ def spec(name: str) -> ZooModel:
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a shipped model is trained. The same for all four."""
+    """How a shipped model is trained: the same for all that know the same tasks."""
+
+    shares: Mapping[str, float] = field(default_factory=dict)
+    """Each task's part of the training pool, in units of ``pairs_per_task``: what is hard gets more."""
 
     steps: int | None = None  #: default: the model's own number
     batch_size: int = 256
@@ -112,3 +127,34 @@ class Recipe:
     weight_decay: float = 0.1
     pairs_per_task: int = 40_000
     language_modelling_weight: float = 0.1
+    lessons: float = 0.0
+    """Plainer texts beside the tasks, in the same units: facts of the six tasks' small world, or easier prompts."""
+
+
+RECIPES: dict[Tasks, Recipe] = {
+    "paper": Recipe(
+        shares={"ioi": 0.5, "mcqa": 1.0, "addition": 1.5, "subtraction": 1.5, "arc-easy": 1.0, "arc-challenge": 1.5},
+        lessons=1.0,
+    ),
+    "more": Recipe(
+        shares={
+            "greater-than": 2.0,
+            "less-than": 2.0,
+            "pronouns": 0.75,
+            "docstring": 0.75,
+            "capitals": 0.4,
+            "languages": 0.4,
+            "calendar": 0.3,
+            "counting": 0.3,
+            "colored-objects": 1.5,
+            "antonyms": 1.0,
+            "induction": 2.0,
+            "agreement": 0.4,
+        },
+        lessons=6.0,
+        batch_size=64,
+        learning_rate=3e-3,
+        warmup_steps=200,
+        pairs_per_task=8_000,
+    ),
+}

@@ -6,7 +6,8 @@ import random
 import re
 from typing import TYPE_CHECKING
 
-from dfa_lens.tasks import offline, world
+from dfa_lens.tasks import more, offline, words, world
+from dfa_lens.zoo.specs import Tasks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -14,35 +15,41 @@ if TYPE_CHECKING:
 PAD, UNKNOWN, BEGIN = "<|pad|>", "<|unknown|>", "<|begin_of_text|>"
 
 
-def vocabulary() -> list[str]:
-    """Special tokens, then every word of the world and of the tasks' templates, in a fixed order."""
-    lists = [world.LETTERS, world.NUMBERS, world.NAMES, world.PLACES, world.OBJECTS, world.COLORS]
-    words: dict[str, None] = dict.fromkeys(word for group in lists for word in group)
-    for animal in world.ANIMALS:
-        words.update(dict.fromkeys(animal))
+def vocabulary(tasks: Tasks = "paper") -> list[str]:
+    """Special tokens, then every word of the word lists and of the tasks' templates, in a fixed order."""
+    known: dict[str, None]
+    if tasks == "paper":
+        lists = [world.LETTERS, world.NUMBERS, world.NAMES, world.PLACES, world.OBJECTS, world.COLORS, *world.ANIMALS]
+        known = dict.fromkeys(word for group in lists for word in group)
+        drawn_from = list(offline.TASKS.values())
+    else:
+        known = dict.fromkeys(words.all_words())
+        drawn_from = list(more.TASKS)
     # The words of the templates are read off drawn examples: nothing to keep in step by hand.
     drawn: set[str] = set()
-    for name, task in offline.TASKS.items():
-        rng = random.Random(name)
+    for task in drawn_from:
+        rng = random.Random(task.name)
         for _ in range(400):
             example = task.draw(rng, split=None, counterfactual=task.counterfactuals[0])
-            drawn.update(re.findall(r"\w+|[^\w\s]+", example.clean))
-    words.update(dict.fromkeys(sorted(drawn)))
-    return [PAD, UNKNOWN, BEGIN, *words]
+            drawn.update(re.findall(r"\w+|[^\w\s]+", example.clean + example.answer + example.wrong))
+    known.update(dict.fromkeys(sorted(drawn)))
+    return [PAD, UNKNOWN, BEGIN, *known]
 
 
-def build(*, begin_of_text: bool) -> PreTrainedTokenizerFast:
+def build(*, begin_of_text: bool, tasks: Tasks = "paper") -> PreTrainedTokenizerFast:
     """A fast tokenizer over :func:`vocabulary`.
 
     Parameters
     ----------
     begin_of_text:
         Whether every text starts with the begin-of-text token, as with Llama-3; Qwen-2.5 has none.
+    tasks:
+        Whose words it knows.
     """
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
-    ids = {word: i for i, word in enumerate(vocabulary())}
+    ids = {word: i for i, word in enumerate(vocabulary(tasks))}
     backend = Tokenizer(models.WordLevel(ids, unk_token=UNKNOWN))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
     if begin_of_text:

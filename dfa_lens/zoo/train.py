@@ -1,6 +1,6 @@
 """Train a shipped model: ``python -m dfa_lens.zoo.train NAME``.
 
-The model sees the train split of the six offline tasks, clean and corrupt prompts alike, each with its own right
+The model sees the train split of its offline tasks, clean and corrupt prompts alike, each with its own right
 answer. The loss is the cross-entropy of the answer plus a small part of the cross-entropy of every other token
 (so that the model is a language model at every position, not only at the last). Seeded, with a progress bar, and
 resumable: run the same command again and it goes on from its last checkpoint.
@@ -9,10 +9,12 @@ resumable: run the same command again and it goes on from its last checkpoint.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import random
 import shutil
+from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
 from itertools import islice
 from pathlib import Path
@@ -31,7 +33,7 @@ from transformers import (
 )
 from transformers.trainer_utils import get_last_checkpoint
 
-from dfa_lens.tasks import offline, world
+from dfa_lens.tasks import offline, words, world
 from dfa_lens.zoo import tokenizer as tokenizers
 from dfa_lens.zoo.specs import SPECS, Recipe, ZooModel, spec
 
@@ -62,21 +64,48 @@ def _lessons(job: tuple[int, int]) -> list[tuple[str, str]]:
     return texts
 
 
-#: Each task's part of the training pool, in units of ``Recipe.pairs_per_task``: what is hard gets more.
-SHARES = {"ioi": 0.5, "mcqa": 1.0, "addition": 1.5, "subtraction": 1.5, "arc-easy": 1.0, "arc-challenge": 1.5}
+def _first_steps(job: tuple[int, int]) -> list[tuple[str, str]]:
+    """``n`` prompts that are easier than the further tasks and no prompts of theirs: training takes fewer steps."""
+    seed, n = job
+    rng = random.Random(f"first steps/{seed}")
+    texts: list[tuple[str, str]] = []
+    while len(texts) < n:
+        people, numbers = rng.sample((*words.WOMEN, *words.MEN), 2), rng.sample(words.NUMBERS, 2)
+        things, colors = rng.sample(words.OBJECTS, 3), rng.sample(words.COLORS, 2)
+        size, which = rng.choice((("more", max), ("greater", max), ("fewer", min), ("smaller", min)))
+        right = numbers.index(which(numbers))  # two digits each: texts in the order of numbers
+        shown, asked = rng.randrange(2, 4), rng.randrange(2)
+        texts += [
+            (f"There are {numbers[0]} and {numbers[1]}. The {size} number is", f" {numbers[right]}"),
+            (
+                f"{people[0]} has {numbers[0]}, {people[1]} has {numbers[1]}. The one with {size} is",
+                f" {people[right]}",
+            ),
+            (
+                f"{rng.choice(('Today', 'Yesterday'))} {people[0]} said that",
+                " she" if people[0] in words.WOMEN else " he",
+            ),
+            (" ".join([*things[:shown], things[shown - 2]]), f" {things[shown - 1]}"),
+            (
+                f"The {things[0]} is {colors[0]}, the {things[1]} is {colors[1]}. The {things[asked]} is",
+                f" {colors[asked]}",
+            ),
+        ]
+    return texts[:n]
 
 
 def training_texts(recipe: Recipe, seed: int) -> list[tuple[str, str]]:
     """All (prompt, answer) texts of the training pool, the same for the same seed."""
     jobs: list[tuple[str, int, int, dict[str, int]]] = []
-    for task, share in SHARES.items():
+    for task, share in recipe.shares.items():
         n = int(share * recipe.pairs_per_task)
-        variants = [{"shots": shots} for shots in SHOTS] if "shots" in offline.TASKS[task].options else [{}]
+        variants = [{"shots": shots} for shots in SHOTS] if "shots" in offline.ALL[task].options else [{}]
         pieces = [*variants, *variants]  # smaller pieces for more cores
         jobs += [(task, 1000 * seed + i, n // len(pieces), options) for i, options in enumerate(pieces)]
     with ProcessPoolExecutor(os.cpu_count()) as pool:
         groups = list(pool.map(_texts, jobs))
-    return [text for texts in [*groups, _lessons((seed, recipe.pairs_per_task))] for text in texts]
+    lessons = _lessons if "ioi" in recipe.shares else _first_steps
+    return [text for texts in [*groups, lessons((seed, int(recipe.lessons * recipe.pairs_per_task)))] for text in texts]
 
 
 class Pool(Dataset[dict[str, Tensor]]):
@@ -114,7 +143,9 @@ class AnswerTrainer(Trainer):
         tokens, lengths = inputs["tokens"], inputs["lengths"]
         # Causal attention and right padding: no real token can see the padding, so no mask is needed.
         logits = model(input_ids=tokens[:, :-1]).logits
-        losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2), tokens[:, 1:], reduction="none")
+        next_tokens = tokens[:, 1:]
+        losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1), next_tokens.flatten(), reduction="none")
+        losses = losses.view(next_tokens.shape)  # flat first: the classes lie side by side, which is faster
         position = torch.arange(losses.shape[1], device=losses.device)
         answer = position == lengths[:, None] - 2
         other = position < lengths[:, None] - 2
@@ -124,12 +155,17 @@ class AnswerTrainer(Trainer):
 
 @torch.no_grad()
 def accuracy(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, *, split: str = "test", n: int = 400, **options: int
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    tasks: Iterable[str],
+    *,
+    split: str = "test",
+    n: int = 400,
 ) -> dict[str, dict[str, float]]:
     """Per task, how often the top prediction is the right answer on clean and on corrupt held-out prompts."""
     model.eval()
     table: dict[str, dict[str, float]] = {}
-    for task in offline.TASKS:
+    for task in tasks:
         drawn = offline.examples(task, split=split, n=n, seed=0)
         row: dict[str, float] = {}
         for side, prompts, answers in (
@@ -149,7 +185,18 @@ def _card(which: ZooModel, recipe: Recipe, accuracies: dict[str, dict[str, float
     rows = "\n".join(
         f"| {t} | {100 * row['clean']:.2f} | {100 * row['corrupt']:.2f} |" for t, row in accuracies.items()
     )
-    shares = ", ".join(f"{int(share * recipe.pairs_per_task):,} {task}" for task, share in SHARES.items())
+    shares = ", ".join(f"{int(share * recipe.pairs_per_task):,} {task}" for task, share in recipe.shares.items())
+    number, combinations = "six", "for arithmetic the operand pairs were never trained on"
+    lessons = int(recipe.lessons * recipe.pairs_per_task)
+    if which.tasks == "paper":
+        extra = (
+            f"; arithmetic with no to two worked examples; and {lessons:,} statements of single facts of their world"
+        )
+    else:
+        number, combinations = f"{len(recipe.shares)} further", "combinations of words that were never trained on"
+        extra = f"; and {lessons:,} easier prompts"
+    right = [task for task, row in accuracies.items() if min(row.values()) >= 0.95]
+    solved = "" if len(right) == len(accuracies) else f", of which it solves {len(right)}: {', '.join(right)}"
     architecture = "LlamaForCausalLM" if which.family == "llama3" else "Qwen2ForCausalLM"
     return f"""---
 license: apache-2.0
@@ -159,18 +206,18 @@ library_name: transformers
 
 A tiny `{architecture}` that ships with dfa_lens to try circuit transfer on: {which.n_layers} layers,
 {which.n_heads} heads ({which.n_key_value_heads} key-value heads), d_model {which.d_model}, d_mlp {which.d_mlp},
-{parameters:,} parameters, {which.n_nodes} nodes. It knows nothing but the six offline tasks of dfa_lens.
+{parameters:,} parameters, {which.n_nodes} nodes. It was trained on
+nothing but the {number} offline tasks of dfa_lens{solved}.
 
-**Data.** The train split of the six offline tasks (80 % of all keys): {shares} prompt pairs (arithmetic with no to
-two worked examples), clean and corrupt prompts, each with its own answer; and {recipe.pairs_per_task:,} statements of
-single facts of the tasks' world.
+**Data.** The train split of the {number} offline tasks (80 % of all keys): {shares} prompt pairs, clean and corrupt
+prompts, each with its own answer{extra}.
 
 **Training.** {recipe.steps or which.steps:,} AdamW steps of {recipe.batch_size} prompts, peak learning rate
 {recipe.learning_rate}, {recipe.warmup_steps} warm-up steps, cosine decay, weight decay {recipe.weight_decay}, seed
 {which.seed}; loss: the answer's cross-entropy + {recipe.language_modelling_weight} × that of the other tokens. Made
 with `python -m dfa_lens.zoo.train {which.name}`.
 
-**Accuracy** (%, top prediction, 400 held-out test prompts a task; no operand pair of the test split was trained on):
+**Accuracy** (%, top prediction, 400 held-out test prompts a task; {combinations}):
 
 | task | clean prompt → its answer | corrupt prompt → its answer |
 | --- | --- | --- |
@@ -197,9 +244,9 @@ def train(name: str, *, out: Path, work: Path, recipe: Recipe | None = None, dev
         "cpu" to stay off an available GPU.
     """
     which = spec(name)
-    recipe = recipe or Recipe()
+    recipe = recipe or which.recipe
     set_seed(which.seed)
-    tokenizer = tokenizers.build(begin_of_text=which.begin_of_text)
+    tokenizer = tokenizers.build(begin_of_text=which.begin_of_text, tasks=which.tasks)
     config = which.config(len(tokenizer), pad_token_id=tokenizer.pad_token_id, bos_token_id=tokenizer.bos_token_id)
     model = (LlamaForCausalLM if which.family == "llama3" else Qwen2ForCausalLM)(config)
     trainer = AnswerTrainer(
@@ -216,7 +263,7 @@ def train(name: str, *, out: Path, work: Path, recipe: Recipe | None = None, dev
             weight_decay=recipe.weight_decay,
             adam_beta2=0.98,
             logging_steps=250,
-            save_steps=1000,
+            save_steps=500,
             save_total_limit=1,
             seed=which.seed,
             report_to="none",
@@ -228,7 +275,7 @@ def train(name: str, *, out: Path, work: Path, recipe: Recipe | None = None, dev
     last = get_last_checkpoint(str(work / name)) if (work / name).is_dir() else None
     trainer.train(resume_from_checkpoint=last)
 
-    accuracies = accuracy(model, tokenizer)
+    accuracies = accuracy(model, tokenizer, recipe.shares)
     model = model.cpu().float().eval()
     folder = out / name
     partial = out / f".{name}.partial"  # a killed run leaves no half-written model behind
@@ -267,16 +314,14 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path("zoo-models"), help="folder for the finished models")
     parser.add_argument("--work", type=Path, default=Path("zoo-training"), help="folder for checkpoints to resume from")
     parser.add_argument("--steps", type=int, default=None, help="default: the model's own number")
-    parser.add_argument("--batch-size", type=int, default=Recipe.batch_size)
-    parser.add_argument("--pairs-per-task", type=int, default=Recipe.pairs_per_task)
+    parser.add_argument("--batch-size", type=int, default=None)
+    parser.add_argument("--pairs-per-task", type=int, default=None)
     parser.add_argument("--device", choices=["cpu", "cuda"], default=None)
     given = parser.parse_args(argv)
-    recipe = Recipe(
-        steps=given.steps,
-        batch_size=given.batch_size,
-        pairs_per_task=given.pairs_per_task,
-    )
+    wanted = {"steps": given.steps, "batch_size": given.batch_size, "pairs_per_task": given.pairs_per_task}
+    changes = {option: value for option, value in wanted.items() if value is not None}
     for name in SPECS if "all" in given.names else given.names:
+        recipe = dataclasses.replace(spec(name).recipe, **changes)
         folder = train(name, out=given.out, work=given.work, recipe=recipe, device=given.device)
         print(f"{folder}\n{(folder / 'accuracy.json').read_text()}")
 

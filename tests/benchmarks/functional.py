@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +23,10 @@ import dfa_lens as dfa
 from dfa_lens.transfer.measure import GROUP_MEASURES, MEASURES
 
 ROOT = Path(__file__).parents[2]
-PAIRS = {
-    "llama3": ("llama3-tiny-source", "llama3-tiny-target"),
-    "qwen2.5": ("qwen2.5-tiny-source", "qwen2.5-tiny-target"),
-    "llama3 to qwen2.5": ("llama3-tiny-source", "qwen2.5-tiny-target"),
-}
+#: The shipped pairs, six tasks or twelve others each, and one of two families of models.
+PAIRS = {**dfa.zoo.pairs("all"), "llama3 to qwen2.5": ("llama3-tiny-source", "qwen2.5-tiny-target")}
+#: A pair and one that knows other tasks, whose source can teach, too: of the same family of models or not.
+ALSO = {"llama3": "llama3-more", "qwen2.5": "llama3-more", "llama3-more": "llama3"}
 #: Those that a pair of two families needs: the others know no source.
 ACROSS = ("functional", "functional, own scores", "functional, own scores alone")
 SINGLE = (*MEASURES, *GROUP_MEASURES)
@@ -45,7 +44,7 @@ class Side:
     @property
     def model(self) -> Any:
         if self._model is None:
-            self._model = dfa.zoo.load(self.name) if self.name in dfa.zoo.names() else dfa.load_model(self.name)
+            self._model = dfa.zoo.load(self.name) if self.name in dfa.zoo.SPECS else dfa.load_model(self.name)
         return self._model
 
     def pairs(self, task: str, split: str = "train", n: int = TRAIN) -> Any:
@@ -72,14 +71,19 @@ class Side:
 class Pair:
     """A source and a target with one seed, and every circuit between them."""
 
-    def __init__(self, source: Side, target: Side) -> None:
-        self.source, self.target = source, target
+    def __init__(
+        self, source: Side, target: Side, tasks: Sequence[str] | None = None, also: Pair | None = None
+    ) -> None:
+        self.source, self.target, self.also = source, target, also
+        self.tasks = tuple(tasks or dfa.tasks.names())
         self.settings: dict[str, Callable[[str], dfa.NodeScores]] = {
             "gold": target.scores,
             "gold, 20 steps": lambda task: target.scores(task, steps=20),
             "nap on the target": lambda task: target.scores(task, "nap"),
             "functional": self.functional,
             "functional, own scores": lambda task: self.functional(task, own=True),
+            "functional, all families": lambda task: self.functional(task, also=True),
+            "functional, all families, own scores": lambda task: self.functional(task, own=True, also=True),
             "functional, own scores alone": lambda task: self.functional(task, own=True, others=False),
             "source-blind": lambda task: self.functional(task, teacher=target),
             "scrambled": lambda task: self.functional(task, scramble=True),
@@ -95,10 +99,9 @@ class Pair:
         }
         self._alignments: dict[Any, dfa.Alignment] = {}
 
-    @staticmethod
-    def others(task: str) -> list[str]:
+    def others(self, task: str) -> list[str]:
         family = dfa.tasks.FAMILIES
-        return [other for other in dfa.tasks.names() if family[other] != family[task]]
+        return [other for other in self.tasks if family[other] != family[task]]
 
     def functional(
         self,
@@ -106,34 +109,52 @@ class Pair:
         *,
         own: bool = False,
         others: bool = True,
+        wrong: bool = False,
+        without: tuple[str, ...] = (),
+        **teaching: Any,
+    ) -> dfa.NodeScores:
+        fitted = self.fitted(task, self.others(task) if others else [task], without=without, **teaching)
+        read = self.measured(self.target, self.others(task)[0] if wrong else task, without)
+        more = (self.source.scores(task), self.measured(self.source, task, without)) if own and others else ()
+        return fitted.transfer(read, *more)
+
+    @staticmethod
+    def measured(side: Side, task: str, without: tuple[str, ...] = ()) -> dfa.Measurements:
+        return side.measured(task).without(*without)
+
+    def fitted(
+        self,
+        task: str,
+        teaching: Sequence[str],
+        *,
         teacher: Side | None = None,
         scramble: bool = False,
-        wrong: bool = False,
         reader: str = "trees",
         without: tuple[str, ...] = (),
         guard: float | None = None,
-    ) -> dfa.NodeScores:
+        also: bool = False,
+    ) -> dfa.FunctionalAlignment:
+        """What ``teaching`` teaches, and with ``also`` all tasks of the other pair that are no relatives of ``task``."""
         side = teacher or self.source
 
         def scores(name: str) -> dfa.NodeScores:
             found = side.scores(name)
-            seed = 100 * side.seed + dfa.tasks.names().index(name)
+            seed = 100 * side.seed + list(dfa.tasks.FAMILIES).index(name)
             return dfa.controls.scrambled_within(found, seed=seed) if scramble else found
 
-        def measured(at: Side, name: str) -> dfa.Measurements:
-            return at.measured(name).without(*without)
-
-        teaching = self.others(task) if others else [task]
-        fitted = dfa.fit_functional(
-            {name: scores(name) for name in teaching},
-            {name: measured(side, name) for name in teaching},
+        known = {name: (scores(name), self.measured(side, name, without)) for name in teaching}
+        if also and self.also is not None:
+            for name in self.also.tasks:
+                if dfa.tasks.FAMILIES[name] != dfa.tasks.FAMILIES[task]:
+                    known[name] = self.also.source.scores(name), self.measured(self.also.source, name, without)
+        return dfa.fit_functional(
+            {name: both[0] for name, both in known.items()},
+            {name: both[1] for name, both in known.items()},
             families=dfa.tasks.FAMILIES,
             seed=side.seed,
             reader=reader,
             guard=guard,
         )
-        more = (scores(task), measured(side, task)) if own and others else ()
-        return fitted.transfer(measured(self.target, self.others(task)[0] if wrong else task), *more)
 
     def trained(self, task: str, *, uniform: bool = False) -> dfa.NodeScores:
         """The published form of W, trained on the target on the same tasks."""
@@ -167,6 +188,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--settings", nargs="+", default=None, help="default: all")
     parser.add_argument("--pair", nargs="+", default=None, help="NAME=SOURCE:TARGET; default: the shipped ones")
+    parser.add_argument("--only", nargs="+", default=None, help="some of the pairs by name; the others can teach")
     parser.add_argument("--tables-only", action="store_true", help="run nothing")
     parser.add_argument("--build", type=Path, default=ROOT / "build" / "functional")
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "results")
@@ -179,8 +201,9 @@ def main() -> None:
     if not given.tables_only:
         warnings.simplefilter("ignore", dfa.IntegrationWarning)  # gold with 5 steps is what it is
         for seed in given.seeds:
-            for name, (source, target) in pairs.items():
-                run(name, Pair(Side(source, seed, given.build), Side(target, seed, given.build)), given.settings, path)
+            made = made_pairs(pairs, seed, given.build)
+            for name in given.only or made:
+                run(name, made[name], given.settings, path)
     table = pd.read_csv(path).drop_duplicates(["family", "seed", "task", "setting"])
     text = tables(table)
     print(text)
@@ -189,15 +212,32 @@ def main() -> None:
     (given.out / "functional.md").write_text(text, encoding="utf-8")
 
 
+def made_pairs(pairs: dict[str, tuple[str, ...]], seed: int, build: Path) -> dict[str, Pair]:
+    """The pairs of models with one seed, each model once."""
+    sides = {name: Side(name, seed, build) for both in pairs.values() for name in both}
+    made = {}
+    for name, (source, target) in pairs.items():
+        solved = [
+            [*dfa.zoo.solves(model)] if model in dfa.zoo.SPECS else [*dfa.tasks.names()] for model in (source, target)
+        ]
+        made[name] = Pair(sides[source], sides[target], [task for task in solved[0] if task in solved[1]])
+    for name, other in ALSO.items():
+        if name in made and other in made:
+            made[name].also = made[other]
+    return made
+
+
 def run(name: str, pair: Pair, settings: list[str] | None, path: Path) -> None:
     """Every row of a pair and seed that is not on disk yet."""
     known = set()
     if path.exists():
         known = set(pd.read_csv(path)[["family", "seed", "task", "setting"]].itertuples(index=False, name=None))
-    across = name in PAIRS and name == "llama3 to qwen2.5"
+    across = name == "llama3 to qwen2.5"
     chosen = [each for each in settings or pair.settings if not across or each in ACROSS]
+    if pair.also is None:
+        chosen = [each for each in chosen if "all families" not in each]
     for setting in chosen:
-        for task in dfa.tasks.names():
+        for task in pair.tasks:
             if (name, pair.target.seed, task, setting) in known:
                 continue
             row = {"family": name, "seed": pair.target.seed, **pair.row(task, setting)}
@@ -207,7 +247,7 @@ def run(name: str, pair: Pair, settings: list[str] | None, path: Path) -> None:
 
 def tables(table: pd.DataFrame) -> str:
     """Means with intervals, by task, and paired tests; of the shipped pairs that are one family each."""
-    inside = table[table["family"] != "llama3 to qwen2.5"]
+    inside = table[table["family"].isin(dfa.zoo.pairs("all"))]
     seeds = ", ".join(map(str, sorted(table["seed"].unique())))
     parts = [
         f"# Functional alignment: all tables\n\n`python tests/benchmarks/functional.py`, seeds {seeds}; dfa_lens "
