@@ -39,7 +39,7 @@ def recovery_bars(
     A bar is the mean of its rows, of recovery the ratio of means (:func:`dfa_lens.experiments.table.recovery`) where
     gold's CPRs are in the table. Where there are several rows (seeds) the whisker spans their standard deviation and
     every row is a dot, for a mean of few numbers hides them; a single row has no whisker. Tasks of several families
-    have bars of their own. A task on which gold itself is weak is marked *.
+    have bars of their own. A task on which gold itself is weak has a star.
 
     Parameters
     ----------
