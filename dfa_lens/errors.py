@@ -16,6 +16,10 @@ class DfaError(Exception):
     """The root of every error of ours."""
 
 
+class ArgumentError(DfaError, TypeError):
+    """An argument of another kind than the function takes, or two of them in the wrong order."""
+
+
 class NodeError(DfaError, ValueError):
     """A node, node set or hook point that does not exist, or does not fit where it is used."""
 

@@ -4,9 +4,10 @@ from importlib import import_module
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
-from helpers import unchecked
+from helpers import made_curve, unchecked
 
 import dfa_lens as dfa
 from dfa_lens.errors import FaithfulnessError, ScoreError
@@ -153,8 +154,8 @@ def test_gold_and_the_difference(drawn):
     figure = dfa.plots.aligned_heatmap(s, t, alignment=alignment, gold=gold)
     traces = {trace.name: trace for trace in figure.data}
     difference = traces["difference heads"].z[2, 3]
-    ours = t["a2.h3"] / style.robust_limit(t.values.numpy()) - gold["a2.h3"] / style.robust_limit(gold.values.numpy())
-    assert difference == pytest.approx(ours, abs=1e-5)
+    above = [sum(each > scores["a2.h3"] for each in scores.values.tolist()) for scores in (t, gold)]
+    assert difference == pytest.approx((above[1] - above[0]) / (len(B) - 1), abs=1e-6)
     assert traces["gold heads"].customdata[2, 3] == pytest.approx(gold["a2.h3"])
     table = figure.to_frame()
     assert set(table["model"]) == {"source", "target", "gold"}
@@ -176,8 +177,6 @@ def test_links_are_the_strongest_products(drawn):
 
 
 def test_every_figure_carries_its_numbers(drawn, several, tmp_path):
-    import pandas as pd
-
     s, alignment, t = drawn
     trained = dfa.Alignment.of(
         alignment.W,
@@ -217,7 +216,7 @@ def test_every_figure_carries_its_numbers(drawn, several, tmp_path):
     assert cells.loc[("x", "x"), "mean"] == pytest.approx((0.8 + 0.4) / 2)
     bars = made["bars"].to_frame().set_index(["setting", "task"])
     assert list(bars.index.get_level_values(0).unique()) == ["zero-shot"]
-    assert bars.loc[("zero-shot", "x"), "mean"] == pytest.approx(0.6)
+    assert bars.loc[("zero-shot", "x"), "mean"] == pytest.approx((0.4 + 0.5) / (0.8 + 0.8))
     assert "&lt;b&gt;" in made["history"].data[0].name
     agreement = dfa.statistics.correlation(t, dfa.controls.random_scores(B, seed=4))
     assert f"r {agreement.pearson:.2f}" in made["scatter"].layout.annotations[0].text
@@ -299,8 +298,6 @@ def test_colours_can_be_told_apart_by_the_colour_blind(kind):
 
 
 def test_bad_tables(drawn, several):
-    import pandas as pd
-
     from dfa_lens.errors import AlignmentError, DfaError
 
     s, alignment, t = drawn
@@ -463,3 +460,41 @@ def test_the_report_cites_the_paper_as_the_citation_file_does(tmp_path):
     assert fields["title"] == paper["title"]
     assert fields["year"] == str(paper["year"])
     assert fields["journal"].endswith(paper["identifiers"][0]["value"])
+
+
+def test_transferred_scores_are_shown_as_their_mask(any_model, pairs):
+    """By hand: sigmoid of score over the last temperature. Of a map that was not trained under a mask, the scores."""
+    source = dfa.controls.random_scores(dfa.NodeSet.for_sizes(2, 2))
+    alignment = dfa.fit(any_model, source, pairs, steps=2, temperature=(1.0, 0.5))
+    target = alignment.transfer(source)
+    expected = 1 / (1 + np.exp(-target["a1.h2"] / 0.5))
+    assert expected == pytest.approx(float(alignment.mask(source)[target.nodes.position("a1.h2")]), abs=1e-6)
+    both = dfa.plots.aligned_heatmap(source, target, alignment=alignment)
+    for figure, name in ((both, "target heads"), (dfa.plots.scores_heatmap(target), "mask heads")):
+        trace = next(trace for trace in figure.data if trace.name == name)
+        assert trace.z[1, 2] == pytest.approx(expected, abs=1e-5)
+        assert trace.customdata[1, 2] == pytest.approx(target["a1.h2"])
+        assert "mask 0." in trace.text[1][2]
+        assert "mask" in figure.layout.coloraxis.colorbar.title.text
+    assert [note.text for note in both.layout.annotations][:2] == ["<b>source</b>", "<b>target: mask</b>"]
+    fixed = dfa.controls.depth_mean(source.nodes, target.nodes).transfer(source)
+    plain = dfa.plots.aligned_heatmap(source, fixed)
+    trace = next(trace for trace in plain.data if trace.name == "target heads")
+    assert trace.z[1, 2] == pytest.approx(fixed["a1.h2"] / style.robust_limit(fixed.values.numpy()), abs=1e-5)
+    assert "mask" not in plain.layout.coloraxis.colorbar.title.text
+    again = alignment @ dfa.controls.depth_mean(source.nodes, source.nodes)
+    chained = dfa.plots.scores_heatmap(again.transfer(source))
+    assert "mask" in chained.layout.coloraxis.colorbar.title.text
+
+
+def test_a_setting_has_one_colour_everywhere():
+    settings = ["gold", "in-distribution", "zero-shot", "mine"]
+    rows = [(task, setting, 0.5, 0.5) for task in ("a", "b") for setting in settings]
+    table = pd.DataFrame(rows, columns=["task", "setting", "recovery", "cpr"])
+    bars = {bar.name: bar.marker.color for bar in dfa.plots.recovery_bars(table).data if bar.type == "bar"}
+    drawn = dfa.plots.curves({name: made_curve(np.eye(3), np.ones(3), np.zeros(3), [0, 1, 2], 2) for name in settings})
+    lines = {line.name.split(" (")[0]: line.line.color for line in drawn.data if line.mode == "lines+markers"}
+    assert {name: lines[name] for name in bars} == bars
+    assert len(set(lines.values())) == 4
+    assert all(line.mode == "lines" for line in drawn.data if line.fill)
+    assert list(style.line_colors("abc").values()) == list(style.LINES[:3])

@@ -129,3 +129,44 @@ def test_means_and_summary():
     assert list(wide.columns) == ["gold", "s", "floor"]
     assert list(wide.index) == [("a", "x"), ("a", "y"), ("a", "mean"), ("b", "x")]
     assert wide.loc[("a", "mean"), "s"] == pytest.approx(0.3)
+
+
+def test_recovery_is_a_ratio_of_means():
+    """By hand: one task where gold is weak, one where it is strong, two seeds each, a family apart."""
+    rows = [
+        ("llama3", 0, "a", "gold", 0.1), ("llama3", 0, "b", "gold", 0.9),
+        ("llama3", 1, "a", "gold", 0.3), ("llama3", 1, "b", "gold", 0.7),
+        ("llama3", 0, "a", "s", 0.2), ("llama3", 0, "b", "s", 0.6),
+        ("llama3", 1, "a", "s", 0.3), ("llama3", 1, "b", "s", 0.7),
+        ("qwen2.5", 0, "a", "gold", -0.1), ("qwen2.5", 0, "a", "s", 0.5),
+    ]  # fmt: skip
+    made = pd.DataFrame(rows, columns=["family", "seed", "task", "setting", "cpr"])
+    found = table.recovery(made[made["family"] == "llama3"])
+    assert found.loc["s", "recovery"] == pytest.approx((0.2 + 0.6 + 0.3 + 0.7) / (0.1 + 0.9 + 0.3 + 0.7))
+    assert found.loc["s", ["rows", "weak_gold"]].tolist() == [4, 2]
+    by_task = table.recovery(made, ["setting", "family", "task"])["recovery"]
+    assert by_task["s", "llama3", "a"] == pytest.approx(0.5 / 0.4)
+    assert np.isnan(by_task["s", "qwen2.5", "a"])  # gold is below zero
+    assert "gold" not in found.index
+    assert table.over(made) == "2 tasks, 2 families, 2 seeds"
+    # a mean of ratios would say otherwise
+    assert found.loc["s", "recovery"] < np.mean([2, 0.6 / 0.9, 1, 1])
+
+
+def test_bars_of_recovery():
+    rows = [
+        (family, seed, task, setting, cpr, cpr / gold)
+        for family, golds in (("llama3", {"a": 0.4, "b": 0.8}), ("qwen2.5", {"a": 0.8, "b": 0.8}))
+        for seed in (0, 1)
+        for task, gold in golds.items()
+        for setting, cpr in (("gold", gold), ("s", gold - 0.1 * seed))
+    ]
+    made = pd.DataFrame(rows, columns=["family", "seed", "task", "setting", "cpr", "recovery"])
+    bar = dfa.plots.recovery_bars(made).data[0]
+    assert list(bar.x) == ["llama3: a *", "llama3: b", "qwen2.5: a", "qwen2.5: b"]
+    assert list(bar.y) == pytest.approx([0.7 / 0.8, 1.5 / 1.6, 1.5 / 1.6, 1.5 / 1.6])
+    assert bar.error_y.array is not None
+    one = dfa.plots.recovery_bars(made[(made["seed"] == 1) & (made["family"] == "qwen2.5")])
+    assert list(one.data[0].x) == ["a", "b"]
+    assert one.data[0].error_y.array is None
+    assert len(one.data) == 1

@@ -30,6 +30,7 @@ from dfa_lens.attribution.gradients import Nap, NapIgInputs
 from dfa_lens.attribution.method import Batch, Measurement, Method
 from dfa_lens.attribution.paths import NapIgActivations
 from dfa_lens.data import metrics
+from dfa_lens.data.arguments import expect
 from dfa_lens.data.nodes import NodeSet
 from dfa_lens.data.pairs import PromptPairs
 from dfa_lens.data.registry import Registry
@@ -136,6 +137,7 @@ def attribute(
     >>> scores.values.shape
     torch.Size([54])
     """
+    expect(2, "pairs", pairs, PromptPairs)
     own = METHODS.find(method)
     if steps != "auto" and (not isinstance(steps, int) or steps < 1):
         raise DfaError(f"steps must be a whole number of at least 1, or 'auto', not {steps!r}.")
@@ -214,8 +216,8 @@ def attribute(
     residual = scores.meta.get("completeness", {}).get("residual", 0.0)
     if residual > INCOMPLETE and steps != "auto":
         warnings.warn(
-            f"{method} with {scores.meta['steps']} steps leaves {residual:.0%} of the metric's change unexplained "
-            f"(see meta['completeness']): take more steps, or steps='auto'.",
+            f"{method} with {scores.meta['steps']} steps on {runner.name or 'this model'} leaves {residual:.0%} of the "
+            "metric's change unexplained (see meta['completeness']): take more steps, or steps='auto'.",
             IntegrationWarning,
             stacklevel=2,
         )

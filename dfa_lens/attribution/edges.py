@@ -27,6 +27,7 @@ from dfa_lens.attribution.attribute import INCOMPLETE, IntegrationWarning
 from dfa_lens.attribution.edge_methods import Eap, EapIgActivations, EapIgInputs, EdgeMethod, EdgeTask, ExactEdges
 from dfa_lens.attribution.method import Batch, Measurement
 from dfa_lens.data import metrics
+from dfa_lens.data.arguments import expect
 from dfa_lens.data.edges import EdgeScores, EdgeSet, Readers
 from dfa_lens.data.pairs import PromptPairs
 from dfa_lens.data.registry import Registry
@@ -131,6 +132,7 @@ def attribute_edges(
     >>> scores.values.shape, len(scores)
     (torch.Size([55, 103]), 2500)
     """
+    expect(2, "pairs", pairs, PromptPairs)
     own = EDGE_METHODS.find(method)
     if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
         raise DfaError(f"steps must be a whole number of at least 1, not {steps!r}.")
@@ -182,8 +184,8 @@ def attribute_edges(
     residual = scores.meta.get("completeness", {}).get("residual", 0.0)
     if residual > INCOMPLETE:
         warnings.warn(
-            f"{method} with {steps} steps leaves {residual:.0%} of the metric's change unexplained (see "
-            "meta['completeness']): take more steps.",
+            f"{method} with {steps} steps on {runner.name or 'this model'} leaves {residual:.0%} of the "
+            "metric's change unexplained (see meta['completeness']): take more steps.",
             IntegrationWarning,
             stacklevel=2,
         )

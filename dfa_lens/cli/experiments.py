@@ -93,7 +93,7 @@ def study(
     """
     from dfa_lens.experiments import study as module
     from dfa_lens.experiments.functional import FUNCTIONAL
-    from dfa_lens.experiments.table import means
+    from dfa_lens.experiments.table import means, over
 
     settings = {**module.SETTINGS, **FUNCTIONAL}
     for name in setting or ():
@@ -116,7 +116,7 @@ def study(
     )
     write_atomically(out / "table.csv", table.to_csv(index=False).encode())
     say(
-        f"{means(table).round(3).to_string()}\n{out / 'table.csv'} written.",
+        f"{means(table).round(3).to_string()}\n(mean and std: over {over(table)})\n{out / 'table.csv'} written.",
         {"table": str(out / "table.csv"), "rows": records(table) if as_json else []},
         as_json=as_json,
     )

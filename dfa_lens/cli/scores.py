@@ -247,7 +247,8 @@ def evaluate(
         "circuit": None if circuit is None else {"nodes": list(circuit.names), **circuit.meta},
     }
     lines = [
-        f"CPR {curve.cpr:.3f} {facts['cpr_interval']}, CMD {curve.cmd:.3f} {facts['cmd_interval']}",
+        f"CPR {curve.cpr:.3f} {facts['cpr_interval']}, CMD {curve.cmd:.3f} {facts['cmd_interval']} "
+        f"(95 % intervals over {len(curve.clean_values)} prompt pairs)",
         f"empty circuit: CPR {curve.floor:.3f}, CMD {curve.cmd_floor:.3f}",
     ]
     if circuit is not None:

@@ -11,6 +11,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from dfa_lens.data.arguments import expect
 from dfa_lens.data.pairs import PromptPairs
 from dfa_lens.errors import PromptError
 from dfa_lens.models import backend
@@ -192,6 +193,7 @@ def check(model: HookedModel, pairs: PromptPairs, *, batch_size: int = 16, progr
     >>> dfa.check(model, dfa.tasks.load("mcqa", model.tokenizer, n=16)).summary()["right in both directions"]
     1.0
     """
+    expect(2, "pairs", pairs, PromptPairs)
     runner = Runner(model)
     runner.require(pairs)
     n = len(pairs)

@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 
 from dfa_lens.attribution.attribute import attribute
 from dfa_lens.data import html, metrics
+from dfa_lens.data.arguments import expect
 from dfa_lens.data.circuit import Circuit, Overlap, compare, overlaps, side_by_side
 from dfa_lens.data.content import ByContent
 from dfa_lens.data.membership import Membership
@@ -182,6 +183,7 @@ def run(
     >>> found.logits.shape[0], 0.5 < found.faithfulness < 1.5
     (8, True)
     """
+    expect(2, "pairs", pairs, PromptPairs)
     runner = Runner(model)
     runner.require(pairs)
     universe, keep = _gated(circuit)
@@ -306,7 +308,7 @@ def generate(
     """
     if max_new_tokens < 1:
         raise PromptError(f"max_new_tokens must be at least 1, not {max_new_tokens}.")
-    limit = getattr(model.cfg, "n_ctx", None) if hasattr(model, "cfg") else None
+    limit = Runner(model).n_ctx
     longest = int(pairs.longest.max()) + max_new_tokens - 1
     if limit is not None and longest > limit:
         raise PromptError(f"The prompts and new tokens are up to {longest} tokens, but the model takes {limit}.")

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from dfa_lens.data import metrics
+from dfa_lens.data.arguments import expect
 from dfa_lens.data.curve import FaithfulnessCurve, Protocol
 from dfa_lens.data.edges import EdgeScores, Selection
 from dfa_lens.data.nodes import NodeSet
@@ -103,6 +104,8 @@ def faithfulness_curve(
     >>> curve.sizes.tolist(), float(curve.faithfulness[-1])
     ([0, 27, 54], 1.0)
     """
+    expect(2, "pairs", pairs, PromptPairs)
+    expect(3, "scores", scores, NodeScores, EdgeScores)
     if protocol not in get_args(Protocol):
         raise unknown("protocol", protocol, get_args(Protocol), FaithfulnessError)
     if sizes_per_pass < 1:

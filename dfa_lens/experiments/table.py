@@ -7,7 +7,7 @@ import hashlib
 import io
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -238,8 +238,72 @@ def _checked(columns: Mapping[str, list[Any]]) -> Any:
 # --- what a table says ---------------------------------------------------------------------------------------------
 
 
+#: Below this CPR gold itself is no circuit to speak of, and a recovery near 1 says little.
+WEAK_GOLD = 0.5
+
+
+def recovery(table: Any, by: Sequence[str] = ("setting",)) -> Any:
+    """Recovery as a ratio of means: the mean CPR over the mean CPR of gold on the same tasks, families and seeds.
+
+    A mean of ratios is ruled by the tasks on which gold is weakest: with CPRs of .2 and .9 where gold has .1 and 1, it
+    says 145 %, and the ratio of means 100 %.
+
+    Parameters
+    ----------
+    table:
+        A tidy table with the columns setting (gold among them), cpr, and task, family and seed where there are several.
+    by:
+        What makes a group.
+
+    Returns
+    -------
+    pandas.DataFrame
+        A row for each group, gold's left out: cpr and gold (their means), recovery, rows (how many went into the
+        means) and weak_gold (in how many of them gold's CPR is below :data:`WEAK_GOLD`). Recovery is NaN where gold's
+        mean is not positive.
+
+    Examples
+    --------
+    >>> import pandas as pd
+    >>> from dfa_lens.experiments.table import recovery
+    >>> rows = [("a", "gold", 0.1), ("b", "gold", 1.0), ("a", "zero-shot", 0.2), ("b", "zero-shot", 0.9)]
+    >>> found = recovery(pd.DataFrame(rows, columns=["task", "setting", "cpr"]))
+    >>> found.loc["zero-shot", ["recovery", "rows", "weak_gold"]].round(3).tolist()
+    [1.0, 2.0, 1.0]
+    """
+    keys = [name for name in ("family", "seed", "task") if name in table]
+    gold = table[table["setting"] == GOLD].groupby(keys)["cpr"].mean().rename("gold")
+    rest = table[table["setting"] != GOLD].drop(columns="gold", errors="ignore").join(gold, on=keys)
+    rest = rest[rest["gold"].notna()]
+    groups = rest.assign(weak_gold=rest["gold"] < WEAK_GOLD).groupby(list(by), sort=False)
+    found = groups[["cpr", "gold"]].mean()
+    found["recovery"] = (found["cpr"] / found["gold"]).where(found["gold"] > 0)
+    found["rows"], found["weak_gold"] = groups.size(), groups["weak_gold"].sum()
+    return found
+
+
+def over(table: Any) -> str:
+    """What a mean over a table's rows is over: tasks, families and seeds.
+
+    Examples
+    --------
+    >>> import pandas as pd
+    >>> from dfa_lens.experiments.table import over
+    >>> over(pd.DataFrame({"task": ["a", "b"], "family": ["llama3"] * 2, "seed": [0, 0]}))
+    '2 tasks, 1 family, 1 seed'
+    """
+    parts = []
+    for name, several in (("task", "tasks"), ("family", "families"), ("seed", "seeds")):
+        n = table[name].nunique()
+        parts.append(f"{n} {name if n == 1 else several}")
+    return ", ".join(parts)
+
+
 def means(table: Any) -> Any:
-    """Mean and standard deviation of CPR, CMD and KL by setting, over all other columns."""
+    """Mean and standard deviation of CPR, CMD and KL by setting, over all other columns: :func:`over` says which.
+
+    The deviation is of rows, tasks among them: it says how much tasks differ, not how sure the mean is.
+    """
     return table.groupby("setting", sort=False)[["cpr", "cmd", "kl"]].agg(["mean", "std"])
 
 

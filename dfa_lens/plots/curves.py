@@ -70,14 +70,16 @@ def curves(
             hoverinfo="skip",
         )
     )
-    for i, (label, curve) in enumerate(curves.items()):
-        color = styling.LINES[i % len(styling.LINES)]
+    colors = styling.line_colors(curves)
+    for label, curve in curves.items():
+        color = colors[label]
         if confidence is not None and len(curve.clean_values) > 1:
             low, high = curve.band(confidence)
             figure.add_trace(
                 go.Scatter(
                     x=np.concatenate([curve.fractions, curve.fractions[::-1]]),
                     y=np.concatenate([high, low[::-1]]),
+                    mode="lines",  # of few points plotly would draw dots
                     fill="toself",
                     fillcolor=styling.rgba(color, 0.15),
                     line={"width": 0},

@@ -18,6 +18,7 @@ from dfa_lens.data.scores import NodeScores
 from dfa_lens.errors import ScoreError
 from dfa_lens.plots import links as linking
 from dfa_lens.plots import style as styling
+from dfa_lens.plots.masks import mask_of
 from dfa_lens.plots.picture import Picture
 from dfa_lens.plots.style import Style
 
@@ -111,13 +112,20 @@ class _Grid:
         return cls(values / styling.robust_limit(values), values, _hover(scores, extra))
 
     @classmethod
+    def of_mask(cls, scores: NodeScores, mask: np.ndarray, extra: list[str] | None = None) -> _Grid:
+        """Transferred scores, which are mask logits: the mask gives the colour, from none (left out) to full (kept)."""
+        values = scores.values.numpy().astype(float)
+        extra = extra or [f"mask {value:.3f}" for value in mask]
+        return cls(mask, values, _hover(scores, extra))
+
+    @classmethod
     def difference(cls, first: NodeScores, second: NodeScores) -> _Grid:
-        """``first`` less ``second``, each in units of its own full colour."""
-        ours, theirs = _Grid.of(first), _Grid.of(second)
-        values = ours.colors - theirs.colors
+        """How much higher ``first`` ranks a node than ``second`` does, as a part of all ranks: from -1 to 1."""
+        ours, theirs = first.ranks().numpy(), second.ranks().numpy()
+        values = (theirs - ours) / max(len(first) - 1, 1)
         hover = [
-            f"<b>{styling.text(node.name)}</b><br>difference {value:+.3f}<br>({a:+.4g} against {b:+.4g})"
-            for node, value, a, b in zip(first.nodes, values, ours.numbers, theirs.numbers, strict=True)
+            f"<b>{styling.text(node.name)}</b><br>rank {a} against {b} of {len(first)}<br>difference {value:+.3f}"
+            for node, value, a, b in zip(first.nodes, values, ours, theirs, strict=True)
         ]
         return cls(values, values, hover)
 
@@ -141,6 +149,7 @@ def _draw(
     title: str,
     first_axis: int,
     *,
+    caption: str | None = None,
     layers: bool = True,
 ) -> list[_Drawn]:
     """Draw one model's panels between two fractions of the width, with or without the numbers of the layers."""
@@ -211,7 +220,7 @@ def _draw(
         )
         start += width + gap
     figure.add_annotation(
-        text=f"<b>{styling.text(title)}</b>",
+        text=f"<b>{styling.text(caption or title)}</b>",
         x=left,
         y=1.0,
         xref="paper",
@@ -247,14 +256,17 @@ def _check_size(size: int | None, scores: NodeScores) -> None:
         raise ScoreError(f"size must be between 0 and the number of nodes, {len(scores)}, not {size}.")
 
 
-def _colors(figure: go.Figure) -> None:
+_OF_SCORES = "score /<br>model's<br>98th pct."
+
+
+def _colors(figure: go.Figure, *, words: str = _OF_SCORES) -> None:
     figure.update_layout(
         coloraxis={
             "colorscale": [list(stop) for stop in styling.DIVERGING],
             "cmin": -1,
             "cmax": 1,
             "colorbar": {
-                "title": {"text": "score /<br>model's<br>98th pct.", "font": {"size": 11}},
+                "title": {"text": words, "font": {"size": 11}},
                 "thickness": 12,
                 "len": 0.8,
                 "tickvals": [-1, -0.5, 0, 0.5, 1],
@@ -284,7 +296,8 @@ def scores_heatmap(
     """Scores of one model: layers bottom to top, heads left to right, MLP blocks in a column of their own.
 
     Colours are scores divided by the 98th percentile of their absolute values, so that one large node does not bleach
-    the others; white is zero, grey is no node. The hover shows the score itself, and ``trace.customdata`` holds it.
+    the others; white is zero, grey is no node. Of transferred scores, logits of a mask, that is shown, from white (0,
+    left out) to red (1, kept). The hover shows the score itself, and ``trace.customdata`` holds it.
 
     Parameters
     ----------
@@ -309,9 +322,11 @@ def scores_heatmap(
     """
     _check_size(size, scores)
     figure = Picture()
-    drawn = _draw(figure, scores.nodes, _Grid.of(scores), 0.0, 1.0, title or "scores", 1)
+    mask = mask_of(scores)
+    grid = _Grid.of(scores) if mask is None else _Grid.of_mask(scores, mask)
+    drawn = _draw(figure, scores.nodes, grid, 0.0, 1.0, title or ("scores" if mask is None else "mask"), 1)
     styling.layout(figure, None, width=width, height=height, style=style)
-    _colors(figure)
+    _colors(figure, words=_OF_SCORES if mask is None else "mask")
     _dim(figure, scores, drawn, size)
     return figure.carry(_table(scores))
 
@@ -326,10 +341,12 @@ class _View:
     curve: FaithfulnessCurve | None
     gold: NodeScores | None
 
-    def grids(self, contributors: int) -> list[_Grid]:
-        """Source, target, and with gold that and the difference."""
+    def grids(self, contributors: int, masked: bool) -> list[_Grid]:
+        """Source, target (its mask or its scores), and with gold that and the difference of ranks."""
         extra = _contributors(self.alignment, self.source, contributors) if self.alignment is not None else None
-        grids = [_Grid.of(self.source), _Grid.of(self.target, extra)]
+        mask = mask_of(self.target) if masked else None
+        target = _Grid.of(self.target, extra) if mask is None else _Grid.of_mask(self.target, mask, extra)
+        grids = [_Grid.of(self.source), target]
         if self.gold is not None:
             grids += [_Grid.of(self.gold), _Grid.difference(self.target, self.gold)]
         return grids
@@ -402,10 +419,12 @@ def aligned_heatmap(
     """Source and target scores side by side, layers aligned by relative depth.
 
     Both models fill the same height, so that equal height is equal relative depth. One colour scale serves all:
-    scores divided by each model's own 98th percentile of absolute scores, white at zero. The hover shows name, score,
-    rank and percentile; on the target, with ``alignment``, also the soft mask and the source nodes that contributed
-    most. A click on a node of either model, with ``alignment``, outlines the nodes of the other model that it is fed
-    by or goes to (red: positive product, blue: negative; thicker: larger); another click, or a double click, clears.
+    scores divided by each model's own 98th percentile of absolute scores, white at zero. Scores that a trained
+    alignment transferred are logits of a mask, in which negative means "left out", not "hurts": of them the mask is
+    shown, from white (0, left out) to red (1, kept). The hover shows name, score, rank and percentile; on the
+    target, with ``alignment``, also the soft mask and the source nodes that contributed most. A click on a node of
+    either model, with ``alignment``, outlines the nodes of the other model that it is fed by or goes to (red:
+    positive product, blue: negative; thicker: larger); another click, or a double click, clears.
 
     Parameters
     ----------
@@ -419,8 +438,8 @@ def aligned_heatmap(
     curve:
         A faithfulness curve of ``target``: the slider then shows f at each size.
     gold:
-        Attribution run directly on the target: drawn beside the transferred scores, with their difference (in units of
-        the full colour). Default: not drawn.
+        Attribution run directly on the target: drawn beside the transferred scores, with the difference of ranks (as a
+        part of all ranks; red: the transfer ranks the node higher). Default: not drawn.
     slider:
         Whether a slider below the target changes the circuit size. Default: yes; never on paper.
     contributors:
@@ -446,17 +465,20 @@ def aligned_heatmap(
     views = _views(source, target, alignment, curve, gold)
     first = next(iter(views.values()))
     _check_size(size, first.target)
-    grids = {task: view.grids(contributors) for task, view in views.items()}
+    masked = all(mask_of(view.target) is not None for view in views.values())
+    grids = {task: view.grids(contributors, masked) for task, view in views.items()}
     figure = Picture()
     names = [source_name, target_name, "gold", "difference"]
+    captions = [source_name, f"{target_name}: mask" if masked else target_name, "gold", "rank difference"]
     places = [(0.0, 0.4), (0.47, 1.0)] if first.gold is None else [(0, 0.2), (0.25, 0.49), (0.51, 0.75), (0.77, 1.0)]
     sets = [first.source.nodes, *[first.target.nodes] * 3]
     parts: list[list[_Drawn]] = []
-    for grid, name, nodes, (left, right) in zip(next(iter(grids.values())), names, sets, places, strict=False):
+    drawings = zip(next(iter(grids.values())), names, captions, sets, places, strict=False)
+    for grid, name, caption, nodes, (left, right) in drawings:
         first_axis = 1 + sum(map(len, parts))
-        parts.append(_draw(figure, nodes, grid, left, right, name, first_axis, layers=len(parts) < 2))
+        parts.append(_draw(figure, nodes, grid, left, right, name, first_axis, caption=caption, layers=len(parts) < 2))
     styling.layout(figure, title, width=width, height=height, style=style)
-    _colors(figure)
+    _colors(figure, words=_OF_SCORES + "<br>or mask" * masked)
     _dim(figure, first.target, parts[1], size)
     controls = not styling.on_paper(style)
     sliders = {task: _slider(view, parts[1], size, places[1]) for task, view in views.items()} if slider else {}

@@ -20,8 +20,8 @@ def transfer_matrix(
     table: Any,
     *,
     value: str = "cpr",
-    train: str = "train",
-    test: str = "test",
+    train: str | None = None,
+    test: str | None = None,
     title: str | None = None,
     limits: tuple[float, float] | None = None,
     style: Style = "screen",
@@ -34,18 +34,21 @@ def transfer_matrix(
     ----------
     table:
         A pandas table with the columns ``train``, ``test`` and ``value``; several rows of one cell (seeds) are
-        averaged, and the hover shows their number and spread.
+        averaged, and the hover shows their number and spread. Or the table of :func:`dfa_lens.study.run`, of one
+        setting and one pair of models: ``table[(table.setting == "one-task") & (table.family == "llama3")]``.
     value:
         The column shown.
     train, test:
-        The columns that name the tasks. Their order of first appearance is that of rows and columns.
+        The columns that name the tasks; default: ``train`` and ``test`` or, of a study's table, ``trained_on`` and
+        ``task``. Their order of first appearance is that of rows and columns.
     limits:
         Of the colours; default: the smallest and the largest value.
 
     Raises
     ------
     DfaError
-        If the table is empty, lacks a column, or has no number in it.
+        If the table is empty, lacks a column, or has no number in it; or if a study's table is of several settings or
+        pairs of models, which would be averaged.
 
     Examples
     --------
@@ -54,6 +57,10 @@ def transfer_matrix(
     >>> dfa.plots.transfer_matrix(table).to_frame().shape
     (2, 5)
     """
+    of_study = train is None and test is None and isinstance(table, pd.DataFrame) and "trained_on" in table
+    if of_study:
+        table = _of_one(table[table["trained_on"] != ""])
+    train, test = train or ("trained_on" if of_study else "train"), test or ("task" if of_study else "test")
     require(table, (train, test, value))
     cells = summary(table, [train, test], value)
     rows, columns = list(dict.fromkeys(table[train])), list(dict.fromkeys(table[test]))
@@ -112,6 +119,18 @@ def transfer_matrix(
         margin={"b": 70},
     )
     return figure.carry(cells)
+
+
+def _of_one(table: pd.DataFrame) -> pd.DataFrame:
+    """A study's table, if it is of one setting and one pair of models: cells of several would be their mean."""
+    for column, what in (("setting", "settings"), ("family", "pairs of models")):
+        found = list(dict.fromkeys(table[column])) if column in table else []
+        if len(found) > 1:
+            raise DfaError(
+                f"The table is of {len(found)} {what} ({', '.join(map(repr, found[:4]))}{', …' * (len(found) > 4)}): "
+                f"draw one at a time, table[table[{column!r}] == {found[0]!r}]."
+            )
+    return table
 
 
 def require(table: Any, columns: tuple[str, ...]) -> None:

@@ -17,7 +17,7 @@ from dfa_lens.data.edges import EdgeScores
 from dfa_lens.data.files import write_atomically
 from dfa_lens.data.statistics import holm
 from dfa_lens.errors import DfaError, EdgeError
-from dfa_lens.experiments.table import GOLD, Results, TaskResult
+from dfa_lens.experiments.table import GOLD, WEAK_GOLD, Results, TaskResult, recovery
 from dfa_lens.plots.curves import curves
 from dfa_lens.plots.edge_graph import circuit_graph
 from dfa_lens.plots.edge_heatmap import edge_heatmap
@@ -112,14 +112,15 @@ def report(
 
 def _summary(results: Results, table: Any) -> dict[str, Any]:
     """What the first paragraph says: mean CPR and recovery by setting, and the lowest recovery of a transfer."""
-    transferred = table[table["setting"] != GOLD]
+    transferred, gold = table[table["setting"] != GOLD], table[table["setting"] == GOLD]
     own = {(r.family, r.task, setting) for r in results.tasks for setting in r.curves if setting not in r.controls}
     cells = transferred[["family", "task", "setting"]].itertuples(index=False, name=None)
     lowest = transferred.loc[[cell in own for cell in cells]].sort_values("recovery").head(1)
     return {
         "n_tasks": len(results.tasks),
         "means": table.groupby("setting", sort=False)["cpr"].mean().to_dict(),
-        "recovered": transferred.groupby("setting", sort=False)["recovery"].mean().to_dict(),
+        "recovered": recovery(table)["recovery"].dropna().to_dict(),
+        "weak": [f"{one.task} in {one.family}" for one in gold[gold["cpr"] < WEAK_GOLD].itertuples()],
         "weakest": next(lowest.itertuples(), None),
     }
 
@@ -182,8 +183,10 @@ def _marks(results: Results) -> Mapping[tuple[str, str, str], str]:
 
 def _family(results: Results, table: Any, name: str) -> dict[str, Any]:
     """The section of a family: recovery by task, and what was found for each."""
-    transferred = table[(table["family"] == name) & (table["setting"] != GOLD)]
-    bars = [] if transferred.empty else [recovery_bars(transferred, title="recovery: CPR / gold's CPR", height=380)]
+    own = table[table["family"] == name]
+    bars = (
+        [] if (own["setting"] == GOLD).all() else [recovery_bars(own, title="recovery: CPR / gold's CPR", height=380)]
+    )
     return {
         "name": name,
         "anchor": _anchor(name),

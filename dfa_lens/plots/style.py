@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+from collections.abc import Iterable
 from typing import Literal, get_args
 
 import numpy as np
@@ -27,12 +28,23 @@ DIVERGING = (
 )
 #: Lines: the Okabe-Ito palette, in an order that keeps neighbours apart.
 LINES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+#: The settings that figures show together: each has the line colour of its place, whatever else is drawn.
+SETTINGS = ("gold", "in-distribution", "zero-shot", "uniform-s", "depth-mean", "random-w")
 NO_NODE = "#e4e4e4"
 INK = "#222222"
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, Helvetica, Arial, sans-serif"
 SERIF = "'Times New Roman', 'Liberation Serif', Times, serif"
 #: From little to much, for values without a natural middle.
 SEQUENTIAL = ((0.0, "#f7fbff"), (0.25, "#c6dbef"), (0.5, "#6baed6"), (0.75, "#2171b5"), (1.0, "#08306b"))
+
+
+def line_colors(names: Iterable[str]) -> dict[str, str]:
+    """A colour for each name: for a known setting always the same, for others those that are left, in their order."""
+    wanted = list(dict.fromkeys(names))
+    found = {name: LINES[SETTINGS.index(name)] for name in wanted if name in SETTINGS}
+    free = [color for color in LINES if color not in found.values()]
+    others = [name for name in wanted if name not in found]
+    return found | {name: free[i % len(free)] for i, name in enumerate(others)}
 
 
 def robust_limit(values: np.ndarray, quantile: float = 0.98) -> float:

@@ -13,7 +13,9 @@ from dfa_lens.data.alignment import Alignment
 from dfa_lens.data.scores import NodeScores
 from dfa_lens.data.statistics import correlation
 from dfa_lens.errors import DfaError
+from dfa_lens.experiments.table import GOLD, recovery
 from dfa_lens.plots import style as styling
+from dfa_lens.plots.masks import mask_of
 from dfa_lens.plots.matrices import require, summary
 from dfa_lens.plots.picture import Picture
 from dfa_lens.plots.style import Style
@@ -34,8 +36,10 @@ def recovery_bars(
 ) -> Picture:
     """Recovery, CPR(transferred) / CPR(gold), by task and setting.
 
-    A bar is the mean of its rows; where there are several (seeds, families) the whisker spans their standard deviation
-    and every row is a dot, for a mean of few numbers hides them.
+    A bar is the mean of its rows, of recovery the ratio of means (:func:`dfa_lens.experiments.table.recovery`) where
+    gold's CPRs are in the table. Where there are several rows (seeds) the whisker spans their standard deviation and
+    every row is a dot, for a mean of few numbers hides them; a single row has no whisker. Tasks of several families
+    have bars of their own. A task on which gold itself is weak is marked *.
 
     Parameters
     ----------
@@ -68,16 +72,31 @@ def recovery_bars(
     if shown.empty:
         raise DfaError(f"Nothing is left to draw without {', '.join(map(repr, leave_out))}.")
     figure = Picture()
-    groups, labels = list(dict.fromkeys(shown[group])), list(dict.fromkeys(shown[by]))
-    means = summary(shown, [group, by], value)
+    groups = list(dict.fromkeys(shown[group]))
+    families = ["family"] if by == "task" and "family" in shown and shown["family"].nunique() > 1 else []
+    means = summary(shown, [group, *families, by], value)
+    weak: set[str] = set()
+    if value == "recovery" and {"cpr", "task", "setting"} <= set(table.columns) and (table["setting"] == GOLD).any():
+        ratios = recovery(table, [group, *families, by]).reset_index()
+        means = means.drop(columns="mean").merge(ratios, on=[group, *families, by], how="left")
+        means = means.rename(columns={"recovery": "mean"})
+    if families:
+        means, shown = (each.assign(**{by: each["family"] + ": " + each[by]}) for each in (means, shown))
+    if "weak_gold" in means:
+        weak = set(means.loc[means["weak_gold"] > 0, by])
+    labels = list(dict.fromkeys(shown[by]))
+    ticks = {label: styling.text(label) + (" *" if label in weak else "") for label in labels}
+    colors = styling.line_colors(table[group])  # also of what is left out, so that the others keep theirs
     for i, name in enumerate(groups):
         part = means[means[group] == name].set_index(by).reindex(labels)
-        color = styling.LINES[i % len(styling.LINES)]
+        color = colors[name]
         figure.add_trace(
             go.Bar(
-                x=[styling.text(label) for label in labels],
+                x=[ticks[label] for label in labels],
                 y=part["mean"],
-                error_y={"array": part["std"].fillna(0), "color": styling.INK, "thickness": 1, "width": 3},
+                error_y={"array": part["std"], "color": styling.INK, "thickness": 1, "width": 3}
+                if (part["count"] > 1).any()
+                else None,
                 name=styling.text(name),
                 marker={"color": color},
                 offsetgroup=str(i),
@@ -90,7 +109,7 @@ def recovery_bars(
         if (part["count"] > 1).any():
             figure.add_trace(
                 go.Box(
-                    x=[styling.text(label) for label in several[by]],
+                    x=[ticks[label] for label in several[by]],
                     y=several[value],
                     boxpoints="all",
                     pointpos=0,
@@ -112,7 +131,7 @@ def recovery_bars(
         boxmode="group",
         bargap=0.25,
         xaxis={"showgrid": False},
-        yaxis={"title": {"text": styling.text(value)}, **styling.AXIS},
+        yaxis={"title": {"text": styling.text(value) + " (* gold's CPR below 0.5)" * bool(weak)}, **styling.AXIS},
         legend=styling.LEGEND_ABOVE,
     )
     return figure.carry(means)
@@ -157,12 +176,13 @@ def training_history(
         raise DfaError("There are no alignments to draw.")
     figure = Picture()
     parts = []
-    for i, (label, alignment) in enumerate(named.items()):
+    colors = styling.line_colors(named)
+    for label, alignment in named.items():
         if not alignment.history:
             raise DfaError(f"Alignment {label!r} has no history: it was not trained.")
         history = pd.DataFrame(alignment.history)
         parts.append(history.assign(alignment=label))
-        color = styling.LINES[i % len(styling.LINES)]
+        color = colors[label]
         for column, axis, words in (("divergence", "", "KL"), ("mask_mean", "2", "mean mask")):
             figure.add_trace(
                 go.Scatter(
@@ -231,9 +251,8 @@ def size_sensitivity(
         raise DfaError(f"Column {x!r} has only one size: there is no sensitivity to show.")
     totals = summary(table, [group, x], value)
     figure = Picture()
-    for i, name in enumerate(dict.fromkeys(table[group])):
+    for name, color in styling.line_colors(table[group]).items():
         part = totals[totals[group] == name].sort_values(x)
-        color = styling.LINES[i % len(styling.LINES)]
         spread = part["std"].fillna(0).to_numpy()
         sizes, means = part[x].to_numpy(), part["mean"].to_numpy()
         if spread.any():
@@ -277,8 +296,8 @@ def score_scatter(
     first: NodeScores,
     second: NodeScores,
     *,
-    first_name: str = "first",
-    second_name: str = "second",
+    first_name: str | None = None,
+    second_name: str | None = None,
     title: str | None = None,
     style: Style = "screen",
     width: int | None = None,
@@ -293,6 +312,9 @@ def score_scatter(
     ----------
     first, second:
         Scores of the same nodes: horizontal and vertical.
+    first_name, second_name:
+        What the axes are called; default: what the scores say of themselves (the method; of transferred scores that
+        they are mask logits).
 
     Raises
     ------
@@ -308,6 +330,8 @@ def score_scatter(
     54
     """
     agreement = correlation(first, second)
+    first_name = first_name or _called(first, "first scores")
+    second_name = second_name or _called(second, "second scores")
     figure = Picture()
     table = pd.DataFrame(
         {
@@ -356,3 +380,12 @@ def score_scatter(
         legend=styling.LEGEND_ABOVE,
     )
     return figure.carry(table)
+
+
+def _called(scores: NodeScores, otherwise: str) -> str:
+    """What scores say of themselves, for an axis."""
+    method = str(scores.meta.get("method", ""))
+    if method == "transfer":
+        return "transferred score" + " (mask logit)" * (mask_of(scores) is not None)
+    model = f" on {scores.meta['model']}" if scores.meta.get("model") else ""
+    return f"{method} score{model}" if method else otherwise

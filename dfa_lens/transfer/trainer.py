@@ -22,6 +22,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from dfa_lens.data.alignment import Alignment
+from dfa_lens.data.arguments import expect
 from dfa_lens.data.content import ByContent, fingerprint
 from dfa_lens.data.edge_alignment import EdgeAlignment
 from dfa_lens.data.edges import EdgeScores, EdgeSet
@@ -90,8 +91,8 @@ class Job(ByContent, Generic[Scores]):
 @overload
 def fit(
     target: HookedModel,
-    scores: Mapping[str, NodeScores],
-    pairs: Mapping[str, PromptPairs],
+    scores: Mapping[str, NodeScores] | NodeScores,
+    pairs: Mapping[str, PromptPairs] | PromptPairs,
     *,
     recipe: Recipe | None = None,
     nodes: NodeSet | None = None,
@@ -105,8 +106,8 @@ def fit(
 @overload
 def fit(
     target: HookedModel,
-    scores: Mapping[str, EdgeScores],
-    pairs: Mapping[str, PromptPairs],
+    scores: Mapping[str, EdgeScores] | EdgeScores,
+    pairs: Mapping[str, PromptPairs] | PromptPairs,
     *,
     recipe: Recipe | None = None,
     edges: EdgeSet | None = None,
@@ -121,8 +122,8 @@ def fit(
 @backend.runs("target")
 def fit(
     target: HookedModel,
-    scores: Mapping[str, NodeScores] | Mapping[str, EdgeScores],
-    pairs: Mapping[str, PromptPairs],
+    scores: Mapping[str, NodeScores] | Mapping[str, EdgeScores] | NodeScores | EdgeScores,
+    pairs: Mapping[str, PromptPairs] | PromptPairs,
     *,
     recipe: Recipe | None = None,
     nodes: NodeSet | None = None,
@@ -140,7 +141,8 @@ def fit(
         The model to align to; left as it was.
     scores, pairs:
         For every training task, the source model's scores, and prompt pairs made with the *target's* tokenizer. The
-        two mappings must name the same tasks. One task is in-distribution training; several others, zero-shot.
+        two mappings must name the same tasks. One task is in-distribution training, and needs no mappings; several
+        others, zero-shot.
     recipe:
         How W is trained, for those who have it in one piece; default: ``Recipe()``.
     nodes:
@@ -200,15 +202,20 @@ def fit(
     >>> dfa.fit(source, edge_scores, pairs, steps=2)
     EdgeAlignment(2500 → 2500 edges)
     """
+    one = isinstance(scores, (NodeScores, EdgeScores)) and isinstance(pairs, PromptPairs)
+    given: Any = {"task": scores} if one else scores
+    prompts: Any = {"task": pairs} if one else pairs
+    expect(2, "scores", given, Mapping)
+    expect(3, "pairs", prompts, Mapping)
     known = [each.name for each in fields(Recipe)]
     misspelt = next((name for name in options if name not in known), None)
     if misspelt is not None:
         raise unknown("option", misspelt, known, AlignmentError)
-    given: Any = scores
     job: Any = Job(given, replace(recipe or Recipe(), **options))
-    _check_tasks(pairs, scores, ("pairs", "scores"))
+    _check_tasks(prompts, given, ("pairs", "scores"))
     shared: Any = {"cache": cache, "share_prefix": share_prefix, "progress": progress}
-    found: Alignment | EdgeAlignment = fit_many(target, {"fit": job}, pairs, nodes=nodes, edges=edges, **shared)["fit"]
+    found: Alignment | EdgeAlignment
+    found = fit_many(target, {"fit": job}, prompts, nodes=nodes, edges=edges, **shared)["fit"]
     return found
 
 
