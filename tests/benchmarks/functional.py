@@ -30,6 +30,8 @@ ALSO = {"llama3": "llama3-more", "qwen2.5": "llama3-more", "llama3-more": "llama
 #: Those that a pair of two families needs: the others know no source.
 ACROSS = ("functional", "functional, own scores", "functional, own scores alone")
 SINGLE = (*MEASURES, *GROUP_MEASURES)
+#: Ranked by how large their scores are, too.
+BY_SIZE = ("gold, 20 steps", "functional", "functional, own scores", "group-share alone")
 TRAIN, TEST, SIZES = 64, 32, 18
 
 
@@ -94,10 +96,20 @@ class Pair:
             "functional, no guard": lambda task: self.functional(task, guard=0.0),
             "functional, own scores, no guard": lambda task: self.functional(task, own=True, guard=0.0),
             "without groups": lambda task: self.functional(task, without=GROUP_MEASURES),
+            **{f"{name}, by size": self.by_size(name) for name in BY_SIZE},
             "W": self.trained,
             "uniform-s": lambda task: self.trained(task, uniform=True),
         }
         self._alignments: dict[Any, dfa.Alignment] = {}
+
+    def by_size(self, name: str) -> Callable[[str], dfa.NodeScores]:
+        """The same scores without their signs: nodes that work against the answer are kept, too."""
+
+        def sizes(task: str) -> dfa.NodeScores:
+            found = self.settings[name](task)
+            return dfa.NodeScores(found.values.abs(), found.nodes, found.meta)
+
+        return sizes
 
     def others(self, task: str) -> list[str]:
         family = dfa.tasks.FAMILIES
