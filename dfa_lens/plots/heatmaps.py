@@ -469,7 +469,8 @@ def aligned_heatmap(
     grids = {task: view.grids(contributors, masked) for task, view in views.items()}
     figure = Picture()
     names = [source_name, target_name, "gold", "difference"]
-    captions = [source_name, f"{target_name}: mask" if masked else target_name, "gold", "rank difference"]
+    # the last is short: a menu is beside it
+    captions = [source_name, f"{target_name}: mask" if masked else target_name, "gold", "Δ rank"]
     places = [(0.0, 0.4), (0.47, 1.0)] if first.gold is None else [(0, 0.2), (0.25, 0.49), (0.51, 0.75), (0.77, 1.0)]
     sets = [first.source.nodes, *[first.target.nodes] * 3]
     parts: list[list[_Drawn]] = []
