@@ -297,7 +297,7 @@ def tables(table: pd.DataFrame) -> str:
     if len(across):
         both = pd.concat([across, inside[(inside["family"] == "qwen2.5") & inside["setting"].isin([*ACROSS, "gold"])]])
         wide = both.pivot_table(index=["family", "setting"], columns="task", values="cpr", sort=False)
-        wide["mean"] = wide.mean(1)
+        wide["mean"] = wide.mean(axis=1)
         parts += [
             "\n## From another family of models: the target is qwen2.5-tiny-target\n",
             markdown(wide.reset_index()),
