@@ -30,6 +30,8 @@ ALSO = {"llama3": "llama3-more", "qwen2.5": "llama3-more", "llama3-more": "llama
 #: Those that a pair of two families needs: the others know no source.
 ACROSS = ("functional", "functional, own scores", "functional, own scores alone")
 SINGLE = (*MEASURES, *GROUP_MEASURES)
+#: Measurements that fused attention kernels do not allow.
+PATTERNS = tuple(name for name, each in MEASURES.items() if each.needs == "patterns")
 #: Ranked by how large their scores are, too.
 BY_SIZE = ("gold, 20 steps", "functional", "functional, own scores", "group-share alone")
 TRAIN, TEST, SIZES = 64, 32, 18
@@ -96,6 +98,8 @@ class Pair:
             "functional, no guard": lambda task: self.functional(task, guard=0.0),
             "functional, own scores, no guard": lambda task: self.functional(task, own=True, guard=0.0),
             "without groups": lambda task: self.functional(task, without=GROUP_MEASURES),
+            "without attention": lambda task: self.functional(task, without=PATTERNS),
+            "without attention, own scores": lambda task: self.functional(task, own=True, without=PATTERNS),
             **{f"{name}, by size": self.by_size(name) for name in BY_SIZE},
             "W": self.trained,
             "uniform-s": lambda task: self.trained(task, uniform=True),
@@ -297,7 +301,7 @@ def tables(table: pd.DataFrame) -> str:
     if len(across):
         both = pd.concat([across, inside[(inside["family"] == "qwen2.5") & inside["setting"].isin([*ACROSS, "gold"])]])
         wide = both.pivot_table(index=["family", "setting"], columns="task", values="cpr", sort=False)
-        wide["mean"] = wide.mean(1)
+        wide["mean"] = wide.mean(axis=1)
         parts += [
             "\n## From another family of models: the target is qwen2.5-tiny-target\n",
             markdown(wide.reset_index()),

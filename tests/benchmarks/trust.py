@@ -80,12 +80,9 @@ def trusted(pair: Pair, task: str, names: list[str], groups: bool, wrong: bool) 
 
 
 def importance(pair: Pair) -> Rows:
-    """Of all tasks of a pair at once: nothing is run but the reader."""
-
-    def row() -> dict[str, Any]:
-        return pair.fitted("", pair.tasks).importance()
-
-    yield ("all", "", ""), row
+    """Of all tasks of a pair at once, with the guard, which adds one measurement to what is read, and without it."""
+    for guard in (1.0, 0.0):
+        yield ("all", "guard", str(guard)), lambda guard=guard: pair.fitted("", pair.tasks, guard=guard).importance()
 
 
 def warm(pair: Pair) -> Rows:
@@ -207,10 +204,13 @@ def trust_tables(table: pd.DataFrame, build: Path) -> list[str]:
 
 def importance_tables(table: pd.DataFrame, build: Path) -> list[str]:
     columns = [name for name in table if name not in ("family", "seed", *COLUMNS["importance"])]
-    wide = table.groupby("family", sort=False)[columns].mean().T
-    wide["mean"] = wide.mean(1)
-    wide = wide.sort_values("mean", ascending=False).rename_axis("measurement").reset_index()
-    return ["\n## Correlation with the scores that is lost by shuffling a measurement\n", markdown(wide)]
+    text = []
+    for guard, part in table.groupby("how", sort=False):
+        wide = part.groupby("family", sort=False)[columns].mean().T
+        wide["mean"] = wide.mean(axis=1)
+        wide = wide.sort_values("mean", ascending=False).rename_axis("measurement").reset_index()
+        text += [f"\n## Correlation lost by shuffling a measurement, guard {guard}\n", markdown(wide)]
+    return text
 
 
 def warm_tables(table: pd.DataFrame, build: Path) -> list[str]:
