@@ -80,7 +80,8 @@ def _version(package: str) -> str | None:
 
 
 def _of(model: Any) -> Iterator[str]:
-    runner, cfg = Runner(model), model.cfg
+    runner = Runner(model)
+    cfg = runner.model.cfg
     parameters = list(model.parameters())
     size = sum(p.numel() * p.element_size() for p in parameters) / 2**20
     yield f"model {getattr(cfg, 'model_name', '')}"

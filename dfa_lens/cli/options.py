@@ -96,5 +96,5 @@ MaybeOutOption = Annotated[
 ]
 FolderOption = Annotated[Path, typer.Option("--out", "-o", help="Folder to write.", callback=_writable_folder)]
 WorkersOption = Annotated[int, typer.Option(help="Processes.", callback=_workers)]
-BackendOption = Annotated[str, typer.Option(help="auto, hooked or bridge.")]
+BackendOption = Annotated[str, typer.Option(help="auto, hooked, bridge or transformers.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
