@@ -84,6 +84,7 @@ class Pair:
             "gold": target.scores,
             "gold, 20 steps": lambda task: target.scores(task, steps=20),
             "nap on the target": lambda task: target.scores(task, "nap"),
+            "exact, 16 pairs": self.exact,
             "functional": self.functional,
             "functional, own scores": lambda task: self.functional(task, own=True),
             "functional, all families": lambda task: self.functional(task, also=True),
@@ -105,6 +106,10 @@ class Pair:
             "uniform-s": lambda task: self.trained(task, uniform=True),
         }
         self._alignments: dict[Any, dfa.Alignment] = {}
+
+    def exact(self, task: str) -> dfa.NodeScores:
+        """One node ablated at a time: what attribution can come to, at many times the passes."""
+        return dfa.attribute(self.target.model, self.target.pairs(task)[:16], method="exact", batch_size=32)
 
     def by_size(self, name: str) -> Callable[[str], dfa.NodeScores]:
         """The same scores without their signs: nodes that work against the answer are kept, too."""
