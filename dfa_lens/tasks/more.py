@@ -5,7 +5,7 @@ clean and its corrupt prompt share, splits by the key. Every field of a key stan
 that a prompt has one key and no two splits share a prompt. What a task is *about* (facts, the order of numbers, how to
 copy) has to be known; what a split holds back are the combinations of the words round it.
 
-The words are ordinary ones and the facts are true: a pretrained model knows most of them. With another tokenizer than
+The words are ordinary ones and the facts are true: a pretrained model can be asked, too. With another tokenizer than
 that of the shipped models, pairs whose answers have several tokens are passed over and counted.
 """
 
