@@ -26,6 +26,7 @@ def test_end_points(model, ragged, scores):
     assert curve.faithfulness[-1] == 1
     assert curve.kl[-1] == pytest.approx(0, abs=1e-6)
     assert (curve.kl > -1e-6).all()
+    np.testing.assert_allclose(curve.kl_per_example.mean(1), curve.kl)
     # f_0: the clean embedding, every node corrupt
     corrupt = {}
     with torch.no_grad():

@@ -60,6 +60,8 @@ class FaithfulnessCurve(ByContent):
         are in it unranked among them. The others change nothing. None of nodes.
     ranked:
         Of nodes: the scores by which they were ranked, which :meth:`smallest` names the circuit by.
+    kl_per_example:
+        [size, example] what ``kl`` is the mean of, for paired tests over examples; None if it was not kept.
 
     Raises
     ------
@@ -89,6 +91,7 @@ class FaithfulnessCurve(ByContent):
     unit: Literal["nodes", "edges"] = "nodes"
     live_sizes: Int[np.ndarray, " size"] | None = None
     ranked: NodeScores | None = field(default=None, compare=False)
+    kl_per_example: Float[np.ndarray, "size example"] | None = None
 
     def __post_init__(self) -> None:
         if self.empty_values is None:

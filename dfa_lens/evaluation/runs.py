@@ -125,6 +125,7 @@ class Runs:
             ranking=ranking,
             n_nodes=n,
             empty_values=(self.circuits[0] if protocol == "nodes" else self.corrupt).numpy(),
+            kl_per_example=self.kl[added:].numpy(),
         )
 
 
