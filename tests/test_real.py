@@ -18,7 +18,9 @@ from dfa_lens.models.runner import Runner
 
 pytestmark = pytest.mark.real
 
-FOLDER = Path(os.environ.get("DFA_LENS_SMOLLM2", Path(__file__).parents[1] / ".cache" / "smollm2-135m-instruct"))
+CACHE = Path(__file__).parents[1] / ".cache"
+FOLDER = Path(os.environ.get("DFA_LENS_SMOLLM2", CACHE / "smollm2-135m-instruct"))
+QWEN = CACHE / "qwen2.5-coder-0.5b-instruct"  # made by `make bench-real-pair` only
 # "had lunch … Later", "Friends …" and "Then …" are the three of eight sentences that this model does not follow
 TEMPLATES = (0, 1, 2, 4, 6)
 
@@ -40,11 +42,14 @@ def scores(smollm2):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_logits_are_those_of_hugging_face(backend):
+@pytest.mark.parametrize("folder", [FOLDER, QWEN], ids=["smollm2", "qwen"])
+def test_logits_are_those_of_hugging_face(backend, folder):
     from transformers import AutoModelForCausalLM
 
-    model = dfa.load_model(FOLDER, backend=backend)
-    hf = AutoModelForCausalLM.from_pretrained(FOLDER, attn_implementation="sdpa").eval()
+    if folder == QWEN and not folder.is_dir():
+        pytest.skip(f"{folder} is missing: python tools/qwen_coder.py {folder}")
+    model = dfa.load_model(folder, backend=backend)
+    hf = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="sdpa", dtype=torch.float32).eval()
     pairs = pairs_of(model, "test", 8)
     mask = attention_mask(pairs.lengths, pairs.clean.shape[1])
     with torch.no_grad():
