@@ -203,7 +203,8 @@ def _task(result: TaskResult) -> dict[str, Any]:
         for setting, alignment in result.alignments.items()
         if alignment.history and setting not in result.controls
     }
-    measured = [name for name in result.circuits if name not in result.alignments and name not in result.controls]
+    carried = set(result.curves) - set(result.alignments) - set(result.controls)
+    measured = [name for name in result.circuits if name in carried]
     for setting in [*trained, *measured]:
         figures.append(
             aligned_heatmap(
