@@ -134,7 +134,10 @@ def of_safetensors(data: bytes, rng: random.Random) -> bytes:
         tensors[name] = of_tensor(tensors[name], rng)
     else:
         name = rng.choice([name for name in metadata if name != "format"])
-        metadata[name] = json.dumps(of_value(json.loads(metadata[name]), rng))
+        try:
+            metadata[name] = json.dumps(of_value(json.loads(metadata[name]), rng))
+        except json.JSONDecodeError:  # a name, as it is
+            metadata[name] = str(of_value(metadata[name], rng))
     return save({name: tensor.contiguous() for name, tensor in tensors.items()}, metadata)
 
 
@@ -200,6 +203,10 @@ def _functional(reader: str) -> dfa.FunctionalAlignment:
     return dfa.fit_functional(scores, measured, reader=reader, **options)
 
 
+def _circuit() -> dfa.Circuit:
+    return dfa.controls.random_scores(B).circuit(2)
+
+
 def _released(path: Path) -> None:
     nodes = ["a0.h0", "a0.h1", "m0", "input"]
     torch.save({"W": torch.ones(4, 2), "small_nodes": nodes, "large_nodes": ["m0", "m1"], "meta": {"lr": 0.1}}, path)
@@ -257,6 +264,10 @@ FORMATS: dict[str, Format] = {
     ),
     "functional, attention": Format(
         lambda p: _functional("attention").save(p), dfa.FunctionalAlignment.load, content=of_safetensors
+    ),
+    "circuits": Format(lambda p: _circuit().save(p), dfa.Circuit.load, content=of_safetensors),
+    "circuits, JSON": Format(
+        lambda p: _circuit().to_json(p), dfa.Circuit.from_json, ".json", ours=False, content=of_json
     ),
     "MIB": Format(
         lambda p: dfa.controls.uniform(INPUT).to_mib(p), dfa.NodeScores.from_mib, ours=False, content=of_json
