@@ -30,7 +30,7 @@ def test_names_lead_nowhere_else():
 
 
 @pytest.mark.parametrize("kind", ["times", "lines"])
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", interrupts.EVERY_BACKEND)
 def test_interrupted_models_are_as_they_were(backend, kind):
     found = interrupts.run(
         24, kind, backends=(backend,), only=("nap", "eap", "curve", "fit", "contexts", "hook points")

@@ -22,8 +22,15 @@ from dfa_lens.models.runner import Runner
 
 Operation = Callable[[], object]
 
+EVERY_BACKEND = (*BACKENDS, "transformers")
+
 #: Where an interrupt can leave something behind; every fourth try takes the lines of all other files, too.
 CRITICAL = ("dfa_lens", "contextlib.py", "hook_points.py", "torch/utils/hooks.py", "grad_mode.py", "autocast_mode.py")
+
+
+def place(backend: str) -> str:
+    """The module that gets a hook point of ours."""
+    return "model.layers.1.mlp" if backend == "transformers" else "blocks.1.mlp"
 
 
 def fresh(backend: str) -> Any:
@@ -35,7 +42,7 @@ def fresh(backend: str) -> Any:
         parameter.data = parameter.data.contiguous()  # load_model turns them round from the start
         parameter.requires_grad_(i % 3 > 0)
         parameter.grad = torch.ones_like(parameter) if i % 5 == 1 else None
-    model.blocks[1].train()
+    (model.model.layers if backend == "transformers" else model.blocks)[1].train()
     return model
 
 
@@ -60,7 +67,7 @@ def state(model: Any) -> dict[str, Any]:
     }
 
 
-def operations(model: Any) -> dict[str, Operation]:
+def operations(model: Any, backend: str) -> dict[str, Operation]:
     """Name → a call of everything that runs or changes a model."""
     pairs = random_pairs(2, 8, ragged=True)
     nodes = dfa.NodeSet.heads_and_mlps(model)
@@ -82,7 +89,7 @@ def operations(model: Any) -> dict[str, Operation]:
             dfa.attribute(model, pairs, method="nap")
 
     def added() -> None:
-        name = dfa.hooks.add_hook_point(model, "blocks.1.mlp", "hook_attack")
+        name = dfa.hooks.add_hook_point(model, place(backend), "hook_attack")
         dfa.NodeSet.from_points(model, {name: None})
         dfa.hooks.remove_hook_point(model, name)
 
@@ -118,7 +125,7 @@ class Target:
 
     def renew(self) -> None:
         self.model = fresh(self.backend)
-        every = operations(self.model)
+        every = operations(self.model, self.backend)
         self.operations = every if self.only is None else {name: every[name] for name in self.only}
         for work in self.operations.values():  # what is remembered of a model is remembered from here on
             work()
@@ -131,8 +138,9 @@ class Target:
             interrupted(self.operations[name])
         except KeyboardInterrupt:
             self.hit += 1
-            if "blocks.1.mlp.hook_attack" in Runner(self.model).state.added:  # a point is wholly there, or not at all
-                dfa.hooks.remove_hook_point(self.model, "blocks.1.mlp.hook_attack")
+            added = f"{place(self.backend)}.hook_attack"
+            if added in Runner(self.model).state.added:  # a point is wholly there, or not at all
+                dfa.hooks.remove_hook_point(self.model, added)
         gc.collect(0)
         after = state(self.model)
         found = [kind for kind, value in self.before.items() if after[kind] != value]
@@ -224,7 +232,7 @@ def run(
     tries: int,
     kind: str,
     seed: int = 0,
-    backends: tuple[str, ...] = BACKENDS,
+    backends: tuple[str, ...] = EVERY_BACKEND,
     only: tuple[str, ...] | None = None,
 ) -> dict[str, Any]:
     """``tries`` interrupts of a kind ("times" or "lines") over all operations, or some, and backends."""
