@@ -201,8 +201,8 @@ def check(model: HookedModel, pairs: PromptPairs, *, batch_size: int = 16, progr
     best, corrupt_best = torch.zeros(n, dtype=torch.bool), torch.zeros(n, dtype=torch.bool)
     prediction, corrupt_prediction = torch.zeros(n, dtype=torch.long), torch.zeros(n, dtype=torch.long)
     with (
-        torch.no_grad(),
         runner.session(passes=2 * len(pairs) // batch_size),
+        torch.no_grad(),
         tqdm(total=n, desc="check", unit="pair", disable=not progress) as bar,
     ):
         for rows, batch in runner.batches(pairs, batch_size):

@@ -94,8 +94,8 @@ class CurveOfEdges:
         runs = Runs.empty(len(circuits), len(pairs))
         total = len(pairs) * len(circuits)
         with (
-            torch.no_grad(),
             runner.session(passes=len(circuits)),
+            torch.no_grad(),
             tqdm(total=total, desc="curve", unit="run", disable=not self.progress) as bar,
         ):
             stream = Stream(runner, edges)

@@ -52,8 +52,8 @@ def run_circuits(
     runs = Runs.empty(n_sizes, n, d_vocab=runner.d_vocab if keep_logits else 0)
     circuits = _Circuits(nodes, keep, sizes_per_pass)
     with (
-        torch.no_grad(),
         runner.session(passes=n_sizes),
+        torch.no_grad(),
         tqdm(total=n * n_sizes, desc="curve", unit="run", disable=not progress) as bar,
     ):
         for rows, batch in runner.batches(pairs, batch_size):

@@ -35,6 +35,7 @@ class State:
     setting: Any = None  #: of the running operation: what trials depend on, None outside of one
     foreign: str | None = None  #: of the running operation: where somebody else's hooks are
     turned: TurnedWeights | None = None  #: of the running operation: its weights laid out anew
+    outermost: Kept | None = None  #: of the running operation: what the model was before the first of it
 
 
 _states: WeakKeyDictionary[Any, State] = WeakKeyDictionary()
@@ -121,9 +122,15 @@ class Kept:
 
     Made with the locks of the models held. What is put back: which weights have a gradient, training modes, forwards,
     how weights lie in memory; what is taken away: hooks of ours that this thread has put on since.
+
+    One that is made inside of another says what the model was in the middle of an operation. An interrupt can leave it
+    to the end of a generator that nobody waits for, long after the operation: then it does nothing.
     """
 
     def __init__(self, *models: Any) -> None:
+        self.over = False
+        self._states = [remembered_of(model) for model in models]
+        self._around = [state.outermost for state in self._states if state.outermost is not None]
         devices = {parameter.device.type for model in models for parameter in model.parameters()} - {"meta"}
         self._steps: list[Callable[[], object]] = []
         for model in models:
@@ -143,10 +150,22 @@ class Kept:
         for device in devices | {"cpu"}:
             self._steps.append(partial(torch.set_autocast_enabled, device, torch.is_autocast_enabled(device)))
         self._steps.append(partial(torch.set_grad_enabled, torch.is_grad_enabled()))
+        for state in self._states:
+            if state.outermost is None:
+                state.outermost = self
 
-    def restore(self) -> None:
-        """Put the models back; the first error is raised when all that can be done is done."""
-        each_of(self._steps)
+    def restore(self, *, last: bool = False) -> None:
+        """Put the models back; the first error is raised when all that can be done is done.
+
+        ``last``: the operation is over with that.
+        """
+        if last:
+            self.over = True
+            for state in self._states:
+                if state.outermost is self:
+                    state.outermost = None
+        if not any(around.over for around in self._around):
+            each_of(self._steps)
 
 
 def each_of(steps: Iterable[Callable[[], object]]) -> None:

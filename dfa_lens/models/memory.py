@@ -177,7 +177,7 @@ class Footprint:
         """Most memory in use at one time during a gated pass without gradients."""
         tokens, lengths, corrupt, _ = self._recorded(batch)
         gates = hooks.gate_hooks(self.nodes, torch.full((len(self.nodes),), 0.5, dtype=torch.float32), corrupt=corrupt)
-        with torch.no_grad(), self.runner.session(passes=WORTH_LAYING_OUT), LiveBytes() as live:
+        with self.runner.session(passes=WORTH_LAYING_OUT), torch.no_grad(), LiveBytes() as live:
             self.runner.run(tokens, lengths, gates)
         return live.peak
 
@@ -198,7 +198,7 @@ class Footprint:
         leaf = torch.full((len(nodes),), 0.5, dtype=torch.float32, requires_grad=True)
         taps = hooks.gate_hooks(nodes, leaf, corrupt=corrupt) if gated else [(INPUT_POINT, start)]
         session = self.runner.session(passes=WORTH_LAYING_OUT)
-        with torch.enable_grad(), session, saved_tensors_hooks(keep, lambda tensor: tensor):
+        with session, torch.enable_grad(), saved_tensors_hooks(keep, lambda tensor: tensor):
             permanent = [*model.parameters(), *getattr(model, "buffers", list)(), *corrupt.values(), logits]
             known.update(_address(tensor) for tensor in permanent)
             out = self.runner.run(tokens, lengths, taps)
@@ -209,7 +209,7 @@ class Footprint:
     def _recorded(self, batch: int) -> tuple[Tensor, Tensor, hooks.Activations, Tensor]:
         tokens, lengths = torch.zeros(batch, self.width, dtype=torch.long), torch.full((batch,), self.width)
         corrupt: hooks.Activations = {}
-        with torch.no_grad(), self.runner.session():
+        with self.runner.session(), torch.no_grad():
             logits = self.runner.run(tokens, lengths, hooks.record_hooks(self.nodes, corrupt))
         return tokens, lengths, corrupt, logits
 

@@ -173,6 +173,20 @@ def enter_in_registry(bridge: Any, name: str, point: Any) -> None:
         bridge._hook_registry[name] = point
 
 
+def enter_in_dictionaries(model: Any, name: str, point: Any) -> None:
+    """Let a HookedTransformer know of a hook point, or (None) forget it.
+
+    Its ``setup`` makes all dictionaries anew, which an interrupt would leave half made (TransformerLens 3.9).
+    """
+    if point is not None:
+        point.name = name
+    for entries in (model.mod_dict, model.hook_dict):
+        if point is None:
+            entries.pop(name, None)
+        else:
+            entries[name] = point
+
+
 def weights_processed(bridge: Any) -> bool:
     """Whether a bridge's weights were folded or centred (TransformerLens 3.9, 4.3: a private flag)."""
     return bool(getattr(bridge, "_weights_processed", False))

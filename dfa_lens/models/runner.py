@@ -326,7 +326,7 @@ class Runner:
                 finally:
                     before.restore()
             finally:  # an interrupt may have cut the first round short
-                before.restore()
+                before.restore(last=True)
 
     def _try_guess(self) -> None:
         """A model whose parts were found by their looks must behave as if they were the parts."""
@@ -579,7 +579,7 @@ class Runner:
                 return function
 
             tokens, lengths = torch.zeros(2, width, dtype=torch.long), torch.full((2,), width)
-            with torch.no_grad(), self.session():
+            with self.session(), torch.no_grad():
                 self.run(tokens, lengths, [(name, look(name)) for name in names], positions=positions)
             seen.append(found)
         return {
@@ -599,7 +599,7 @@ class Runner:
         taps = [(name, lambda now, name=name: order.append(name)) for name in (first, *edges)]
         taps += [(name, lambda now, name=f"*{name}": order.append(name)) for name in names]
         tokens, lengths = torch.zeros(1, 2, dtype=torch.long), torch.full((1,), 2)
-        with torch.no_grad(), self.session():
+        with self.session(), torch.no_grad():
             self.run_as_told(tokens, lengths, taps)
         found, layer = {}, -1
         for name in order:

@@ -32,7 +32,7 @@ def group_effects(
     """
     sites = nodes.sites
     totals, whole = torch.zeros(len(sites), dtype=torch.float64), 0.0
-    with torch.no_grad(), runner.session(passes=len(sites) + 2):
+    with runner.session(passes=len(sites) + 2), torch.no_grad():
         for _, batch in runner.batches(pairs, batch_size):
             run = PairedRun(runner, batch, nodes, columns=torch.stack([batch.answer, batch.wrong], 1))
             corrupt, corrupt_logits = run.record("corrupt")

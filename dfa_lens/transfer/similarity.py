@@ -147,7 +147,7 @@ def attention_features(
 
         return function
 
-    with torch.no_grad(), runner.session():
+    with runner.session(), torch.no_grad():
         together = runner.together(lengths)
         for rows in (rows for group in together for rows in group.split(batch_size)):
             taps = [(point, look(layer, wanted[rows])) for layer, point in points.items()]
@@ -291,7 +291,7 @@ def _at_answer(model: HookedModel, pairs: PromptPairs, nodes: NodeSet, batch_siz
     runner.require(pairs)
     runner.check_points(nodes.points)
     parts: list[list[Tensor]] = [[] for _ in nodes]
-    with torch.no_grad(), runner.session():
+    with runner.session(), torch.no_grad():
         for _, batch in runner.batches(pairs, batch_size):
             run = PairedRun(runner, batch, nodes, share_prefix=False, positions="all")
             seen, _ = run.record("clean")

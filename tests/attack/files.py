@@ -137,7 +137,7 @@ def of_safetensors(data: bytes, rng: random.Random) -> bytes:
         try:
             metadata[name] = json.dumps(of_value(json.loads(metadata[name]), rng))
         except json.JSONDecodeError:  # a name, as it is
-            metadata[name] = str(of_value(metadata[name], rng))
+            metadata[name] = str(of_value(metadata[name], rng)).encode("utf-8", "replace").decode()
     return save({name: tensor.contiguous() for name, tensor in tensors.items()}, metadata)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -99,13 +99,19 @@ def _encodes(model: Any) -> bool:
 
 @contextmanager
 def neutral(device: torch.device) -> Iterator[None]:
-    """torch as it is by default, whatever the caller has around: no inference mode, no autocast."""
-    with torch.inference_mode(False), torch.autocast("cpu", enabled=False):
-        if device.type in ("cpu", "meta"):
-            yield
-        else:
-            with torch.autocast(device.type, enabled=False):
-                yield
+    """torch as it is by default, whatever the caller has around: no inference mode, no autocast, gradients.
+
+    Only what is otherwise is changed: a mode that is entered has a way back, which an interrupt can put off.
+    """
+    with ExitStack() as stack:
+        if torch.is_inference_mode_enabled():
+            stack.enter_context(torch.inference_mode(False))
+        for kind in sorted({"cpu", device.type} - {"meta"}):
+            if torch.is_autocast_enabled(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False))
+        if not torch.is_grad_enabled():
+            stack.enter_context(torch.enable_grad())
+        yield
 
 
 def runs(*models: str) -> Callable[[Function], Function]:
@@ -134,7 +140,7 @@ def runs(*models: str) -> Callable[[Function], Function]:
                     finally:
                         before.restore()
                 finally:
-                    before.restore()
+                    before.restore(last=True)
 
         return call  # type: ignore[return-value]
 

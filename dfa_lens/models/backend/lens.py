@@ -213,7 +213,7 @@ class HookedBackend(LensBackend):
         return getattr(attention, f"{prefix}W_{letter}"), getattr(attention, f"{prefix}b_{letter}")
 
     def _register(self, name: str, point: Any) -> None:
-        self.model.setup()
+        private.enter_in_dictionaries(self.model, name, point)
 
     def set_tokenizer(self, tokenizer: Any) -> None:  # noqa: D102
         self.model.tokenizer = tokenizer
