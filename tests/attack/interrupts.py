@@ -120,6 +120,7 @@ class Target:
     def __init__(self, backend: str, only: tuple[str, ...] | None = None) -> None:
         self.backend, self.only = backend, only
         self.tries = self.hit = 0
+        self.others: Counter[str] = Counter()
         self.changed: Counter[str] = Counter()
         self.renew()
 
@@ -141,6 +142,9 @@ class Target:
             added = f"{place(self.backend)}.hook_attack"
             if added in Runner(self.model).state.added:  # a point is wholly there, or not at all
                 dfa.hooks.remove_hook_point(self.model, added)
+        except Exception as error:  # torch makes another error of an interrupt in the middle of a recomputation
+            self.hit += 1
+            self.others[type(error).__name__] += 1
         gc.collect(0)
         after = state(self.model)
         found = [kind for kind, value in self.before.items() if after[kind] != value]
@@ -253,6 +257,7 @@ def run(
     return {
         "tries": tries,
         "interrupted": sum(target.hit for target in targets),
+        "as another error": dict(sum((target.others for target in targets), Counter())),
         "models changed": changed.total(),
         "seconds": round(time.perf_counter() - started),
         "which": dict(changed),
