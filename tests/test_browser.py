@@ -123,9 +123,9 @@ def test_report(browser, tmp_path):
     results = demo.run(families=["llama3"], only=["addition"], budget=budget)
     open_page(browser, report(results, tmp_path))
     graphs = "return [...document.querySelectorAll('.plotly-graph-div')].map(g => g.data.length)"
-    # recovery (five settings); curves (floor, and line and band for each of six settings), two aligned heatmaps, gold;
+    # recovery (six settings); curves (floor, line and band for each of seven settings), three aligned heatmaps, gold;
     # in a closed part: training (two numbers of two settings), W, agreement with gold (heads, MLP blocks)
-    assert browser.execute_script(graphs) == [5, 13, 8, 8, 4, 4, 5, 2]
+    assert browser.execute_script(graphs) == [6, 15, 8, 8, 8, 4, 4, 5, 2]
     for width in (400, 800, 1280):
         browser.set_window_size(width, 900)
         overflow = browser.execute_async_script(

@@ -280,12 +280,16 @@ class Runner:
         own = [OwnHook(function) for _, function in hooks]
         places = [(taken[name], hook) for (name, _), hook in zip(hooks, own, strict=True)]
         away = [partial(private.remove_hook, self.backend.module_of(point), hook) for point, hook in places]
+        gradients = torch.is_grad_enabled()
         try:
             try:
                 with self.backend.showing(list(taken)):
                     for point, hook in places:
                         point.add_hook(hook)
                     yield own
+            except BaseException:  # an interrupt can have cut off torch's own way back, inside of the model
+                torch.set_grad_enabled(gradients)
+                raise
             finally:
                 each_of(away)
         finally:  # an interrupt may have cut the first round short
