@@ -287,8 +287,9 @@ class Runner:
                     for point, hook in places:
                         point.add_hook(hook)
                     yield own
-            except BaseException:  # an interrupt can have cut off torch's own way back, inside of the model
-                torch.set_grad_enabled(gradients)
+            except BaseException as error:  # an interrupt can have cut off torch's own way back, inside of the model
+                if not isinstance(error, GeneratorExit):  # long after, when nobody waits for this generator
+                    torch.set_grad_enabled(gradients)
                 raise
             finally:
                 each_of(away)
