@@ -154,10 +154,10 @@ def test_a_study_takes_them_by_name():
 
 def test_the_command_line_takes_them():
     """The paper's six stay the default; where a further task or a pair of their models is named, theirs are taken."""
-    from dfa_lens.cli import _all_tasks
+    from dfa_lens.cli.reading import all_tasks
 
     solved = dfa.zoo.solves("llama3-more-source")
-    assert _all_tasks(None, ["ioi"], ["llama3"]) is None
-    assert tuple(_all_tasks(None, ["capitals"], None)) == dfa.tasks.names("more")
-    assert tuple(_all_tasks(None, None, ["llama3-more"])) == solved
+    assert all_tasks(None, ["ioi"], ["llama3"]) is None
+    assert tuple(all_tasks(None, ["capitals"], None)) == dfa.tasks.names("more")
+    assert tuple(all_tasks(None, None, ["llama3-more"])) == solved
     assert {"capitals", "docstring"} < set(solved) < set(dfa.tasks.names("more"))
