@@ -130,7 +130,9 @@ class Kept:
     def __init__(self, *models: Any) -> None:
         self.over = False
         self._states = [remembered_of(model) for model in models]
-        self._around = [state.outermost for state in self._states if state.outermost is not None]
+        # one that is over can still be there, if an interrupt came in between
+        found = (state.outermost for state in self._states)
+        self._around = [around for around in found if around is not None and not around.over]
         devices = {parameter.device.type for model in models for parameter in model.parameters()} - {"meta"}
         self._steps: list[Callable[[], object]] = []
         for model in models:
@@ -151,7 +153,7 @@ class Kept:
             self._steps.append(partial(torch.set_autocast_enabled, device, torch.is_autocast_enabled(device)))
         self._steps.append(partial(torch.set_grad_enabled, torch.is_grad_enabled()))
         for state in self._states:
-            if state.outermost is None:
+            if state.outermost is None or state.outermost.over:
                 state.outermost = self
 
     def restore(self, *, last: bool = False) -> None:
