@@ -148,3 +148,35 @@ def test_a_model_s_lock_is_free_after_an_interrupt():
     thread.start()
     thread.join()
     assert free == [True]
+
+
+def test_what_was_kept_in_the_middle_is_not_put_back_afterwards():
+    """A generator that nobody waits for ends late: by then the model is another's."""
+    model = random_model(num_hidden_layers=1)
+    weight = next(model.parameters())
+    weight.requires_grad_(True)
+    outer = kept.Kept(model)
+    weight.requires_grad_(False)
+    inner = kept.Kept(model)
+    weight.requires_grad_(True)
+    inner.restore()
+    assert not weight.requires_grad  # the operation is on
+    outer.restore(last=True)
+    assert weight.requires_grad
+    inner.restore(last=True)
+    assert weight.requires_grad
+
+
+def test_an_operation_that_is_over_is_round_no_other():
+    """Also where an interrupt came before it could be forgotten."""
+    model = random_model(num_hidden_layers=1)
+    weight = next(model.parameters())
+    before = weight.requires_grad
+    first = kept.Kept(model)
+    first.over = True
+    assert kept.remembered_of(model).outermost is first
+    second = kept.Kept(model)
+    weight.requires_grad_(not before)
+    second.restore(last=True)
+    assert weight.requires_grad == before
+    assert kept.remembered_of(model).outermost is None
