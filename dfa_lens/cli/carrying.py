@@ -10,8 +10,7 @@ from dfa_lens.cli import options as option
 from dfa_lens.cli import reading
 from dfa_lens.cli.app import app
 from dfa_lens.cli.scores import save_scores, say_scores, suffix_of_scores
-from dfa_lens.cli.writing import records, require_suffix, say, written
-from dfa_lens.data.files import write_atomically
+from dfa_lens.cli.writing import records, require_suffix, say
 from dfa_lens.errors import TaskError, unknown
 
 
@@ -39,11 +38,7 @@ def measure(
     loaded = reading.model(model, backend, device, dtype)
     prompts = reading.pairs(loaded, task, pairs, split=split, examples=examples, seed=seed, collection=collection)
     found = dfa.measure(loaded, prompts, groups=groups, batch_size=batch_size, progress=True)
-    with written(out, as_json) as path:
-        if suffix == ".csv":
-            write_atomically(path, found.to_frame().to_csv(index=False).encode())
-        else:
-            found.save(path)
+    save_scores(found, out, suffix, as_json)
     facts = {"out": str(out), "measurements": records(found.to_frame()) if as_json else [], "meta": found.meta}
     say(f"{found}; {found.meta['passes']} passes; {out} written.", facts, as_json=as_json, out=out)
 

@@ -16,7 +16,7 @@ from dfa_lens.errors import DfaError, TaskError
 
 
 def save_scores(scores: Any, out: Path, suffix: str, as_json: bool) -> None:
-    """Write scores as what the file's name says."""
+    """Write scores, or measurements, as what the file's name says."""
     with written(out, as_json) as path:
         if suffix == ".csv":
             write_atomically(path, scores.to_frame().to_csv(index=False).encode())

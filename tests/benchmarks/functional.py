@@ -191,8 +191,8 @@ class Pair:
             self._alignments[others, uniform] = dfa.fit(self.target.model, taught, pairs, seed=self.target.seed)
         return self._alignments[others, uniform].transfer(scores(task))
 
-    def row(self, task: str, setting: str) -> dict[str, Any]:
-        circuit = self.settings[setting](task)
+    def judged(self, task: str, circuit: dfa.NodeScores) -> dict[str, float]:
+        """How faithful a circuit is on the task's test pairs."""
         n = len(circuit)
         curve = dfa.faithfulness_curve(
             self.target.model,
@@ -201,7 +201,10 @@ class Pair:
             sizes=sorted({round(i * n / SIZES) for i in range(SIZES + 1)}),
             batch_size=32,
         )
-        return {"task": task, "setting": setting, "cpr": curve.cpr, "cmd": curve.cmd, "kl": curve.mean_kl}
+        return {"cpr": curve.cpr, "cmd": curve.cmd, "kl": curve.mean_kl}
+
+    def row(self, task: str, setting: str) -> dict[str, Any]:
+        return {"task": task, "setting": setting, **self.judged(task, self.settings[setting](task))}
 
 
 def main() -> None:

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from functional import PAIRS, ROOT, SIZES, TEST, Pair, made_pairs, markdown
+from functional import PAIRS, ROOT, TEST, Pair, made_pairs, markdown
 from sklearn.metrics import roc_auc_score
 
 import dfa_lens as dfa
@@ -33,14 +33,6 @@ WARM_STEPS = (1, 5, 10, 20, 40, 160)
 WAYS = {"as it is": (True, False), "without groups": (False, False), "the wrong task's measurements": (True, True)}
 
 Rows = Iterator[tuple[tuple[str, ...], Callable[[], dict[str, Any]]]]
-
-
-def judged(pair: Pair, task: str, circuit: dfa.NodeScores) -> dict[str, float]:
-    n = len(circuit)
-    pairs = pair.target.pairs(task, "test", TEST)
-    sizes = sorted({round(i * n / SIZES) for i in range(SIZES + 1)})
-    curve = dfa.faithfulness_curve(pair.target.model, pairs, circuit, sizes=sizes, batch_size=32)
-    return {"cpr": curve.cpr, "cmd": curve.cmd, "kl": curve.mean_kl}
 
 
 def trust(pair: Pair) -> Rows:
@@ -76,7 +68,7 @@ def trusted(pair: Pair, task: str, names: list[str], groups: bool, wrong: bool) 
         rehearsed = dfa.rehearse(fitted, pair.source.model, measured, held_out, batch_size=32)
         low, high = rehearsed.interval(confidence=0.9)
         found |= {"low": low, "high": high, "rehearsed": float(rehearsed.cpr.mean())}
-    return found | judged(pair, task, fitted.transfer(read))
+    return found | pair.judged(task, fitted.transfer(read))
 
 
 def importance(pair: Pair) -> Rows:
@@ -103,7 +95,7 @@ def warm(pair: Pair) -> Rows:
                     pairs = {task: pair.target.pairs(task)}
                     seed = pair.target.seed
                     mask = dfa.controls.target_only(pair.target.model, pairs, start=start(task), steps=steps, seed=seed)
-                    return judged(pair, task, mask)
+                    return pair.judged(task, mask)
 
                 yield (task, name, str(steps)), row
 
