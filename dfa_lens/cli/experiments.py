@@ -20,7 +20,7 @@ from dfa_lens.errors import unknown
 def demo(
     out: option.FolderOption = Path("report"),
     family: Annotated[
-        list[str] | None, typer.Option(help="llama3, qwen2.5 or llama3-more; default: the first two.")
+        list[str] | None, typer.Option(help="llama3, qwen2.5, llama3-more or qwen2.5-more; default: the first two.")
     ] = None,
     models: option.ModelPairOption = None,
     task: Annotated[
@@ -73,7 +73,7 @@ def study(
         ),
     ] = None,
     family: Annotated[
-        list[str] | None, typer.Option(help="llama3, qwen2.5 or llama3-more; default: the first two.")
+        list[str] | None, typer.Option(help="llama3, qwen2.5, llama3-more or qwen2.5-more; default: the first two.")
     ] = None,
     models: option.ModelPairOption = None,
     task: Annotated[list[str] | None, typer.Option(help="A test task; default: all six.")] = None,
