@@ -131,3 +131,41 @@ def study(
         {"table": str(out / "table.csv"), "rows": records(table) if as_json else []},
         as_json=as_json,
     )
+
+
+@app.command(epilog="Example: dfa-lens paper --study nap=study-nap --study nap-ig-inputs=study --out tables")
+def paper(
+    out: option.FolderOption,
+    study: Annotated[
+        list[str],
+        typer.Option(
+            help="A study's folder or table.csv; METHOD=PATH where it is of another attribution method than "
+            "nap-ig-inputs. May be given several times."
+        ),
+    ],
+    recipe: Annotated[
+        str | None, typer.Option(help="How W was trained, where the study has several ways: the column method.")
+    ] = None,
+    published: Annotated[
+        Path | None,
+        typer.Option(help="A checkout of the authors' repository: all their numbers, not only those of the package."),
+    ] = None,
+    as_json: option.JsonOption = False,
+) -> None:
+    """Write the tables and figures of the DFA paper from studies, with the published numbers beside ours.
+
+    CSV, TeX and HTML for each table, and one page with all.
+    """
+    from dfa_lens.experiments import published as numbers
+    from dfa_lens.plots import paper as write_paper
+
+    rows = reading.studies(study)
+    known = None if published is None else numbers.from_release(published)
+    page = write_paper(rows, out, published=known, recipe=recipe)
+    found = {kind: sorted(map(str, out.glob(f"{kind}-*.csv"))) for kind in ("table", "figure")}
+    say(
+        f"{page} written: {len(found['table'])} tables as CSV, TeX and HTML, and {len(found['figure'])} figures as CSV "
+        "and HTML.",
+        {"page": str(page), "tables": found["table"], "figures": found["figure"]},
+        as_json=as_json,
+    )
