@@ -169,3 +169,45 @@ def paper(
         {"page": str(page), "tables": found["table"], "figures": found["figure"]},
         as_json=as_json,
     )
+
+
+@app.command(epilog="Example: dfa-lens bench --model llama3-tiny-source --task ioi --contender nap --out bench")
+def bench(
+    out: option.FolderOption,
+    model: Annotated[list[str] | None, typer.Option(help="A shipped model; default: all.")] = None,
+    task: Annotated[list[str] | None, typer.Option(help="A task; default: all that a model solves.")] = None,
+    contender: Annotated[
+        list[str] | None, typer.Option(help="A method, with its options; default: all of the leaderboard.")
+    ] = None,
+    examples: Annotated[int, typer.Option(help="Pairs that the methods see.")] = 64,
+    test: Annotated[int, typer.Option(help="Other pairs, that circuits are judged on.")] = 32,
+    seed: option.SeedOption = 0,
+    workers: option.WorkersOption = 1,
+    device: option.DeviceOption = "cpu",
+    as_json: option.JsonOption = False,
+) -> None:
+    """The leaderboard: attribution methods on the shipped models and tasks, by quality and by cost.
+
+    The folder keeps the rows; what is there already is not run again.
+    """
+    from dfa_lens.experiments import leaderboard
+
+    table = leaderboard.run(
+        model,
+        task,
+        contender,
+        out=out,
+        examples=examples,
+        test=test,
+        seed=seed,
+        workers=workers,
+        device=device,
+        progress=True,
+    )
+    write_atomically(out / "leaderboard.csv", table.round(5).to_csv(index=False).encode())
+    shown = ["cpr", "cmd", "cpr_absolute", "cmd_absolute", "pearson", "spearman", "forward", "backward", "seconds", "n"]
+    say(
+        f"{leaderboard.summary(table)[shown].round(3).to_string()}\n{out / 'leaderboard.csv'} written.",
+        {"table": str(out / "leaderboard.csv"), "rows": records(table) if as_json else []},
+        as_json=as_json,
+    )
