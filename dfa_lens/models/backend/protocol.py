@@ -218,6 +218,10 @@ class Backend(ABC):
         """The norm before the unembedding; a TypeError or AttributeError if it is none that we know."""
 
     @abstractmethod
+    def norms(self) -> list[tuple[Any, FinalNorm]]:
+        """All norms, as modules that take a stream and return it normed, with their numbers; errors as there."""
+
+    @abstractmethod
     def unembedding_columns(
         self, tokens: Int[Tensor, " row"]
     ) -> tuple[Float[Tensor, "row d_model"], Float[Tensor, " row"] | None]:
