@@ -10,7 +10,6 @@ from helpers import BACKENDS, random_model, random_pairs, state_of
 
 import dfa_lens as dfa
 
-
 #: What these test is the same under every TransformerLens: files, values, figures, tasks, and models without it.
 ONCE = set(
     """
