@@ -4,5 +4,16 @@ import lazy_loader
 
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
-    submodules=["config", "demo", "experiment", "paper", "published", "setting", "study", "table", "workers"],
+    submodules=[
+        "config",
+        "demo",
+        "experiment",
+        "paper",
+        "paper_configs",
+        "published",
+        "setting",
+        "study",
+        "table",
+        "workers",
+    ],
 )
