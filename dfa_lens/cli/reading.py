@@ -87,6 +87,47 @@ def named(values: list[str], what: str) -> dict[str, Path]:
     return found
 
 
+def by_task(values: list[str], what: str) -> dict[str, Path]:
+    """Task → file, of options that may also be given as a FILE alone, which is then that of the task ""."""
+    alone = [value for value in values if "=" not in value]
+    if len(alone) > 1:
+        raise TaskError(f"{what} of several tasks are given as TASK=FILE, not {alone[0]!r} and {alone[1]!r}.")
+    return ({"": Path(alone[0])} if alone else {}) | named([value for value in values if "=" in value], what)
+
+
+def curve(path: Path) -> Any:
+    """A faithfulness curve from the table that ``evaluate --out`` writes: f at each size, without its examples."""
+    import io
+
+    import numpy as np
+    import pandas as pd
+
+    from dfa_lens.data.curve import MIB_FRACTIONS, FaithfulnessCurve
+
+    try:
+        table = pd.read_csv(io.BytesIO(read_bytes(path)))
+        fractions, sizes, f, kl = (
+            table[name].to_numpy(dtype=float) for name in ("fraction", "size", "faithfulness", "kl")
+        )
+        n = round(sizes[-1] / fractions[-1])
+        if not (np.diff(sizes) >= 0).all() or not np.isfinite([fractions, sizes, f, kl]).all():
+            raise ValueError("sizes must rise, and all numbers be finite")
+        return FaithfulnessCurve(
+            fractions,
+            sizes.astype(int),
+            f[:, None],
+            np.ones(1),
+            np.zeros(1),
+            kl,
+            "mib" if len(fractions) == len(MIB_FRACTIONS) and np.allclose(fractions, MIB_FRACTIONS) else "nodes",
+            "signed",
+            n,
+            unit="edges" if "live_size" in table else "nodes",
+        )
+    except (ValueError, KeyError, IndexError, ZeroDivisionError, UnicodeDecodeError, DfaError) as error:
+        raise FileError(f"{path} is no table of a curve, as evaluate --out writes it: {short(error)}.") from error
+
+
 def own_tasks(pairs: list[str] | None) -> dict[str, Any]:
     """Task → the file that it is read from."""
     from dfa_lens.tasks.own import FileTask
