@@ -3,5 +3,21 @@
 import lazy_loader
 
 __getattr__, __dir__, __all__ = lazy_loader.attach(
-    __name__, submodules=["demo", "experiment", "setting", "study", "table", "workers"]
+    __name__,
+    submodules=[
+        "config",
+        "demo",
+        "executors",
+        "experiment",
+        "folder",
+        "leaderboard",
+        "paper",
+        "paper_configs",
+        "progress",
+        "published",
+        "setting",
+        "study",
+        "table",
+        "units",
+    ],
 )
