@@ -1,11 +1,11 @@
-"""The command line: ``dfa-lens demo | attribute | measure | carry | fit | transfer | evaluate | report | study`` and
-``doctor``.
+"""The command line: ``dfa-lens demo | attribute | measure | carry | fit | transfer | evaluate | report | study | mib``
+and ``doctor``.
 
 ``app`` is the application, ``options`` what commands share, ``reading`` and ``writing`` their files; the commands are
-in ``scores``, ``carrying``, ``experiments`` and ``look``.
+in ``scores``, ``carrying``, ``experiments``, ``look`` and ``submissions``.
 """
 
-from dfa_lens.cli import carrying, experiments, look, scores
+from dfa_lens.cli import carrying, experiments, look, scores, submissions
 from dfa_lens.cli.app import app, main
 
-__all__ = ["app", "carrying", "experiments", "look", "main", "scores"]
+__all__ = ["app", "carrying", "experiments", "look", "main", "scores", "submissions"]
