@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -11,7 +12,7 @@ from typing import Any, Literal
 import torch
 
 from dfa_lens import zoo
-from dfa_lens.attribution.attribute import METHODS, attribute
+from dfa_lens.attribution.attribute import METHODS, IntegrationWarning, attribute
 from dfa_lens.data.alignment import Alignment
 from dfa_lens.data.curve import FaithfulnessCurve, Protocol
 from dfa_lens.data.measurements import Measurements
@@ -219,18 +220,23 @@ class Experiment:
             self._tests[task] = self._pairs(task, self.target, "test", self.budget.test)
         return self._tests[task]
 
-    def _attribute(self, model: HookedModel, pairs: PromptPairs) -> NodeScores:
-        return attribute(model, pairs, **asdict(self.attribution), batch_size=self.budget.batch_size)
+    def _attribute(self, model: HookedModel, task: str, pairs: PromptPairs) -> NodeScores:
+        with warnings.catch_warnings(record=True) as raised:
+            warnings.simplefilter("always", IntegrationWarning)
+            found = attribute(model, pairs, **asdict(self.attribution), batch_size=self.budget.batch_size)
+        for each in raised:  # of many tasks, it must say which
+            warnings.warn(f"{task}: {each.message}", each.category, stacklevel=2)
+        return found
 
     @cached_property
     def scores(self) -> dict[str, NodeScores]:
         """Task → scores on the source."""
-        return {task: self._attribute(self.source, pairs) for task, pairs in self.on_source.items()}
+        return {task: self._attribute(self.source, task, pairs) for task, pairs in self.on_source.items()}
 
     def gold_of(self, task: str) -> NodeScores:
         """Attribution run directly on the target."""
         if task not in self._gold:
-            self._gold[task] = self._attribute(self.target, self.train[task])
+            self._gold[task] = self._attribute(self.target, task, self.train[task])
         return self._gold[task]
 
     def measured(self, task: str, on: Literal["source", "target"]) -> Measurements:
