@@ -37,6 +37,7 @@ WORK = {
     "nap": lambda model: dfa.attribute(model, PAIRS, method="nap").values,
     "nap-ig-inputs": lambda model: dfa.attribute(model, PAIRS, steps=2).values,
     "nap-ig-activations": lambda model: dfa.attribute(model, PAIRS, method="nap-ig-activations", steps=2).values,
+    "relp": lambda model: dfa.attribute(model, PAIRS, method="relp").values,  # hooks that hand things on to each other
     "edges": lambda model: dfa.attribute_edges(model, PAIRS, method="eap-ig-inputs", steps=2).values.nan_to_num(),
     "measure": lambda model: dfa.measure(model, PAIRS).values.nan_to_num(),
     "curve": lambda model: torch.as_tensor(dfa.faithfulness_curve(model, PAIRS, SCORES, sizes=[0, 5, 15]).faithfulness),

@@ -187,7 +187,7 @@ def attribute(
         units = own.units(nodes, n)
         n_passes = 3 * (len(pairs) // size + 1) * max(1, units // max(1, size))
         with (
-            runner.session(passes=n_passes),
+            runner.session(passes=n_passes, checkpointing=None if own.checkpointing else False),
             tqdm(total=own.total(nodes, n, len(pairs)), desc=name, unit="run", disable=not progress) as bar,
         ):
             measurement = Measurement(

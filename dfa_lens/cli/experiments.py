@@ -135,16 +135,26 @@ def study(
     )
 
 
-@app.command(epilog="Example: dfa-lens paper --study nap=study-nap --study nap-ig-inputs=study --out tables")
+@app.command(epilog="Example: dfa-lens paper --write-configs configs --out tables")
 def paper(
     out: option.FolderOption,
-    study: Annotated[
-        list[str],
+    config: Annotated[
+        list[Path] | None,
         typer.Option(
-            help="A study's folder or table.csv; METHOD=PATH where it is of another attribution method than "
-            "nap-ig-inputs. May be given several times."
+            help="A config of a study, or a folder of them: the study is run, or gone on with, and its rows are taken."
         ),
-    ],
+    ] = None,
+    study: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A study that was run: its folder or table.csv; METHOD=PATH where it is of another attribution method "
+            "than nap-ig-inputs. May be given several times."
+        ),
+    ] = None,
+    write_configs: Annotated[
+        Path | None,
+        typer.Option(help="Write the configs of the published study to this folder (released and ours), and no more."),
+    ] = None,
     recipe: Annotated[
         str | None, typer.Option(help="How W was trained, where the study has several ways: the column method.")
     ] = None,
@@ -158,10 +168,15 @@ def paper(
 
     CSV, TeX and HTML for each table, and one page with all.
     """
+    from dfa_lens.experiments import paper_configs
     from dfa_lens.experiments import published as numbers
     from dfa_lens.plots import paper as write_paper
 
-    rows = reading.studies(study)
+    if write_configs is not None:
+        files = [str(path) for path in paper_configs.write(write_configs)]
+        say(f"{', '.join(files)} written.", {"configs": files}, as_json=as_json)
+        return
+    rows = reading.studies(study or (), reading.run_configs(config or ()))
     known = None if published is None else numbers.from_release(published)
     page = write_paper(rows, out, published=known, recipe=recipe)
     found = {kind: sorted(map(str, out.glob(f"{kind}-*.csv"))) for kind in ("table", "figure")}

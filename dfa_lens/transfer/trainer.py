@@ -12,8 +12,9 @@ from __future__ import annotations
 import logging
 import math
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from functools import partial
 from typing import Any, Generic, TypeVar, Unpack, get_args, overload
 
 import torch
@@ -41,6 +42,9 @@ from dfa_lens.transfer.store import Cache, EdgeStore, ExampleStore
 logger = logging.getLogger(__name__)
 
 Scores = TypeVar("Scores", NodeScores, EdgeScores)
+
+OnStep = Callable[[str, Mapping[str, float | int]], None]
+"""Of the name of a training and the record of a step."""
 
 
 class TrainingWarning(UserWarning):
@@ -100,6 +104,7 @@ def fit(
     share_prefix: bool = True,
     checkpointing: bool | None = None,
     progress: bool = False,
+    on_step: OnStep | None = None,
     **options: Unpack[Options],
 ) -> Alignment: ...
 
@@ -116,6 +121,7 @@ def fit(
     share_prefix: bool = True,
     checkpointing: bool | None = None,
     progress: bool = False,
+    on_step: OnStep | None = None,
     **options: Unpack[Options],
 ) -> EdgeAlignment: ...
 
@@ -134,6 +140,7 @@ def fit(
     share_prefix: bool = True,
     checkpointing: bool | None = None,
     progress: bool = False,
+    on_step: OnStep | None = None,
     **options: Unpack[Options],
 ) -> Alignment | EdgeAlignment:
     """Learn the alignment from source scores to the target: W of nodes, or A and B of edges. The scores decide.
@@ -165,6 +172,9 @@ def fit(
         then run from their beginning. Changes W by rounding only. Of nodes only.
     progress:
         Show a progress bar.
+    on_step:
+        Called after each step with the job's name ("fit") and the step's record, as ``.history`` has it: to watch a
+        training, with trackio or wandb say.
     options:
         Fields of :class:`~dfa_lens.transfer.recipe.Recipe`, where each is described; they replace those of ``recipe``:
         ``form`` (what is trained), ``objective``, ``sparsity_weight`` (λ) and ``loss`` (what is minimised),
@@ -220,7 +230,13 @@ def fit(
         raise unknown("option", misspelt, known, AlignmentError)
     job: Any = Job(given, replace(recipe or Recipe(), **options))
     _check_tasks(prompts, given, ("pairs", "scores"))
-    shared: Any = {"cache": cache, "share_prefix": share_prefix, "checkpointing": checkpointing, "progress": progress}
+    shared: Any = {
+        "cache": cache,
+        "share_prefix": share_prefix,
+        "checkpointing": checkpointing,
+        "progress": progress,
+        "on_step": on_step,
+    }
     found: Alignment | EdgeAlignment
     found = fit_many(target, {"fit": job}, prompts, nodes=nodes, edges=edges, **shared)["fit"]
     return found
@@ -239,6 +255,7 @@ def fit_many(
     checkpointing: bool | None = None,
     jobs_per_pass: int | None = None,
     progress: bool = False,
+    on_step: OnStep | None = None,
 ) -> dict[str, Alignment]: ...
 
 
@@ -255,6 +272,7 @@ def fit_many(
     checkpointing: bool | None = None,
     jobs_per_pass: int | None = None,
     progress: bool = False,
+    on_step: OnStep | None = None,
 ) -> dict[str, EdgeAlignment]: ...
 
 
@@ -271,6 +289,7 @@ def fit_many(
     checkpointing: bool | None = None,
     jobs_per_pass: int | None = None,
     progress: bool = False,
+    on_step: OnStep | None = None,
 ) -> dict[str, Any]:
     """Several trainings on one target: the clean and corrupt runs are shared, and so are the forward passes.
 
@@ -287,8 +306,8 @@ def fit_many(
     jobs_per_pass:
         How many trainings share a forward pass; default: 1 on a CPU, where a pass costs what its examples cost, else
         16, since a small model leaves most of a GPU idle.
-    nodes, edges, cache, share_prefix, checkpointing, progress:
-        As in :func:`fit`.
+    nodes, edges, cache, share_prefix, checkpointing, progress, on_step:
+        As in :func:`fit`; the job is told by its name.
 
     Examples
     --------
@@ -322,12 +341,13 @@ def fit_many(
         tqdm(total=total, desc="fit", unit="step", disable=not progress) as bar,
     ):
         runs = {name: Training(job, units, runner.device) for name, job in made.items()}
+        told = {id(run): partial(on_step, name) for name, run in runs.items()} if on_step is not None else {}
         for alike in _alike(runs.values()):
             own = {task: used[task] for task in used if any(task in run.tasks for run in alike)}
             loss = _Loss(runner, units, own, alike[0].recipe, cache, share_prefix)
             loss.store.fill(max(run.recipe.batch_size for run in alike))
             for first in range(0, len(alike), jobs_per_pass):
-                _train(alike[first : first + jobs_per_pass], loss, bar)
+                _train(alike[first : first + jobs_per_pass], loss, bar, told)
     return {name: run.alignment({"target": runner.name}) for name, run in runs.items()}
 
 
@@ -385,14 +405,19 @@ def _alike(runs: Iterable[Training]) -> list[list[Training]]:
     return list(found.values())
 
 
-def _train(runs: Sequence[Training], loss: _Loss, bar: Any) -> None:
-    """All steps of some trainings, those of one number together."""
+def _train(
+    runs: Sequence[Training], loss: _Loss, bar: Any, told: Mapping[int, Callable[[Mapping[str, float | int]], None]]
+) -> None:
+    """All steps of some trainings, those of one number together; ``told`` of each."""
     for run in runs:
         run.deal(loss.store)
     for step in range(max(run.recipe.steps for run in runs)):
         active = [run for run in runs if step < run.recipe.steps]
         _step(active, step, loss)
         bar.update(len(active))
+        for run in active:
+            if id(run) in told:
+                told[id(run)](run.history[-1])
         if not bar.disable:
             last = active[0].history[-1]
             bar.set_postfix(divergence=f"{last['divergence']:.3f}", mask=f"{last['mask_mean']:.3f}")
