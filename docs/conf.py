@@ -6,6 +6,9 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
+sys.path.insert(0, str(HERE.parent / "tools"))
+
+import leaderboard
 
 from dfa_lens import __version__
 
@@ -19,6 +22,8 @@ exclude_patterns = ["_build", "results/*.csv"]
 html_theme = "furo"
 html_title = "dfa_lens"
 html_theme_options = {"navigation_with_keys": True}
+html_static_path = ["_static"]
+html_css_files = ["dark.css"]
 
 myst_enable_extensions = ["colon_fence", "deflist"]
 myst_heading_anchors = 3
@@ -52,3 +57,4 @@ def notebooks() -> None:
 
 
 notebooks()
+leaderboard.write()

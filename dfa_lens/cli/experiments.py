@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 def demo(
     out: option.FolderOption = Path("report"),
     family: Annotated[
-        list[str] | None, typer.Option(help="llama3, qwen2.5 or llama3-more; default: the first two.")
+        list[str] | None, typer.Option(help="llama3, qwen2.5, llama3-more or qwen2.5-more; default: the first two.")
     ] = None,
     models: option.ModelPairOption = None,
     task: Annotated[
@@ -38,6 +38,7 @@ def demo(
     device: option.DeviceOption = "cpu",
     dtype: option.DtypeOption = "float32",
     batch_size: Annotated[int | None, typer.Option(help="Examples a pass, of attribution and curves.")] = None,
+    quiet: option.QuietOption = False,
     as_json: option.JsonOption = False,
 ) -> None:
     """Transfer circuits in the shipped models, or in yours; print a table and write a report."""
@@ -54,7 +55,7 @@ def demo(
         device=device,
         dtype=option.dtype_of(dtype),
         collection=collection,
-        progress=True,
+        progress=option.bars(quiet),
     )
     rows = results.table()
     write_atomically(out / "results.csv", rows.to_csv(index=False).encode())
@@ -95,7 +96,7 @@ def study(
         ),
     ] = None,
     family: Annotated[
-        list[str] | None, typer.Option(help="llama3, qwen2.5 or llama3-more; default: the first two.")
+        list[str] | None, typer.Option(help="llama3, qwen2.5, llama3-more or qwen2.5-more; default: the first two.")
     ] = None,
     models: option.ModelPairOption = None,
     task: Annotated[list[str] | None, typer.Option(help="A test task; default: all six.")] = None,
@@ -107,6 +108,7 @@ def study(
     dtype: option.DtypeOption = "float32",
     batch_size: Annotated[int | None, typer.Option(help="Examples a pass, of attribution and curves.")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Fewer examples, steps and sizes.")] = False,
+    quiet: option.QuietOption = False,
     as_json: option.JsonOption = False,
 ) -> None:
     """Compare settings (regimes, controls, methods) over tasks, families and seeds; one tidy table.
@@ -145,7 +147,7 @@ def study(
     if dry_run:
         _forecast(found, as_json)
     else:
-        _run(found, config, as_json)
+        _run(found, config, as_json, quiet)
 
 
 def _forecast(config: Config, as_json: bool) -> None:
@@ -160,7 +162,7 @@ def _forecast(config: Config, as_json: bool) -> None:
     say(f"{found}{shared}", {**asdict(found), "workers": workers, "hours": hours}, as_json=as_json)
 
 
-def _run(config: Config, path: Path | None, as_json: bool) -> None:
+def _run(config: Config, path: Path | None, as_json: bool, quiet: bool) -> None:
     from dfa_lens.experiments import study as module
     from dfa_lens.experiments.table import means, over
 
@@ -171,7 +173,7 @@ def _run(config: Config, path: Path | None, as_json: bool) -> None:
         )
     if config.resources.kind != "processes":
         options["executor"] = _jobs(config)
-    table = module.run(**options, progress=True)
+    table = module.run(**options, progress=option.bars(quiet))
     say(
         f"{means(table).round(3).to_string()}\n(mean and std: over {over(table)})\n{out / 'table.csv'} written.",
         {"table": str(out / "table.csv"), "rows": records(table) if as_json else []},
@@ -208,7 +210,7 @@ def status(folder: FolderArgument, as_json: option.JsonOption = False) -> None:
 
 
 @studies.command(epilog="Example: dfa-lens study resume study")
-def resume(folder: FolderArgument, as_json: option.JsonOption = False) -> None:
+def resume(folder: FolderArgument, quiet: option.QuietOption = False, as_json: option.JsonOption = False) -> None:
     """Go on with a study that was begun with --config."""
     from dfa_lens.experiments.config import Config
 
@@ -218,7 +220,7 @@ def resume(folder: FolderArgument, as_json: option.JsonOption = False) -> None:
     config = Config.read(path)
     if Path(config.run["out"]).resolve() != folder.resolve():
         raise DfaError(f"{path}, by which {folder} was begun, now says another folder: {config.run['out']}.")
-    _run(config, path, as_json)
+    _run(config, path, as_json, quiet)
 
 
 @studies.command(epilog="Example: dfa-lens study collect study --out table.parquet")
@@ -238,3 +240,99 @@ def collect(
         data = table.to_parquet(index=False) if suffix == ".parquet" else table.to_csv(index=False).encode()
         write_atomically(place, data)
     say(f"{len(table)} rows; {out} written.", {"out": str(out), "rows": len(table)}, as_json=as_json, out=out)
+
+
+@app.command(epilog="Example: dfa-lens paper --write-configs configs --out tables")
+def paper(
+    out: option.FolderOption,
+    config: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="A config of a study, or a folder of them: the study is run, or gone on with, and its rows are taken."
+        ),
+    ] = None,
+    study: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A study that was run: its folder or table.csv; METHOD=PATH where it is of another attribution method "
+            "than nap-ig-inputs. May be given several times."
+        ),
+    ] = None,
+    write_configs: Annotated[
+        Path | None,
+        typer.Option(help="Write the configs of the published study to this folder (released and ours), and no more."),
+    ] = None,
+    recipe: Annotated[
+        str | None, typer.Option(help="How W was trained, where the study has several ways: the column method.")
+    ] = None,
+    published: Annotated[
+        Path | None,
+        typer.Option(help="A checkout of the authors' repository: all their numbers, not only those of the package."),
+    ] = None,
+    as_json: option.JsonOption = False,
+) -> None:
+    """Write the tables and figures of the DFA paper from studies, with the published numbers beside ours.
+
+    CSV, TeX and HTML for each table, and one page with all.
+    """
+    from dfa_lens.experiments import paper_configs
+    from dfa_lens.experiments import published as numbers
+    from dfa_lens.plots import paper as write_paper
+
+    if write_configs is not None:
+        files = [str(path) for path in paper_configs.write(write_configs)]
+        say(f"{', '.join(files)} written.", {"configs": files}, as_json=as_json)
+        return
+    rows = reading.studies(study or (), reading.run_configs(config or ()))
+    known = None if published is None else numbers.from_release(published)
+    page = write_paper(rows, out, published=known, recipe=recipe)
+    found = {kind: sorted(map(str, out.glob(f"{kind}-*.csv"))) for kind in ("table", "figure")}
+    say(
+        f"{page} written: {len(found['table'])} tables as CSV, TeX and HTML, and {len(found['figure'])} figures as CSV "
+        "and HTML.",
+        {"page": str(page), "tables": found["table"], "figures": found["figure"]},
+        as_json=as_json,
+    )
+
+
+@app.command(epilog="Example: dfa-lens bench --model llama3-tiny-source --task ioi --contender nap --out bench")
+def bench(
+    out: option.FolderOption,
+    model: Annotated[list[str] | None, typer.Option(help="A shipped model; default: all.")] = None,
+    task: Annotated[list[str] | None, typer.Option(help="A task; default: all that a model solves.")] = None,
+    contender: Annotated[
+        list[str] | None, typer.Option(help="A method, with its options; default: all of the leaderboard.")
+    ] = None,
+    examples: Annotated[int, typer.Option(help="Pairs that the methods see.")] = 64,
+    test: Annotated[int, typer.Option(help="Other pairs, that circuits are judged on.")] = 32,
+    seed: option.SeedOption = 0,
+    workers: option.WorkersOption = 1,
+    device: option.DeviceOption = "cpu",
+    quiet: option.QuietOption = False,
+    as_json: option.JsonOption = False,
+) -> None:
+    """The leaderboard: attribution methods on the shipped models and tasks, by quality and by cost.
+
+    The folder keeps the rows; what is there already is not run again.
+    """
+    from dfa_lens.experiments import leaderboard
+
+    table = leaderboard.run(
+        model,
+        task,
+        contender,
+        out=out,
+        examples=examples,
+        test=test,
+        seed=seed,
+        workers=workers,
+        device=device,
+        progress=option.bars(quiet),
+    )
+    write_atomically(out / "leaderboard.csv", table.round(5).to_csv(index=False).encode())
+    shown = ["cpr", "cmd", "cpr_absolute", "cmd_absolute", "pearson", "spearman", "forward", "backward", "seconds", "n"]
+    say(
+        f"{leaderboard.summary(table)[shown].round(3).to_string()}\n{out / 'leaderboard.csv'} written.",
+        {"table": str(out / "leaderboard.csv"), "rows": records(table) if as_json else []},
+        as_json=as_json,
+    )

@@ -13,17 +13,20 @@ import os
 import shutil
 import signal
 import threading
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import BrokenExecutor, Future, ProcessPoolExecutor, as_completed
 from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
 
 from dfa_lens.errors import DfaError, short
 
 if TYPE_CHECKING:
     from dfa_lens.experiments.config import Resources
+
+Given = TypeVar("Given")
+Made = TypeVar("Made")
 
 
 @runtime_checkable
@@ -67,6 +70,27 @@ def processes(workers: int) -> Iterator[ProcessPoolExecutor]:
         there.close()
         pool.shutdown(wait=True, cancel_futures=True)
         here.close()
+
+
+def each(work: Callable[[Given], Made], items: Sequence[Given], workers: int) -> Generator[Made, None, None]:
+    """What ``work``, a function at module level, makes of every item, in the order in which it is done.
+
+    Raises
+    ------
+    DfaError
+        If a process was killed from outside.
+    """
+    if min(workers, len(items)) <= 1:
+        yield from map(work, items)
+        return
+    try:
+        with processes(min(workers, len(items))) as pool:
+            for done in as_completed([pool.submit(work, item) for item in items]):
+                yield done.result()
+    except BrokenExecutor as error:
+        raise DfaError(
+            "A process was killed (is memory short?). What it had finished is kept: run the same again."
+        ) from error
 
 
 def _begin(parent: Any, threads: int) -> None:

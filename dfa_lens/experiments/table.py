@@ -52,7 +52,7 @@ COLUMNS: dict[str, tuple[type, str]] = {
     "cmd": (float, "area between the curve and 1"),
     "kl": (float, "mean KL to the clean run"),
     "recovery": (float, "CPR over gold's"),
-    "floor": (float, "CPR of an empty circuit"),
+    "floor": (float, "CPR of an empty circuit, whatever the sizes"),
     "examples": (int, "test pairs"),
     "forwards": (int, "passes of one example through the target to get the circuit"),
     "seconds": (float, "of training"),
@@ -304,11 +304,11 @@ class TaskResult:
     Attributes
     ----------
     source, gold:
-        Attribution on the source, and directly on the target.
+        Attribution on the source, and directly on the target (None: it was not run).
     alignments, circuits:
         Setting → alignment, and setting → transferred scores ("in-distribution", "zero-shot", "random W", …).
     curves:
-        Setting → faithfulness curve on the target, "gold" among them.
+        Setting → faithfulness curve on the target; without "gold" among them there is no recovery.
     seed:
         Of prompts and training.
     labels:
@@ -318,7 +318,7 @@ class TaskResult:
     family: str
     task: str
     source: NodeScores
-    gold: NodeScores
+    gold: NodeScores | None
     alignments: Mapping[str, Alignment]
     circuits: Mapping[str, NodeScores]
     curves: Mapping[str, FaithfulnessCurve]
@@ -338,7 +338,7 @@ class TaskResult:
     @cached_property
     def rows(self) -> list[dict[str, Any]]:
         """A row for every setting; made once, since every row has a bootstrap interval."""
-        gold_cpr = self.curves[GOLD].cpr
+        gold_cpr = self.curves[GOLD].cpr if GOLD in self.curves else float("nan")
         where = {"family": self.family, "seed": self.seed, "task": self.task}
         return [
             row(**{**where, "setting": setting, **self.labels.get(setting, {}), **measured(curve, gold_cpr)})

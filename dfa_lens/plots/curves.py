@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -10,6 +11,7 @@ import plotly.graph_objects as go
 
 from dfa_lens.data.curve import FaithfulnessCurve
 from dfa_lens.errors import FaithfulnessError
+from dfa_lens.plots import picture
 from dfa_lens.plots import style as styling
 from dfa_lens.plots.picture import Picture
 from dfa_lens.plots.style import Style
@@ -26,7 +28,7 @@ def curves(
 ) -> Picture:
     """Faithfulness against the kept fraction, one line for each setting.
 
-    The legend gives each setting's CPR; the dashed line is the floor (what the empty circuit gets on this grid), the
+    The legend gives each setting's CPR; the dashed line is f of the empty circuit (its CPR is the floor), the
     dotted one a faithful circuit, f = 1. A button switches the horizontal axis to logarithmic, where the empty circuit
     is not shown.
 
@@ -62,8 +64,8 @@ def curves(
     first = next(iter(curves.values()))
     figure.add_trace(
         go.Scatter(
-            x=first.fractions,
-            y=first.floor_faithfulness,
+            x=[0, 1],
+            y=[first.empty_faithfulness] * 2,
             mode="lines",
             line={"color": "#888888", "dash": "dash", "width": 1.5},
             name=f"empty circuit (floor {first.floor:.3f})",
@@ -130,4 +132,10 @@ def curves(
         ],
     )
     parts = [curve.to_frame().assign(setting=label) for label, curve in curves.items()]
-    return figure.carry(pd.concat(parts, ignore_index=True))
+    return figure.carry(pd.concat(parts, ignore_index=True), fit=None if paper else picture.fit(_arrangements(height)))
+
+
+def _arrangements(height: int) -> list[tuple[int, dict[str, Any]]]:
+    """The legend is beside the plot or, in a narrow window, above it."""
+    beside = {"legend.orientation": "v", "legend.x": 1.02, "legend.y": 1, "legend.yref": "paper"}
+    return [(700, beside | {"height": height}), (0, {"legend.orientation": "h", "legend.x": 0, "height": height + 140})]

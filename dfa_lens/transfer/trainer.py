@@ -102,6 +102,7 @@ def fit(
     nodes: NodeSet | None = None,
     cache: Cache = "device",
     share_prefix: bool = True,
+    checkpointing: bool | None = None,
     progress: bool = False,
     on_step: OnStep | None = None,
     **options: Unpack[Options],
@@ -118,6 +119,7 @@ def fit(
     edges: EdgeSet | None = None,
     cache: Cache = "device",
     share_prefix: bool = True,
+    checkpointing: bool | None = None,
     progress: bool = False,
     on_step: OnStep | None = None,
     **options: Unpack[Options],
@@ -136,6 +138,7 @@ def fit(
     edges: EdgeSet | None = None,
     cache: Cache = "device",
     share_prefix: bool = True,
+    checkpointing: bool | None = None,
     progress: bool = False,
     on_step: OnStep | None = None,
     **options: Unpack[Options],
@@ -163,6 +166,10 @@ def fit(
         Run the tokens that clean and corrupt prompts share at their beginning only once, where that can be done (see
         :meth:`~dfa_lens.models.runner.Runner.shared_length`; with ``positions="answer"`` only). Changes time, W by
         rounding only.
+    checkpointing:
+        True keeps only what goes into each block of the target, and runs every block once more on the way backward: the
+        memory of one block instead of all, for about a third more time. None: where weights are offloaded. Prompts are
+        then run from their beginning. Changes W by rounding only. Of nodes only.
     progress:
         Show a progress bar.
     on_step:
@@ -223,7 +230,13 @@ def fit(
         raise unknown("option", misspelt, known, AlignmentError)
     job: Any = Job(given, replace(recipe or Recipe(), **options))
     _check_tasks(prompts, given, ("pairs", "scores"))
-    shared: Any = {"cache": cache, "share_prefix": share_prefix, "progress": progress, "on_step": on_step}
+    shared: Any = {
+        "cache": cache,
+        "share_prefix": share_prefix,
+        "checkpointing": checkpointing,
+        "progress": progress,
+        "on_step": on_step,
+    }
     found: Alignment | EdgeAlignment
     found = fit_many(target, {"fit": job}, prompts, nodes=nodes, edges=edges, **shared)["fit"]
     return found
@@ -239,6 +252,7 @@ def fit_many(
     edges: EdgeSet | None = None,
     cache: Cache = "device",
     share_prefix: bool = True,
+    checkpointing: bool | None = None,
     jobs_per_pass: int | None = None,
     progress: bool = False,
     on_step: OnStep | None = None,
@@ -255,6 +269,7 @@ def fit_many(
     edges: EdgeSet | None = None,
     cache: Cache = "device",
     share_prefix: bool = True,
+    checkpointing: bool | None = None,
     jobs_per_pass: int | None = None,
     progress: bool = False,
     on_step: OnStep | None = None,
@@ -271,6 +286,7 @@ def fit_many(
     edges: EdgeSet | None = None,
     cache: Cache = "device",
     share_prefix: bool = True,
+    checkpointing: bool | None = None,
     jobs_per_pass: int | None = None,
     progress: bool = False,
     on_step: OnStep | None = None,
@@ -290,7 +306,7 @@ def fit_many(
     jobs_per_pass:
         How many trainings share a forward pass; default: 1 on a CPU, where a pass costs what its examples cost, else
         16, since a small model leaves most of a GPU idle.
-    nodes, edges, cache, share_prefix, progress, on_step:
+    nodes, edges, cache, share_prefix, checkpointing, progress, on_step:
         As in :func:`fit`; the job is told by its name.
 
     Examples
@@ -313,11 +329,15 @@ def fit_many(
     runner = Runner(target)
     used = _used(runner, made.values(), pairs)
     units = _units(target, list(made.values()), nodes, edges)
+    if isinstance(units, EdgeSet):  # what edges carry is collected on the way: a block can't run by itself again
+        if checkpointing:
+            raise AlignmentError("checkpointing is for scores of nodes: leave it out for those of edges.")
+        checkpointing = False
     if jobs_per_pass is None:
         jobs_per_pass = 1 if runner.device.type == "cpu" else 16
     total = sum(job.recipe.steps for job in made.values())
     with (
-        runner.session(passes=total),
+        runner.session(passes=total, checkpointing=checkpointing),
         tqdm(total=total, desc="fit", unit="step", disable=not progress) as bar,
     ):
         runs = {name: Training(job, units, runner.device) for name, job in made.items()}
