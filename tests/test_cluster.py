@@ -390,6 +390,7 @@ def test_ten_thousand_rows_are_collected(tmp_path):
     assert found["cpr"].tolist() == [i / 3 for i in range(50)] and (found["recovery"][1:] == 1).all()
 
 
+@pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")  # submitit's
 def test_jobs_of_submitit(models, tmp_path, monkeypatch):
     """Two real jobs, one of which is killed while it is at something: the same table, and nothing twice."""
     import submitit
