@@ -32,6 +32,7 @@ from .evaluation.rehearsal import Rehearsal as Rehearsal
 from .evaluation.rehearsal import rehearse as rehearse
 from .experiments import study as study
 from .experiments.carry import carry as carry
+from .models import ablations as ablations
 from .models import hooks as hooks
 from .models.hooks import prepared as prepared
 from .models.loading import load_model as load_model

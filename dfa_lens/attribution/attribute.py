@@ -19,7 +19,8 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Callable
-from typing import Any, Literal
+from dataclasses import replace
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -31,12 +32,14 @@ from dfa_lens.attribution.method import Batch, Measurement, Method
 from dfa_lens.attribution.paths import NapIgActivations
 from dfa_lens.data import metrics
 from dfa_lens.data.arguments import expect
+from dfa_lens.data.curve import Direction
 from dfa_lens.data.nodes import NodeSet
 from dfa_lens.data.pairs import PromptPairs
 from dfa_lens.data.registry import Registry
 from dfa_lens.data.scores import NodeScores
 from dfa_lens.errors import DfaError, unknown
-from dfa_lens.models import backend, memory
+from dfa_lens.models import ablations, backend, memory
+from dfa_lens.models.ablations import Ablation
 from dfa_lens.models.backend import HookedModel
 from dfa_lens.models.memory import Footprint, Need
 from dfa_lens.models.runner import Runner
@@ -74,6 +77,8 @@ def attribute(
     accumulate: Literal["own", "all"] = "own",
     tolerance: float = 0.02,
     share_prefix: bool = True,
+    ablation: str | Ablation = "corrupt",
+    direction: Direction = "noising",
 ) -> NodeScores:
     """Score every node by how much its clean activation helps the metric.
 
@@ -112,6 +117,14 @@ def attribute(
     share_prefix:
         Run the tokens that a batch's clean and corrupt prompts share at their beginning only once, where that can be
         done (see :meth:`~dfa_lens.models.runner.Runner.shared_length`). Changes time, the scores by rounding only.
+    ablation:
+        What stands in the place of a node, instead of its activation in the corrupt run: a name of
+        :data:`~dfa_lens.models.ablations.ABLATIONS` or an object of that module. Δ is then A_clean less that, and the
+        path of ``nap-ig-inputs`` begins at the embedding's.
+    direction:
+        "noising" breaks one node of the clean run, as above. "denoising" repairs one node of the corrupt run:
+        ``exact`` is then m(corrupt with this node at its clean activation) - m(corrupt), and the gradients are those
+        at the corrupt run and on the way to it. Positive scores help in either case.
 
     Returns
     -------
@@ -124,7 +137,8 @@ def attribute(
     Raises
     ------
     DfaError
-        If a name is misspelt, ``steps`` is below 1, or the metric is not finite.
+        If a name is misspelt, ``steps`` is below 1, or the metric is not finite; or with ``direction="denoising"``, if
+        the ablation is another than the corrupt run, or the metric looks at the clean run.
     PromptError, NodeError, HookError
         If pairs or nodes do not fit the model.
 
@@ -152,6 +166,12 @@ def attribute(
             if method == "nap-ig-activations"
             else "mlp_gradient says which gradient to take; 'exact' takes none."
         )
+    instead = ablations.resolve(ablation)
+    if direction not in get_args(Direction):
+        raise unknown("direction", direction, get_args(Direction))
+    if direction == "denoising":
+        pairs = _turned(pairs, instead, metric)
+    sign = -1 if direction == "denoising" else 1
     runner = Runner(model)
     nodes = nodes if nodes is not None else NodeSet.heads_and_mlps(model)
     runner.require(pairs)
@@ -177,6 +197,7 @@ def attribute(
                 mlp_gradient=mlp_gradient,
                 accumulate=accumulate,
                 done=bar.update,
+                reference=instead.reference(runner, nodes, pairs, batch_size=size),
             )
             for _, batch in runner.batches(pairs, size):
                 found = own.score(Batch(measurement, batch))
@@ -196,13 +217,17 @@ def attribute(
         for name, mode, usual in (("mlp_gradient", mlp_gradient, "output"), ("accumulate", accumulate, "own")):
             if mode != usual:
                 meta[name] = mode
+        meta |= ablations.described(instead)
+        if direction == "denoising":
+            meta["direction"] = direction
+            means["clean"], means["corrupt"] = means["corrupt"], means["clean"]
         meta["metric_clean"], meta["metric_corrupt"] = means["clean"], means["corrupt"]
         if "expected" in means:
-            expected, explained = means["expected"], means["explained"]
+            expected, explained = sign * means["expected"], sign * means["explained"]
             scale = max(means.get("scale", abs(expected)), 1e-12)
             residual = means.get("gap", abs(expected - explained)) / scale
             meta["completeness"] = {"expected": expected, "explained": explained, "residual": residual}
-        return NodeScores(values.float(), nodes, meta)
+        return NodeScores(sign * values.float(), nodes, meta)
 
     def scored(size: int) -> NodeScores:
         if steps == "auto" and own.integrates:
@@ -222,6 +247,29 @@ def attribute(
             stacklevel=2,
         )
     return scores
+
+
+def _turned(pairs: PromptPairs, ablation: Ablation, metric: str | Callable[..., Tensor]) -> PromptPairs:
+    """The pairs with clean and corrupt prompts exchanged, and the same answers: what is broken is then repaired."""
+    if not isinstance(ablation, ablations.Corrupt):
+        raise DfaError(
+            "direction='denoising' repairs one node of the corrupt run: it goes with ablation='corrupt', not with "
+            f"{ablation.name!r}."
+        )
+    if metrics.needs_clean(metric):
+        raise DfaError(
+            f"direction='denoising' begins at the corrupt run, and the metric {metrics.name_of(metric)!r} compares "
+            "with the clean one: take another metric."
+        )
+    return replace(
+        pairs,
+        clean=pairs.corrupt,
+        corrupt=pairs.clean,
+        lengths=pairs.corrupt_lengths,
+        corrupt_lengths=pairs.lengths,
+        choices=None,
+        corrupt_choices=None,
+    )
 
 
 def _until_settled(once: Callable[[int], NodeScores], tolerance: float) -> NodeScores:

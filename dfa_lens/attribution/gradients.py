@@ -72,7 +72,12 @@ class Nap(Method):
         totals /= steps
         sums = {"clean": clean_value, "corrupt": batch.total(corrupt_logits, clean_logits)}
         if self.integrates:
-            sums |= {"expected": clean_value - sums["corrupt"], "explained": input_score / steps}
+            begin = sums["corrupt"]
+            if batch.reference is not None:  # the path begins where the embedding alone is at its reference
+                with torch.no_grad():
+                    logits = batch.run([(INPUT_POINT, lambda now: corrupt_embed)])
+                begin = batch.total(logits, clean_logits)
+            sums |= {"expected": clean_value - begin, "explained": input_score / steps}
         return Sums(totals, sums)
 
 

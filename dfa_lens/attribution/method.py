@@ -14,6 +14,7 @@ from torch import Tensor
 from dfa_lens.data.metrics import Metric
 from dfa_lens.data.nodes import NodeSet, Site
 from dfa_lens.data.pairs import PromptPairs
+from dfa_lens.models.ablations import Reference
 from dfa_lens.models.hooks import Activations
 from dfa_lens.models.memory import Footprint, Need
 from dfa_lens.models.paired_run import PairedRun
@@ -52,6 +53,8 @@ class Measurement:
         See :func:`~dfa_lens.attribution.attribute.attribute`.
     done:
         Told how many examples have gone through one more unit of work.
+    reference:
+        What stands in the place of a node that is left out, where that is not its activation in the corrupt run.
     """
 
     runner: Runner
@@ -64,6 +67,7 @@ class Measurement:
     mlp_gradient: str = "output"
     accumulate: str = "own"
     done: Callable[[int], Any] = lambda n: None
+    reference: Reference | None = None
 
 
 class Method(ABC):
@@ -105,7 +109,8 @@ class Batch(PairedRun):
     def __init__(self, measurement: Measurement, pairs: PromptPairs) -> None:
         own = measurement
         two = torch.stack([pairs.answer, pairs.wrong], 1) if own.two_columns else None
-        super().__init__(own.runner, pairs, own.nodes, share_prefix=own.share_prefix, columns=two)
+        more: dict[str, Any] = {"share_prefix": own.share_prefix, "reference": own.reference}
+        super().__init__(own.runner, pairs, own.nodes, columns=two, **more)
         self.measurement, self.labels = own, pairs
         self.room = max(1, own.batch_size // len(pairs))  # how often the batch fits into one pass
         if own.two_columns:

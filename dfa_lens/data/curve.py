@@ -28,6 +28,19 @@ Protocol = Literal["nodes", "mib"]
   and f = 0. Scores without an ``input`` (all transferred ones) give it 0.
 """
 
+Direction = Literal["denoising", "noising"]
+"""What is broken and what runs.
+
+Of a circuit:
+
+- ``denoising``: its nodes run, all others are at their reference (their corrupt activations, by default). High f: the
+  circuit suffices.
+- ``noising``: its nodes are at their reference and all others run. Low f: the model can't do without the circuit. The
+  curve then falls from 1, and less area is better.
+
+Of a single node, in attribution: ``noising`` breaks it in the clean run, ``denoising`` repairs it in the corrupt one.
+"""
+
 MIB_FRACTIONS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 
 
@@ -62,6 +75,12 @@ class FaithfulnessCurve(ByContent):
         Of nodes: the scores by which they were ranked, which :meth:`smallest` names the circuit by.
     kl_per_example:
         [size, example] what ``kl`` is the mean of, for paired tests over examples; None if it was not kept.
+    ablation:
+        What stood in the place of nodes that were left out; ``corrupt_values`` are the metric with all of them and the
+        embedding out.
+    direction:
+        See :data:`Direction`. With "noising" ``sizes`` count the nodes that were destroyed, f begins at 1, and the
+        "empty circuit" destroys nothing: floors are those of a ranking whose nodes do not matter.
 
     Raises
     ------
@@ -92,12 +111,16 @@ class FaithfulnessCurve(ByContent):
     live_sizes: Int[np.ndarray, " size"] | None = None
     ranked: NodeScores | None = field(default=None, compare=False)
     kl_per_example: Float[np.ndarray, "size example"] | None = None
+    ablation: str = "corrupt"
+    direction: Direction = "denoising"
 
     def __post_init__(self) -> None:
         if self.empty_values is None:
             object.__setattr__(self, "empty_values", self._known_empty())
 
     def _known_empty(self) -> Float[np.ndarray, " example"]:
+        if self.direction == "noising":  # nothing is destroyed
+            return self.clean_values
         if self.protocol == "mib":  # without the embedding no clean information enters
             return self.corrupt_values
         if 0 not in self.sizes:
@@ -243,6 +266,7 @@ class FaithfulnessCurve(ByContent):
         >>> len(curve.smallest(f=0.9))
         27
         """
+        self._require_denoising("The smallest faithful circuit is")
         if self.ranked is None:
             raise FaithfulnessError(
                 f"A curve of {self.unit} without their scores can't name a circuit; smallest_size says how large it is."
@@ -270,6 +294,7 @@ class FaithfulnessCurve(ByContent):
         FaithfulnessError
             If no size reaches ``f``.
         """
+        self._require_denoising("The smallest faithful size is")
         reached = self.faithfulness >= f
         if not reached.any():
             raise FaithfulnessError(
@@ -295,8 +320,13 @@ class FaithfulnessCurve(ByContent):
         if sizes[0] > 0:
             sizes, f = [0, *sizes], [self.empty_faithfulness, *f]
         if sizes[-1] < self.n_nodes:
+            self._require_denoising("Beyond the largest size that was run, f is known")
             sizes, f = [*sizes, self.n_nodes], [*f, 1.0]
         return float(np.interp(k, sizes, f))
+
+    def _require_denoising(self, what: str) -> None:
+        if self.direction == "noising":
+            raise FaithfulnessError(f"{what} of a curve with direction='denoising'; this one destroys its circuits.")
 
     def to_frame(self) -> Any:
         """A pandas table, a row per size: fraction, size, faithfulness, kl; of edges also live_size."""
@@ -312,8 +342,10 @@ class FaithfulnessCurve(ByContent):
         return html.shown(repr(self), table.iloc[rows])
 
     def __repr__(self) -> str:
+        more = "" if self.ablation == "corrupt" else f", {self.ablation}"
+        more += "" if self.direction == "denoising" else ", noising"
         return (
-            f"FaithfulnessCurve({self.protocol}, CPR {self.cpr:.3f}, CMD {self.cmd:.3f}, floor {self.floor:.3f}, "
+            f"FaithfulnessCurve({self.protocol}{more}, CPR {self.cpr:.3f}, CMD {self.cmd:.3f}, floor {self.floor:.3f}, "
             f"{len(self.sizes)} sizes of {self.n_nodes} {self.unit}, {len(self.clean_values)} examples)"
         )
 

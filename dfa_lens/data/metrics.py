@@ -75,6 +75,11 @@ def reads_two_columns(metric: str | Callable[..., Any]) -> bool:
     return metric in ("logit-difference", logit_difference)
 
 
+def needs_clean(metric: str | Callable[..., Any]) -> bool:
+    """Whether a metric compares with the clean run's logits."""
+    return metric in ("kl", negative_kl)
+
+
 def checked(metric: str | Callable[..., Any]) -> Metric:
     """The metric of that name, or the user's own function; either with its result checked.
 

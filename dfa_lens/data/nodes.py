@@ -85,6 +85,10 @@ class Node:
             )
 
 
+#: The embedding as a node, where it is one.
+INPUT = Node("input", INPUT_POINT, "input", -1)
+
+
 @dataclass(frozen=True)
 class Site:
     """The nodes that share one hook point: they are recorded, gated and ablated together.
@@ -192,7 +196,7 @@ class NodeSet(ByContent, Sequence[Node]):
                 raise NodeError(f"The number of {what} is an integer of at least 1, not {short(repr(number))}.")
         nodes: list[Node] = []
         if with_input:
-            nodes.append(Node("input", INPUT_POINT, "input", -1))
+            nodes.append(INPUT)
         for layer in range(n_layers):
             nodes += [
                 Node(f"a{layer}.h{head}", HEAD_POINT.format(layer=layer), "head", layer, 2, head, n_heads)

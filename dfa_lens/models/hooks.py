@@ -262,17 +262,26 @@ def ablate(
     model: HookedModel,
     nodes: NodeSet,
     *,
-    keep: Bool[Tensor, "*batch node"] | Sequence[str],
+    keep: Bool[Tensor, "*batch node"] | Sequence[str] | None = None,
+    remove: Bool[Tensor, "*batch node"] | Sequence[str] | None = None,
     corrupt: Mapping[str, Tensor],
 ) -> Iterator[None]:
-    """Set every node outside ``keep`` to its activation in the corrupt run.
+    """Set every node outside ``keep``, or every node of ``remove``, to its activation in the corrupt run.
 
     Parameters
     ----------
     keep:
         The circuit: names of nodes, or True where a node is kept, [node] or [batch, node].
+    remove:
+        Instead: what is destroyed, while all other nodes run.
     corrupt:
-        Activations recorded on the corrupt prompts.
+        Activations recorded on the corrupt prompts; or what else is to stand there, from
+        :func:`dfa_lens.ablations.activations`.
+
+    Raises
+    ------
+    HookError
+        If not exactly one of ``keep`` and ``remove`` is given.
 
     Examples
     --------
@@ -287,11 +296,16 @@ def ablate(
     >>> logits.shape[:2] == pairs.clean.shape
     True
     """
-    if isinstance(keep, Tensor):
-        mask = keep.float()
+    if (keep is None) == (remove is None):
+        raise HookError("Say what is kept, keep=, or what is destroyed, remove=: one of the two.")
+    chosen = keep if keep is not None else remove
+    if isinstance(chosen, Tensor):
+        mask = chosen.float()
     else:
         mask = torch.zeros(len(nodes), dtype=torch.float32)
-        mask[[nodes.position(name) for name in keep]] = 1.0
+        mask[[nodes.position(name) for name in chosen or ()]] = 1.0
+    if remove is not None:
+        mask = 1 - mask
     with gate(model, nodes, mask, corrupt=corrupt):
         yield
 
