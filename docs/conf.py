@@ -19,6 +19,8 @@ exclude_patterns = ["_build", "results/*.csv"]
 html_theme = "furo"
 html_title = "dfa_lens"
 html_theme_options = {"navigation_with_keys": True}
+html_static_path = ["_static"]
+html_css_files = ["dark.css"]
 
 myst_enable_extensions = ["colon_fence", "deflist"]
 myst_heading_anchors = 3

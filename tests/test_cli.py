@@ -306,6 +306,9 @@ def test_links_stay_and_devices_are_refused(files, tmp_path):
         ("report --edges a=s.safetensors -o x.html", "The scores of 'a' are of nodes"),
         ("report --source s.safetensors --target t.safetensors -o x.csv", "A report can't be written as .csv"),
         ("study -o out --workers 0", "at least 1, not 0"),
+        ("study", "needs a folder, --out, or a file that says all of it, --config"),
+        ("study --config none.toml", "There is no file none.toml"),
+        ("study -o out --config none.toml", "give no other options beside it"),
         ("study -o out --models mine=a", "NAME=SOURCE,TARGET, not 'mine=a'"),
     ],
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -13,14 +13,14 @@ from dfa_lens.cli import reading
 from dfa_lens.cli.app import app
 from dfa_lens.cli.writing import records, say
 from dfa_lens.data.files import write_atomically
-from dfa_lens.errors import unknown
+from dfa_lens.errors import DfaError, unknown
 
 
 @app.command(epilog="Example: dfa-lens demo --quick --family llama3 --out report")
 def demo(
     out: option.FolderOption = Path("report"),
     family: Annotated[
-        list[str] | None, typer.Option(help="llama3, qwen2.5 or llama3-more; default: the first two.")
+        list[str] | None, typer.Option(help="llama3, qwen2.5, llama3-more or qwen2.5-more; default: the first two.")
     ] = None,
     models: option.ModelPairOption = None,
     task: Annotated[
@@ -65,7 +65,10 @@ def demo(
 
 @app.command(epilog="Example: dfa-lens study --quick --setting zero-shot --setting uniform-s --out study")
 def study(
-    out: option.FolderOption,
+    out: option.MaybeFolderOption = None,
+    config: Annotated[
+        Path | None, typer.Option(help="A TOML file that says all of the study; then nothing else but --json.")
+    ] = None,
     setting: Annotated[
         list[str] | None,
         typer.Option(
@@ -73,7 +76,7 @@ def study(
         ),
     ] = None,
     family: Annotated[
-        list[str] | None, typer.Option(help="llama3, qwen2.5 or llama3-more; default: the first two.")
+        list[str] | None, typer.Option(help="llama3, qwen2.5, llama3-more or qwen2.5-more; default: the first two.")
     ] = None,
     models: option.ModelPairOption = None,
     task: Annotated[list[str] | None, typer.Option(help="A test task; default: all six.")] = None,
@@ -92,31 +95,77 @@ def study(
     The folder keeps the rows; what is there already is not run again.
     """
     from dfa_lens.experiments import study as module
-    from dfa_lens.experiments.functional import FUNCTIONAL
+    from dfa_lens.experiments.config import NAMED, Config
     from dfa_lens.experiments.table import means, over
 
-    settings = {**module.SETTINGS, **FUNCTIONAL}
-    for name in setting or ():
-        if name not in settings:
-            raise unknown("setting", name, settings)
-    budget = module.QUICK if quick else module.FULL
-    table = module.run(
-        reading.model_pairs(family, models, device, dtype),
-        {name: settings[name] for name in setting} if setting else None,
-        seeds=seed or (0, 1, 2),
-        test_tasks=task,
-        tasks=reading.all_tasks(pairs, task, family),
-        budget=budget if batch_size is None else replace(budget, batch_size=batch_size),
-        out=out,
-        workers=workers,
-        device=device,
-        dtype=option.dtype_of(dtype),
-        collection=collection,
-        progress=True,
-    )
+    run: dict[str, Any]
+    if config is not None:
+        given = [each for each in (out, setting, family, models, task, seed, pairs) if each is not None]
+        if given:
+            raise DfaError("--config says all of a study: give no other options beside it.")
+        run = dict(Config.read(config).run)
+    else:
+        if out is None:
+            raise DfaError("A study needs a folder, --out, or a file that says all of it, --config.")
+        for name in setting or ():
+            if name not in NAMED:
+                raise unknown("setting", name, NAMED)
+        budget = module.QUICK if quick else module.FULL
+        run = {
+            "families": reading.model_pairs(family, models, device, dtype),
+            "settings": {name: NAMED[name] for name in setting} if setting else None,
+            "seeds": seed or (0, 1, 2),
+            "test_tasks": task,
+            "tasks": reading.all_tasks(pairs, task, family),
+            "budget": budget if batch_size is None else replace(budget, batch_size=batch_size),
+            "out": out,
+            "workers": workers,
+            "device": device,
+            "dtype": option.dtype_of(dtype),
+            "collection": collection,
+        }
+    table, out = module.run(**run, progress=True), run["out"]
     write_atomically(out / "table.csv", table.to_csv(index=False).encode())
     say(
         f"{means(table).round(3).to_string()}\n(mean and std: over {over(table)})\n{out / 'table.csv'} written.",
         {"table": str(out / "table.csv"), "rows": records(table) if as_json else []},
+        as_json=as_json,
+    )
+
+
+@app.command(epilog="Example: dfa-lens paper --study nap=study-nap --study nap-ig-inputs=study --out tables")
+def paper(
+    out: option.FolderOption,
+    study: Annotated[
+        list[str],
+        typer.Option(
+            help="A study's folder or table.csv; METHOD=PATH where it is of another attribution method than "
+            "nap-ig-inputs. May be given several times."
+        ),
+    ],
+    recipe: Annotated[
+        str | None, typer.Option(help="How W was trained, where the study has several ways: the column method.")
+    ] = None,
+    published: Annotated[
+        Path | None,
+        typer.Option(help="A checkout of the authors' repository: all their numbers, not only those of the package."),
+    ] = None,
+    as_json: option.JsonOption = False,
+) -> None:
+    """Write the tables and figures of the DFA paper from studies, with the published numbers beside ours.
+
+    CSV, TeX and HTML for each table, and one page with all.
+    """
+    from dfa_lens.experiments import published as numbers
+    from dfa_lens.plots import paper as write_paper
+
+    rows = reading.studies(study)
+    known = None if published is None else numbers.from_release(published)
+    page = write_paper(rows, out, published=known, recipe=recipe)
+    found = {kind: sorted(map(str, out.glob(f"{kind}-*.csv"))) for kind in ("table", "figure")}
+    say(
+        f"{page} written: {len(found['table'])} tables as CSV, TeX and HTML, and {len(found['figure'])} figures as CSV "
+        "and HTML.",
+        {"page": str(page), "tables": found["table"], "figures": found["figure"]},
         as_json=as_json,
     )

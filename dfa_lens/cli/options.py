@@ -20,8 +20,8 @@ def _writable(path: Path | None) -> Path | None:
     return path if path is None or path == STANDARD_OUTPUT else writable(path)
 
 
-def _writable_folder(path: Path) -> Path:
-    return writable(path, folder=True)
+def _writable_folder(path: Path | None) -> Path | None:
+    return path if path is None else writable(path, folder=True)
 
 
 def _examples(number: int) -> int:
@@ -102,6 +102,9 @@ MaybeOutOption = Annotated[
     Path | None, typer.Option("--out", "-o", help="Write the curve as CSV; - is standard output.", callback=_writable)
 ]
 FolderOption = Annotated[Path, typer.Option("--out", "-o", help="Folder to write.", callback=_writable_folder)]
+MaybeFolderOption = Annotated[
+    Path | None, typer.Option("--out", "-o", help="Folder to write.", callback=_writable_folder)
+]
 WorkersOption = Annotated[int, typer.Option(help="Processes.", callback=_workers)]
 BackendOption = Annotated[str, typer.Option(help="auto, hooked, bridge or transformers.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]

@@ -9,7 +9,7 @@ from typing import Any
 
 from dfa_lens.cli.options import dtype_of
 from dfa_lens.data.files import read_bytes, read_json
-from dfa_lens.errors import DfaError, FileError, TaskError, short
+from dfa_lens.errors import DfaError, FileError, TaskError, short, unknown
 
 #: Of MIB's files: nodes or edges as JSON, edges as torch's.
 MIB_SUFFIXES = (".json", ".pt")
@@ -159,3 +159,28 @@ def _table(path: Path) -> Any:
         return dfa.NodeScores.from_frame(table, meta={"file": path.name})
     except DfaError as error:
         raise FileError(f"{path} is not a table of scores of nodes: {error}") from error
+
+
+def studies(given: Sequence[str]) -> Any:
+    """One table of all studies, each a folder with its ``table.csv`` or such a file; METHOD=PATH names its attribution.
+
+    Raises
+    ------
+    DfaError
+        If a method is unknown, or two of the studies are of the same one.
+    """
+    import pandas as pd
+
+    from dfa_lens.experiments import table
+    from dfa_lens.experiments.paper import METHODS
+
+    found: dict[str, Any] = {}
+    for value in given:
+        name, separator, path = value.partition("=")
+        method, place = (name, Path(path)) if separator else ("nap-ig-inputs", Path(value))
+        if method not in METHODS:
+            raise unknown("attribution method", method, METHODS)
+        if method in found:
+            raise DfaError(f"Two studies are given for {method!r}: name the attribution of each, METHOD=PATH.")
+        found[method] = table.read(place / "table.csv" if place.is_dir() else place).assign(attribution=method)
+    return pd.concat(found.values(), ignore_index=True)

@@ -3,5 +3,6 @@
 import lazy_loader
 
 __getattr__, __dir__, __all__ = lazy_loader.attach(
-    __name__, submodules=["demo", "experiment", "setting", "study", "table", "workers"]
+    __name__,
+    submodules=["config", "demo", "experiment", "paper", "published", "setting", "study", "table", "workers"],
 )

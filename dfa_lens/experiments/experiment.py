@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
 
@@ -13,7 +13,7 @@ import torch
 from dfa_lens import zoo
 from dfa_lens.attribution.attribute import METHODS, attribute
 from dfa_lens.data.alignment import Alignment
-from dfa_lens.data.curve import FaithfulnessCurve
+from dfa_lens.data.curve import FaithfulnessCurve, Protocol
 from dfa_lens.data.measurements import Measurements
 from dfa_lens.data.nodes import NodeSet
 from dfa_lens.data.pairs import PromptPairs
@@ -45,6 +45,22 @@ class Budget:
 
 FULL = Budget()
 QUICK = Budget(train=8, test=8, steps=10, curve_points=6)
+
+
+@dataclass(frozen=True)
+class Attribution:
+    """How nodes are scored on the source, and on the target for gold: arguments of :func:`dfa_lens.attribute`."""
+
+    method: str = "nap-ig-inputs"
+    steps: int = 5
+    mlp_gradient: Literal["output", "input"] = "output"
+    accumulate: Literal["own", "all"] = "own"
+
+    def __post_init__(self) -> None:
+        METHODS.find(self.method)  # an unknown name is an error here, not after minutes
+
+
+ATTRIBUTION = Attribution()
 
 
 @dataclass(frozen=True)
@@ -118,8 +134,10 @@ class Experiment:
     tasks:
         Name → one of our tasks by its name, or a source of one's own, see :class:`~dfa_lens.tasks.own.TaskSource`;
         default: the paper's six. Zero-shot training uses all of them but the one that is tested.
-    method, steps:
-        Of attribution, on the source and for gold.
+    attribution:
+        How nodes are scored, on the source and for gold.
+    protocol:
+        Of curves, see :data:`~dfa_lens.data.curve.Protocol`; that of MIB has sizes of its own.
     device, dtype:
         For shipped models.
     collection:
@@ -140,14 +158,14 @@ class Experiment:
         budget: Budget = FULL,
         *,
         tasks: Mapping[str, str | TaskSource] | None = None,
-        method: str = "nap-ig-inputs",
-        steps: int = 5,
+        attribution: Attribution = ATTRIBUTION,
+        protocol: Protocol = "nodes",
         device: str = "cpu",
         dtype: torch.dtype = torch.float32,
         collection: str = "offline",
     ) -> None:
         self.models, self.seed, self.budget = ModelPair.of(models), seed, budget
-        self.method, self.steps, self.device, self.dtype = method, steps, device, dtype
+        self.attribution, self.protocol, self.device, self.dtype = attribution, protocol, device, dtype
         self.sources = sources(tasks, collection)
         self.tasks = tuple(self.sources)
         self.families = {task: family_of(task, source) for task, source in self.sources.items()}
@@ -202,7 +220,7 @@ class Experiment:
         return self._tests[task]
 
     def _attribute(self, model: HookedModel, pairs: PromptPairs) -> NodeScores:
-        return attribute(model, pairs, method=self.method, steps=self.steps, batch_size=self.budget.batch_size)
+        return attribute(model, pairs, **asdict(self.attribution), batch_size=self.budget.batch_size)
 
     @cached_property
     def scores(self) -> dict[str, NodeScores]:
@@ -304,7 +322,8 @@ class Experiment:
             self.target,
             self.test(task),
             circuit,
-            sizes=sizes,
+            protocol=self.protocol,
+            sizes=sizes if self.protocol == "nodes" else None,
             batch_size=self.budget.batch_size,
             sizes_per_pass=1 if self.device == "cpu" else 16,
         )
@@ -358,9 +377,7 @@ class Experiment:
         started = time.perf_counter()
         scores = self.gold_of(task)
         seconds = time.perf_counter() - started
-        return Outcome(
-            task, GOLD, None, (), None, scores, self.curve(task, scores), seconds, self._attribution_forwards(task)
-        )
+        return Outcome(task, GOLD, None, (), None, scores, self.curve(task, scores), seconds, self.gold_passes(task))
 
     def _without_w(self, way: Circuits, task: str, name: str, setting: Setting, trained: tuple[str, ...]) -> Outcome:
         started = time.perf_counter()
@@ -390,12 +407,13 @@ class Experiment:
             step = min(alignment.meta["batch_size"], n)
             forwards = 2 * step * len(alignment.history) + 2 * n
         if setting.control == "regression":
-            forwards = sum(self._attribution_forwards(other) for other in trained)
+            forwards = sum(self.gold_passes(other) for other in trained)
         curve = self.curve(task, circuit)
         return Outcome(task, name, setting, trained, alignment, circuit, curve, seconds, forwards)
 
-    def _attribution_forwards(self, task: str) -> int:
-        return self.passes_of(task, self.method, self.steps)
+    def gold_passes(self, task: str) -> int:
+        """What gold costs, in passes of one example."""
+        return self.passes_of(task, self.attribution.method, self.attribution.steps)
 
     def passes_of(self, task: str, method: str, steps: int) -> int:
         """What attribution on the target costs, in passes of one example."""

@@ -74,7 +74,7 @@ class Functional(Circuits):
         own = (scores(task), experiment.measured(task, "source")) if self.own and trained else (None, None)
         forwards = target.meta["passes"]
         if self.teacher == "target":
-            forwards += sum(experiment.passes_of(name, experiment.method, experiment.steps) for name in tasks)
+            forwards += sum(experiment.gold_passes(name) for name in tasks)
         return fitted.transfer(target, *own), forwards
 
     def _another(self, experiment: Experiment, task: str) -> str:

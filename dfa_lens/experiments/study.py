@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from tqdm.auto import tqdm
@@ -24,11 +24,21 @@ from tqdm.auto import tqdm
 from dfa_lens import zoo
 from dfa_lens.attribution.attribute import IntegrationWarning
 from dfa_lens.data.content import fingerprint
+from dfa_lens.data.curve import Protocol
 from dfa_lens.data.files import checked_name, file_name, held, read_json, writable, write_atomically
 from dfa_lens.errors import DfaError, FileError, TaskError, unknown
 from dfa_lens.experiments import table
 from dfa_lens.experiments import workers as processes
-from dfa_lens.experiments.experiment import FULL, QUICK, Budget, Experiment, ModelPair, Outcome
+from dfa_lens.experiments.experiment import (
+    ATTRIBUTION,
+    FULL,
+    QUICK,
+    Attribution,
+    Budget,
+    Experiment,
+    ModelPair,
+    Outcome,
+)
 from dfa_lens.experiments.setting import Regime, Setting
 from dfa_lens.experiments.settings import SETTINGS
 from dfa_lens.experiments.table import GOLD, read
@@ -62,6 +72,8 @@ def run(
     device: str = "cpu",
     dtype: torch.dtype = torch.float32,
     collection: str = "offline",
+    attribution: Attribution = ATTRIBUTION,
+    protocol: Protocol = "nodes",
     progress: bool = False,
 ) -> Any:
     """Run every setting on every pair of models, task and seed.
@@ -93,6 +105,10 @@ def run(
         For shipped models.
     collection:
         Of our tasks.
+    attribution:
+        How nodes are scored, on the source and for gold.
+    protocol:
+        Of curves, see :data:`~dfa_lens.data.curve.Protocol`.
 
     Returns
     -------
@@ -126,6 +142,8 @@ def run(
         budget,
         device,
         dtype,
+        attribution,
+        protocol,
     )
     folder = None if out is None else writable(out, folder=True)
     plans = [
@@ -160,6 +178,8 @@ class Study:
     budget: Budget
     device: str
     dtype: torch.dtype
+    attribution: Attribution = ATTRIBUTION
+    protocol: Protocol = "nodes"
 
     def __post_init__(self) -> None:
         names = [models.name for models in self.families]
@@ -171,6 +191,8 @@ class Study:
                 checked_name(name, what)
         for setting in self.settings.values():
             checked_name(setting.method, "method")
+        if self.protocol not in get_args(Protocol):
+            raise unknown("protocol", self.protocol, get_args(Protocol))
 
     def tested(self, chosen: Sequence[str] | None) -> tuple[str, ...]:
         """The test tasks; all, if none are chosen."""
@@ -184,6 +206,8 @@ class Study:
         return {
             "budget": asdict(self.budget),
             "dtype": str(self.dtype),
+            "attribution": asdict(self.attribution),
+            "protocol": self.protocol,
             "pairs": {models.name: fingerprint(models) for models in self.families},
             "tasks": {name: fingerprint(source) for name, source in self.tasks.items()},
             "settings": {name: setting.to_meta() for name, setting in self.settings.items()},
@@ -196,7 +220,10 @@ def _description(path: Path) -> dict[str, Any]:
     checksum = found.pop("checksum", None)  # those of the first versions have none
     if checksum is not None and checksum != fingerprint(found):
         raise FileError(f"{path} was damaged after it was written: its checksum is not that of its content.")
-    known = {"budget": dict, "dtype": str, "pairs": dict, "tasks": dict, "settings": dict}
+    # folders of earlier versions do not say what was the only way then
+    found = {"attribution": asdict(ATTRIBUTION), "protocol": "nodes", **found}
+    texts = dict.fromkeys(("dtype", "protocol"), str)
+    known = dict.fromkeys(("budget", "attribution", "pairs", "tasks", "settings"), dict) | texts
     if found.keys() != known.keys() or any(not isinstance(found[name], kind) for name, kind in known.items()):
         raise FileError(f"{path} does not describe a study: it lacks what rows were made with. Take another folder.")
     return found
@@ -208,7 +235,7 @@ def _check_folder(folder: Path, study: Study) -> None:
     ours = study.to_meta()
     if path.exists():
         theirs = _description(path)
-        changed = [name for name in ("budget", "dtype") if theirs[name] != ours[name]]
+        changed = [name for name in ("budget", "dtype", "attribution", "protocol") if theirs[name] != ours[name]]
         # zero-shot training uses all tasks: with one more, no row is what it was
         if theirs["tasks"].keys() != ours["tasks"].keys():
             changed.append("set of tasks")
@@ -240,7 +267,13 @@ class _Plan:
 
     def experiment(self) -> Experiment:
         study = self.study
-        options = {"tasks": study.tasks, "device": study.device, "dtype": study.dtype}
+        options = {
+            "tasks": study.tasks,
+            "device": study.device,
+            "dtype": study.dtype,
+            "attribution": study.attribution,
+            "protocol": study.protocol,
+        }
         return Experiment(self.models, self.seed, study.budget, **options)  # type: ignore[arg-type]
 
 

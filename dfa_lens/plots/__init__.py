@@ -1,7 +1,7 @@
-"""Figures: heatmaps of scores, graphs of circuits, faithfulness curves, matrices, trends, and the report.
+"""Figures: heatmaps of scores, graphs of circuits, faithfulness curves, matrices, trends, the report, the paper's own.
 
 Every function returns a :class:`~dfa_lens.plots.picture.Picture`, a plotly Figure that carries its numbers
-(``.to_frame()``); ``report`` writes HTML. Nothing is shown by itself and no global setting is changed.
+(``.to_frame()``); ``report`` and ``paper`` write files. Nothing is shown by itself and no global setting is changed.
 """
 
 from dfa_lens.plots.curves import curves
@@ -9,6 +9,7 @@ from dfa_lens.plots.edge_graph import circuit_graph
 from dfa_lens.plots.edge_heatmap import edge_heatmap
 from dfa_lens.plots.heatmaps import aligned_heatmap, scores_heatmap
 from dfa_lens.plots.matrices import alignment_explorer, transfer_matrix
+from dfa_lens.plots.paper_figures import paper, paper_curves, paper_matrices, paper_recovery
 from dfa_lens.plots.picture import Picture
 from dfa_lens.plots.report import report
 from dfa_lens.plots.trends import recovery_bars, score_scatter, size_sensitivity, training_history
@@ -20,6 +21,10 @@ __all__ = [
     "circuit_graph",
     "curves",
     "edge_heatmap",
+    "paper",
+    "paper_curves",
+    "paper_matrices",
+    "paper_recovery",
     "recovery_bars",
     "report",
     "score_scatter",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -10,6 +11,7 @@ import plotly.graph_objects as go
 
 from dfa_lens.data.curve import FaithfulnessCurve
 from dfa_lens.errors import FaithfulnessError
+from dfa_lens.plots import picture
 from dfa_lens.plots import style as styling
 from dfa_lens.plots.picture import Picture
 from dfa_lens.plots.style import Style
@@ -130,4 +132,10 @@ def curves(
         ],
     )
     parts = [curve.to_frame().assign(setting=label) for label, curve in curves.items()]
-    return figure.carry(pd.concat(parts, ignore_index=True))
+    return figure.carry(pd.concat(parts, ignore_index=True), fit=None if paper else picture.fit(_arrangements(height)))
+
+
+def _arrangements(height: int) -> list[tuple[int, dict[str, Any]]]:
+    """The legend is beside the plot or, in a narrow window, above it."""
+    beside = {"legend.orientation": "v", "legend.x": 1.02, "legend.y": 1, "legend.yref": "paper"}
+    return [(700, beside | {"height": height}), (0, {"legend.orientation": "h", "legend.x": 0, "height": height + 140})]

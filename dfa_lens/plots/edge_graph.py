@@ -276,7 +276,7 @@ def circuit_graph(
         }
     )
     clicks = Clicks.of(drawn, place)
-    return figure.carry(table, script=None if on_paper else clicks.script(place), react=clicks.wire)
+    return figure.carry(table, click=None if on_paper else clicks.reaction(place), react=clicks.wire)
 
 
 def _checked(scores: EdgeScores, size: int | None, most: int, slider: bool) -> tuple[int, int]:
@@ -557,11 +557,11 @@ class Clicks:
                 reads.setdefault(name, []).append(trace)
         return cls([(edge.as_read, edge.as_written, edge.entry) for edge in edges], reads, writes)
 
-    def script(self, place: Map) -> str:
+    def reaction(self, place: Map) -> picture.Reaction:
         """What makes the HTML of a figure react to clicks, and fits the labels into its width."""
         columns = place.mlps + 2.9
         data = {"edges": self.edges, "reads": self.reads, "writes": self.writes}
-        return picture.script(
+        return picture.Reaction(
             "graph.js", data | {"note": _NOTE, "listed": LISTED, "columns": columns, "opacity": [OPACITY, FAINT]}
         )
 

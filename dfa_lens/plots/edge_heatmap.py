@@ -204,7 +204,7 @@ def edge_heatmap(
     lower = (1 - gap) * LOWER / (LOWER + ROW * len(blocks.rows))
     _arrange(figure, blocks, first, (lower, gap))
     clicks = Clicks(details)
-    return figure.carry(blocks.table(), script=None if on_paper else clicks.script(), react=clicks.wire)
+    return figure.carry(blocks.table(), click=None if on_paper else clicks.reaction(), react=clicks.wire)
 
 
 def _named(blocks: Blocks, block: tuple[str, str] | None) -> Block:
@@ -308,9 +308,9 @@ class Clicks:
 
     details: dict[str, dict[str, Any]]
 
-    def script(self) -> str:
+    def reaction(self) -> picture.Reaction:
         """What makes the HTML of a figure react to clicks."""
-        return picture.script("blocks.js", {"details": self.details, "missing": MISSING})
+        return picture.Reaction("blocks.js", {"details": self.details, "missing": MISSING})
 
     def wire(self, widget: go.FigureWidget) -> None:
         """Make a widget react to clicks."""

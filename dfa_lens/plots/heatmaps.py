@@ -17,6 +17,7 @@ from dfa_lens.data.nodes import NodeSet
 from dfa_lens.data.scores import NodeScores
 from dfa_lens.errors import ScoreError
 from dfa_lens.plots import links as linking
+from dfa_lens.plots import picture
 from dfa_lens.plots import style as styling
 from dfa_lens.plots.masks import mask_of
 from dfa_lens.plots.picture import Picture
@@ -150,18 +151,11 @@ def _draw(
     first_axis: int,
     *,
     caption: str | None = None,
-    layers: bool = True,
 ) -> list[_Drawn]:
-    """Draw one model's panels between two fractions of the width, with or without the numbers of the layers."""
+    """Draw one model's panels between two fractions of the width."""
     panels = _panels(nodes)
-    # Cells are equally wide in all panels of a model, but no panel vanishes beside a wide one.
-    total = sum(len(panel.columns) for panel in panels)
-    widths = np.array([max(len(panel.columns), 0.08 * total) for panel in panels], dtype=float)
-    gap = 0.018
-    widths *= (right - left - gap * (len(panels) - 1)) / widths.sum()
-    start = left
     drawn = []
-    for i, (panel, width) in enumerate(zip(panels, widths, strict=True)):
+    for i, (panel, domain) in enumerate(zip(panels, _domains(panels, left, right), strict=True)):
         axis = first_axis + i
         suffix = "" if axis == 1 else str(axis)
         cells = {"xgap": 1, "ygap": 1, "xaxis": f"x{suffix}", "yaxis": f"y{suffix}"}
@@ -197,7 +191,7 @@ def _draw(
         figure.update_layout(
             {
                 f"xaxis{suffix}": {
-                    "domain": [start, start + width],
+                    "domain": domain,
                     "anchor": f"y{suffix}",
                     "title": {"text": styling.text(panel.title), "standoff": 6},
                     "tickvals": list(range(0, len(panel.columns), labelled)),
@@ -209,7 +203,7 @@ def _draw(
                 f"yaxis{suffix}": {
                     "anchor": f"x{suffix}",
                     "range": [-0.5, n_rows - 0.5],
-                    "tickvals": list(range(0, n_rows, row_step)) if i == 0 and layers else [],
+                    "tickvals": list(range(0, n_rows, row_step)) if i == 0 else [],
                     "ticktext": [_row_name(panel.rows[r]) for r in range(0, n_rows, row_step)],
                     "title": {"text": "layer", "standoff": 4} if i == 0 and left == 0 else None,
                     "showgrid": False,
@@ -218,7 +212,6 @@ def _draw(
                 },
             }
         )
-        start += width + gap
     figure.add_annotation(
         text=f"<b>{styling.text(caption or title)}</b>",
         x=left,
@@ -231,6 +224,23 @@ def _draw(
         showarrow=False,
     )
     return drawn
+
+
+#: The fractions of the width and of the height that a part of a figure has.
+_Place = tuple[tuple[float, float], tuple[float, float]]
+
+
+def _domains(panels: list[_Panel], left: float, right: float) -> list[list[float]]:
+    """Where panels are, between two fractions of the width.
+
+    Cells are equally wide in all panels of a model, but no panel vanishes beside a wide one.
+    """
+    total = sum(len(panel.columns) for panel in panels)
+    widths = np.array([max(len(panel.columns), 0.08 * total) for panel in panels], dtype=float)
+    gap = 0.045 * (right - left)
+    widths *= (right - left - gap * (len(panels) - 1)) / widths.sum()
+    starts = left + np.concatenate([[0], np.cumsum(widths + gap)[:-1]])
+    return [[float(start), float(start + width)] for start, width in zip(starts, widths, strict=True)]
 
 
 def _row_name(layer: int) -> str:
@@ -328,7 +338,7 @@ def scores_heatmap(
     styling.layout(figure, None, width=width, height=height, style=style)
     _colors(figure, words=_OF_SCORES if mask is None else "mask")
     _dim(figure, scores, drawn, size)
-    return figure.carry(_table(scores))
+    return figure.carry(_table(scores), fit=None if styling.on_paper(style) else picture.fit(captions=24))
 
 
 @dataclass(frozen=True)
@@ -469,33 +479,83 @@ def aligned_heatmap(
     grids = {task: view.grids(contributors, masked) for task, view in views.items()}
     figure = Picture()
     names = [source_name, target_name, "gold", "difference"]
-    # the last is short: a menu is beside it
-    captions = [source_name, f"{target_name}: mask" if masked else target_name, "gold", "Δ rank"]
-    places = [(0.0, 0.4), (0.47, 1.0)] if first.gold is None else [(0, 0.2), (0.25, 0.49), (0.51, 0.75), (0.77, 1.0)]
+    captions = [source_name, f"{target_name}: mask" if masked else target_name, "gold", "difference of ranks"]
+    n_parts = 2 if first.gold is None else 4
+    places = _places(n_parts, n_parts)
     sets = [first.source.nodes, *[first.target.nodes] * 3]
     parts: list[list[_Drawn]] = []
     drawings = zip(next(iter(grids.values())), names, captions, sets, places, strict=False)
-    for grid, name, caption, nodes, (left, right) in drawings:
+    for grid, name, caption, nodes, ((left, right), _) in drawings:
         first_axis = 1 + sum(map(len, parts))
-        parts.append(_draw(figure, nodes, grid, left, right, name, first_axis, caption=caption, layers=len(parts) < 2))
+        parts.append(_draw(figure, nodes, grid, left, right, name, first_axis, caption=caption))
     styling.layout(figure, title, width=width, height=height, style=style)
     _colors(figure, words=_OF_SCORES + "<br>or mask" * masked)
     _dim(figure, first.target, parts[1], size)
     controls = not styling.on_paper(style)
-    sliders = {task: _slider(view, parts[1], size, places[1]) for task, view in views.items()} if slider else {}
+    sliders = {task: _slider(view, parts[1], size, places[1][0]) for task, view in views.items()} if slider else {}
     if slider and controls:
         figure.update_layout(sliders=[next(iter(sliders.values()))], margin={"b": 120})
     if len(views) > 1 and controls:
         _add_dropdown(figure, grids, sliders, parts)
     table = pd.concat([view.table(task) for task, view in views.items()], ignore_index=True)
-    if any(view.alignment is None for view in views.values()):
-        return figure.carry(table)
+    linked = all(view.alignment is not None for view in views.values())
+    fit = picture.fit(_arrangements(parts, height, slider), captions=24, below=40 * linked) if controls else None
+    if not linked:
+        return figure.carry(table, fit=fit)
     links = [linking.Links.of(v.alignment, v.source, contributors) for v in views.values() if v.alignment is not None]
     source_side, target_side = _side(first.source.nodes, parts[0]), _side(first.target.nodes, parts[1])
     clicks = linking.Clicks.of(links, source_side, target_side)
     if controls:
         figure.update_layout(margin={"b": 150})
-    return figure.carry(table, script=clicks.script(), react=clicks.wire)
+    return figure.carry(table, click=clicks.reaction(), fit=fit, react=clicks.wire)
+
+
+def _places(n: int, columns: int, row: float = 0.0, between: float = 0.0) -> list[_Place]:
+    """Where the parts of a figure are, in so many columns.
+
+    Two parts in two columns are the two models; the source's has fewer heads, and the target's is wider.
+    ``row`` and ``between`` are the heights of a row and of what is between two, in any unit.
+    """
+    if n == 2 and columns == 2:
+        return [((0.0, 0.4), (0.0, 1.0)), ((0.47, 1.0), (0.0, 1.0))]
+    rows, wide = -(-n // columns), (1 - 0.05 * (columns - 1)) / columns
+    total = rows * row + (rows - 1) * between or 1.0
+    places = []
+    for i in range(n):
+        left, above = (i % columns) * (wide + 0.05), (i // columns) * (row + between) / total
+        places.append(((left, left + wide), (max(1 - above - (row / total or 1.0), 0.0), 1 - above)))
+    return places
+
+
+#: From so many pixels of width on four parts are in four columns and in two, and two parts in two.
+FOUR, TWO = 1000, 560
+#: Pixels between two rows of parts (axes and captions), and what is above and below all of them.
+BETWEEN, AROUND = 84, 220
+
+
+def _arrangements(parts: list[list[_Drawn]], height: int, slider: bool) -> list[tuple[int, dict[str, Any]]]:
+    """In how many columns the parts of a figure are, by the width of the window."""
+    n = len(parts)
+    columns = [(0, 1), (TWO, 2), (FOUR, 4)] if n > 2 else [(0, 1), (TWO, 2)]
+    return [(least, _arranged(parts, height, count, slider)) for least, count in reversed(columns)]
+
+
+def _arranged(parts: list[list[_Drawn]], height: int, columns: int, slider: bool) -> dict[str, Any]:
+    rows = -(-len(parts) // columns)
+    row = max(height - AROUND, 200) if rows == 1 else min(max(height - AROUND, 200), 280)
+    places = _places(len(parts), columns, row, BETWEEN)
+    tall = height if rows == 1 else rows * row + (rows - 1) * BETWEEN + AROUND
+    change: dict[str, Any] = {"height": tall}
+    for number, (drawn, ((left, right), between)) in enumerate(zip(parts, places, strict=True)):
+        for each, domain in zip(drawn, _domains([one.panel for one in drawn], left, right), strict=True):
+            change |= {f"xaxis{each.axis}.domain": domain, f"yaxis{each.axis}.domain": list(between)}
+        change |= {f"annotations[{number}].x": left, f"annotations[{number}].y": between[1]}
+    if slider:
+        under = places[1][0] if columns > 1 and columns == len(parts) else (0.0, 1.0)
+        change |= {"sliders[0].x": under[0], "sliders[0].len": under[1] - under[0]}
+    # of few pixels a colour bar takes too many
+    change |= {"coloraxis.showscale": columns > 1 or len(parts) == 1, "margin.r": 30 if columns > 1 else 22}
+    return change
 
 
 def _side(nodes: NodeSet, drawn: list[_Drawn]) -> linking.Side:
@@ -571,7 +631,7 @@ def _slider(view: _View, drawn: list[_Drawn], size: int | None, place: tuple[flo
         "x": place[0],
         "len": place[1] - place[0],
         "y": -0.09,
-        "pad": {"t": 20, "b": 0},
+        "pad": {"t": 0, "b": 0},
         "currentvalue": {"prefix": "nodes kept: ", "font": {"size": 13, "color": styling.INK}},
         "ticklen": 0,
         "minorticklen": 0,

@@ -19,8 +19,10 @@ from dfa_lens.plots import picture, style
 
 POSITIVE, NEGATIVE = style.DIVERGING[-1][1], style.DIVERGING[0][1]
 
-# Where the line of text stands: below the source panel.
-_NOTE = {**picture.NOTE, "yshift": -48}
+# Where the line of text stands: below axes and slider.
+_NOTE = {**picture.NOTE, "yshift": -108}
+#: A white line below that of an outline keeps it visible on a cell of its own colour.
+HALO = 3
 
 
 @dataclass(frozen=True)
@@ -109,9 +111,9 @@ class Clicks:
             ],
         )
 
-    def script(self) -> str:
+    def reaction(self) -> picture.Reaction:
         """What makes the HTML of a figure react to clicks."""
-        return picture.script("links.js", {"rectangles": self.rectangles, "answers": self.answers, "note": _NOTE})
+        return picture.Reaction("links.js", {"rectangles": self.rectangles, "answers": self.answers, "note": _NOTE})
 
     def wire(self, widget: go.FigureWidget) -> None:
         """Make a widget react to clicks."""
@@ -138,10 +140,13 @@ def _answers(links: Sequence[Sequence[tuple[int, float]]], verb: str, clicked: S
     answers = {}
     for name, cell, partners in zip(clicked.names, clicked.cells, links, strict=True):
         most = max((abs(product) for _, product in partners), default=0.0) or 1.0
-        outlines, words = [(cell.key, style.INK, 2.5)], []
+        lines, words = [(cell.key, style.INK, 2.5)], []
         for partner, product in partners:
             color = POSITIVE if product > 0 else NEGATIVE
-            outlines.append((other.cells[partner].key, color, round(1 + 3 * abs(product) / most, 2)))
+            lines.append((other.cells[partner].key, color, round(1 + 3 * abs(product) / most, 2)))
             words.append(f"{style.text(other.names[partner])} {product:+.3g}")
+        outlines = []
+        for key, color, width in lines:
+            outlines += [(key, "#ffffff", width + HALO), (key, color, width)]
         answers[cell.key] = Answer(f"<b>{style.text(name)}</b> {verb} {', '.join(words)}", outlines)
     return answers

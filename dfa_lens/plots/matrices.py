@@ -11,6 +11,7 @@ import plotly.graph_objects as go
 from dfa_lens.data.alignment import Alignment
 from dfa_lens.data.nodes import NodeSet
 from dfa_lens.errors import AlignmentError, DfaError
+from dfa_lens.plots import picture
 from dfa_lens.plots import style as styling
 from dfa_lens.plots.picture import Picture
 from dfa_lens.plots.style import Style
@@ -108,7 +109,7 @@ def transfer_matrix(
                 )
     styling.layout(figure, title, width=width, height=height, style=style)
     figure.update_layout(
-        xaxis={"title": {"text": "tested on"}, "side": "bottom", "showgrid": False},
+        xaxis={"title": {"text": "tested on"}, "side": "bottom", "showgrid": False, "automargin": True},
         yaxis={
             "title": {"text": "trained on", "standoff": 12},
             "autorange": "reversed",
@@ -118,7 +119,8 @@ def transfer_matrix(
         plot_bgcolor=styling.NO_NODE,
         margin={"b": 70},
     )
-    return figure.carry(cells)
+    steep = [(700, {"xaxis.tickangle": 0, "height": height}), (0, {"xaxis.tickangle": -90, "height": height + 60})]
+    return figure.carry(cells, fit=None if styling.on_paper(style) else picture.fit(steep))
 
 
 def _of_one(table: pd.DataFrame) -> pd.DataFrame:
@@ -261,7 +263,8 @@ def alignment_explorer(
     plain = {"showgrid": False, "zeroline": False, "automargin": True}
     figure.update_layout(
         bargap=0,
-        xaxis={"domain": [0, 0.86], "anchor": "y", "title": {"text": "target nodes"}, "type": "category", "nticks": 20}
+        xaxis={"domain": [0, 0.86], "anchor": "y", "title": {"text": "target nodes"}, "type": "category"}
+        | {"tickangle": 0, "nticks": 10}
         | plain,
         yaxis={
             "domain": [0.42, 0.9],
@@ -310,7 +313,34 @@ def alignment_explorer(
             ]
         )
     table = pd.DataFrame(W, index=list(source.names), columns=list(target.names))
-    return figure.carry(table)
+    return figure.carry(table, fit=None if styling.on_paper(style) else picture.fit(_explorer(height)))
+
+
+def _explorer(height: int) -> list[tuple[int, dict[str, Any]]]:
+    """The two small panels of the explorer are beside each other or, in a narrow window, one below the other."""
+    wide = {
+        "yaxis.domain": [0.38, 0.9],
+        "yaxis2.domain": [0.92, 1],
+        "xaxis3.domain": [0, 0.54],
+        "yaxis3.domain": [0, 0.27],
+        "xaxis4.domain": [0.66, 1],
+        "yaxis4.domain": [0, 0.27],
+        "xaxis2.title.text": "mean |W|",
+        "xaxis.nticks": 10,
+        "xaxis2.showticklabels": True,
+    }
+    narrow = wide | {
+        "yaxis.domain": [0.58, 0.93],
+        "yaxis2.domain": [0.94, 1],
+        "xaxis3.domain": [0, 1],
+        "yaxis3.domain": [0.28, 0.44],
+        "xaxis4.domain": [0.1, 1],
+        "yaxis4.domain": [0, 0.14],
+        "xaxis2.title.text": "",
+        "xaxis.nticks": 4,
+        "xaxis2.showticklabels": False,
+    }
+    return [(700, wide | {"height": height}), (0, narrow | {"height": height + 240})]
 
 
 def _by_layer(nodes: NodeSet) -> list[int]:

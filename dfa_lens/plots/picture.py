@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from importlib.resources import files
 from typing import Any
 
@@ -12,8 +13,9 @@ import plotly.graph_objects as go
 from dfa_lens.data.files import writing
 from dfa_lens.errors import DfaError
 
-#: The line of text that a click writes below a figure; "yshift" says how far below.
+#: The line of text that a click writes below a figure, as wide as that; "yshift" says how far below.
 NOTE = {
+    "name": "what was clicked",
     "xref": "paper",
     "yref": "paper",
     "x": 0,
@@ -27,15 +29,40 @@ NOTE = {
 }
 
 
-def script(template: str, data: Any) -> str:
-    """What makes the HTML of a figure react: a function of ``templates/`` called with the figure and some data.
+@dataclass(frozen=True)
+class Reaction:
+    """What makes the HTML of a figure react: a function of ``templates/``, called with the figure and some data."""
 
-    plotly fills in ``{plot_id}``.
+    template: str
+    data: Any
+
+    @property
+    def source(self) -> str:
+        """The function."""
+        return files("dfa_lens.plots").joinpath(f"templates/{self.template}").read_text(encoding="utf-8")
+
+    def script(self) -> str:
+        """The call; plotly fills in ``{plot_id}``."""
+        # "</" would end the script that this is written into
+        text = json.dumps(self.data, separators=(",", ":")).replace("</", "<\\/")
+        return f"({self.source})(document.getElementById('{{plot_id}}'), {text});"
+
+
+#: What HTML says to plotly, unless it is told otherwise.
+CONFIG = {"responsive": True, "displaylogo": False}
+
+
+def fit(arrangements: Sequence[tuple[int, dict[str, Any]]] = (), *, captions: int = 0, below: int = 0) -> Reaction:
+    """What fits a figure into its window.
+
+    Parameters
+    ----------
+    arrangements:
+        What plotly is to change from so many pixels of width on, the widest first; all change the same things.
+    captions, below:
+        Pixels for words right above the plot, and for those below axes and slider.
     """
-    # "</" would end the script that this is written into
-    text = json.dumps(data, separators=(",", ":")).replace("</", "<\\/")
-    source = files("dfa_lens.plots").joinpath(f"templates/{template}").read_text(encoding="utf-8")
-    return f"({source})(document.getElementById('{{plot_id}}'), {text});"
+    return Reaction("fit.js", {"arrangements": arrangements, "captions": captions, "below": below})
 
 
 class Picture(go.Figure):
@@ -46,15 +73,26 @@ class Picture(go.Figure):
     """
 
     _frame: Any = None
-    _script: str | None = None
+    _reactions: tuple[Reaction, ...] = ()
     _react: Callable[[go.FigureWidget], None] | None = None
 
     def carry(
-        self, frame: Any, *, script: str | None = None, react: Callable[[go.FigureWidget], None] | None = None
+        self,
+        frame: Any,
+        *,
+        click: Reaction | None = None,
+        fit: Reaction | None = None,
+        react: Callable[[go.FigureWidget], None] | None = None,
     ) -> Picture:
-        """Attach the table that is drawn, the script for HTML, and the function that wires a widget."""
-        self._frame, self._script, self._react = frame, script, react
+        """Attach the table that is drawn, what HTML does on clicks and to fit its window, and what wires a widget."""
+        self._frame, self._react = frame, react
+        self._reactions = tuple(each for each in (fit, click) if each is not None)
         return self
+
+    @property
+    def reactions(self) -> tuple[Reaction, ...]:
+        """What makes its HTML react."""
+        return self._reactions
 
     def to_frame(self) -> Any:
         """What is drawn, as a pandas table."""
@@ -63,13 +101,13 @@ class Picture(go.Figure):
         return self._frame.copy()
 
     def to_html(self, *args: Any, **kwargs: Any) -> str:
-        """As plotly's, with the script for clicks."""
-        return super().to_html(*args, **self._with_script(kwargs))
+        """As plotly's, with the scripts for clicks and narrow windows."""
+        return super().to_html(*args, **self._options(kwargs))
 
     def write_html(self, file: Any, *args: Any, **kwargs: Any) -> None:
-        """As plotly's, with the script for clicks; a :class:`~dfa_lens.errors.FileError` if it can't be written."""
+        """As :meth:`to_html`; a :class:`~dfa_lens.errors.FileError` if it can't be written."""
         with writing(file):
-            super().write_html(file, *args, **self._with_script(kwargs))
+            super().write_html(file, *args, **self._options(kwargs))
 
     def to_image(self, *args: Any, **kwargs: Any) -> bytes:
         """As plotly's (kaleido and a Chromium are needed), without sliders and buttons."""
@@ -82,7 +120,7 @@ class Picture(go.Figure):
 
     def _still(self) -> go.Figure:
         still = go.Figure(self)
-        if still.layout.sliders or still.layout.updatemenus or self._script:
+        if still.layout.sliders or still.layout.updatemenus or self._reactions:
             still.layout.sliders, still.layout.updatemenus = (), ()
             still.layout.margin.b = 60
         return still
@@ -97,8 +135,8 @@ class Picture(go.Figure):
             self._react(widget)
         return widget
 
-    def _with_script(self, kwargs: dict[str, Any]) -> dict[str, Any]:
-        if self._script is None:
-            return kwargs
+    def _options(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         given = kwargs.get("post_script") or []
-        return kwargs | {"post_script": [*([given] if isinstance(given, str) else given), self._script]}
+        scripts = [*([given] if isinstance(given, str) else given), *(each.script() for each in self._reactions)]
+        options = kwargs | {"config": CONFIG | (kwargs.get("config") or {})}
+        return options | {"post_script": scripts} if scripts else options

@@ -29,7 +29,7 @@ DIVERGING = (
 #: Lines: the Okabe-Ito palette, in an order that keeps neighbours apart.
 LINES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 #: The settings that figures show together: each has the line colour of its place, whatever else is drawn.
-SETTINGS = ("gold", "in-distribution", "zero-shot", "uniform-s", "depth-mean", "random-w")
+SETTINGS = ("gold", "in-distribution", "zero-shot", "uniform-s", "depth-mean", "random-w", "functional")
 NO_NODE = "#e4e4e4"
 INK = "#222222"
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, Helvetica, Arial, sans-serif"
@@ -42,7 +42,7 @@ def line_colors(names: Iterable[str]) -> dict[str, str]:
     """A colour for each name: for a known setting always the same, for others those that are left, in their order."""
     wanted = list(dict.fromkeys(names))
     found = {name: LINES[SETTINGS.index(name)] for name in wanted if name in SETTINGS}
-    free = [color for color in LINES if color not in found.values()]
+    free = [color for color in LINES if color not in found.values()] or LINES
     others = [name for name in wanted if name not in found]
     return found | {name: free[i % len(free)] for i, name in enumerate(others)}
 
@@ -87,10 +87,13 @@ def layout(
         height=height,
         margin={"l": 60, "r": 30, "t": 70 if title else 40, "b": 50},
         hoverlabel={"font": {"family": family, "size": 12}, "align": "left"},
+        modebar={"remove": list(UNUSED)},
     )
     return figure
 
 
+#: Buttons of plotly's bar that serve none of these figures.
+UNUSED = ("select", "lasso", "zoomin", "zoomout", "autoscale")
 AXIS = {
     "gridcolor": "#eeeeee",
     "zerolinecolor": "#cccccc",

@@ -14,6 +14,7 @@ from dfa_lens.data.scores import NodeScores
 from dfa_lens.data.statistics import correlation
 from dfa_lens.errors import DfaError
 from dfa_lens.experiments.table import GOLD, recovery
+from dfa_lens.plots import picture
 from dfa_lens.plots import style as styling
 from dfa_lens.plots.masks import mask_of
 from dfa_lens.plots.matrices import require, summary
@@ -94,7 +95,7 @@ def recovery_bars(
             go.Bar(
                 x=[ticks[label] for label in labels],
                 y=part["mean"],
-                error_y={"array": part["std"], "color": styling.INK, "thickness": 1, "width": 3}
+                error_y={"array": part["std"], "color": "#888888", "thickness": 1, "width": 3}
                 if (part["count"] > 1).any()
                 else None,
                 name=styling.text(name),
@@ -116,7 +117,7 @@ def recovery_bars(
                     jitter=0.4,
                     fillcolor="rgba(0,0,0,0)",
                     line={"color": "rgba(0,0,0,0)"},
-                    marker={"color": styling.INK, "size": 4, "opacity": 0.7},
+                    marker={"color": "#888888", "size": 4, "opacity": 0.7},
                     hoverinfo="skip",
                     showlegend=False,
                     offsetgroup=str(i),
@@ -130,11 +131,12 @@ def recovery_bars(
         barmode="group",
         boxmode="group",
         bargap=0.25,
-        xaxis={"showgrid": False},
+        xaxis={"showgrid": False, "automargin": True},
         yaxis={"title": {"text": styling.text(value) + " (* gold's CPR below 0.5)" * bool(weak)}, **styling.AXIS},
         legend=styling.LEGEND_ABOVE,
     )
-    return figure.carry(means)
+    steep = [(700, {"xaxis.tickangle": 0, "height": height}), (0, {"xaxis.tickangle": -90, "height": height + 60})]
+    return figure.carry(means, fit=None if styling.on_paper(style) else picture.fit(steep))
 
 
 def training_history(
@@ -207,7 +209,11 @@ def training_history(
         yaxis2={"title": {"text": "mean of the mask"}, "range": [0, 1], "anchor": "x2", **styling.AXIS},
         legend=styling.LEGEND_ABOVE,
     )
-    return figure.carry(pd.concat(parts, ignore_index=True))
+    beside = {"xaxis.domain": [0, 0.46], "xaxis2.domain": [0.56, 1], "yaxis.domain": [0, 1], "yaxis2.domain": [0, 1]}
+    below = {"xaxis.domain": [0, 1], "xaxis2.domain": [0, 1], "yaxis.domain": [0.6, 1], "yaxis2.domain": [0, 0.4]}
+    arrangements = [(700, beside | {"height": height}), (0, below | {"height": 2 * height - 140})]
+    fit = None if styling.on_paper(style) else picture.fit(arrangements)
+    return figure.carry(pd.concat(parts, ignore_index=True), fit=fit)
 
 
 def size_sensitivity(
@@ -289,7 +295,7 @@ def size_sensitivity(
         yaxis={"title": {"text": styling.text(value)}, **styling.AXIS},
         legend=styling.LEGEND_ABOVE,
     )
-    return figure.carry(totals)
+    return figure.carry(totals, fit=None if styling.on_paper(style) else picture.fit())
 
 
 def score_scatter(
@@ -366,12 +372,11 @@ def score_scatter(
         text=f"r {agreement.pearson:.2f}, ρ {agreement.spearman:.2f}, equal signs {agreement.sign_agreement:.0%}",
         xref="paper",
         yref="paper",
-        x=0.01,
-        y=0.99,
+        x=0,
+        y=1,
         xanchor="left",
-        yanchor="top",
+        yanchor="bottom",
         showarrow=False,
-        bgcolor="rgba(255,255,255,0.8)",
     )
     figure.update_layout(
         xaxis={"title": {"text": styling.text(first_name)}, **styling.AXIS},
@@ -379,7 +384,7 @@ def score_scatter(
         coloraxis={"colorscale": "Viridis", "colorbar": {"title": {"text": "layer"}, "thickness": 12, "len": 0.7}},
         legend=styling.LEGEND_ABOVE,
     )
-    return figure.carry(table)
+    return figure.carry(table, fit=None if styling.on_paper(style) else picture.fit(captions=20))
 
 
 def _called(scores: NodeScores, otherwise: str) -> str:

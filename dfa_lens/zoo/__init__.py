@@ -35,7 +35,7 @@ def names(which: Which = "paper") -> tuple[str, ...]:
     >>> dfa.zoo.names()
     ('llama3-tiny-source', 'llama3-tiny-target', 'qwen2.5-tiny-source', 'qwen2.5-tiny-target')
     >>> dfa.zoo.names("more")
-    ('llama3-more-source', 'llama3-more-target')
+    ('llama3-more-source', 'llama3-more-target', 'qwen2.5-more-source', 'qwen2.5-more-target')
     """
     if which not in get_args(Which):
         raise unknown("set of models", which, get_args(Which), ModelError)

@@ -93,8 +93,10 @@ SPECS: dict[str, ZooModel] = {
         ZooModel("llama3-tiny-target", "llama3", 10, 10, 5, d_model=160, d_head=16, d_mlp=224, seed=2, steps=8000),
         ZooModel("qwen2.5-tiny-source", "qwen2.5", 7, 7, 1, d_model=112, d_head=16, d_mlp=256, seed=3, steps=10000),
         ZooModel("qwen2.5-tiny-target", "qwen2.5", 11, 9, 3, d_model=144, d_head=16, d_mlp=240, seed=4, steps=8000),
-        ZooModel("llama3-more-source", "llama3", 6, 8, 2, 96, d_head=12, d_mlp=96, seed=5, steps=2000, tasks="more"),
-        ZooModel("llama3-more-target", "llama3", 8, 9, 3, 108, d_head=12, d_mlp=108, seed=6, steps=2000, tasks="more"),
+        ZooModel("llama3-more-source", "llama3", 6, 8, 2, 96, 12, d_mlp=96, seed=5, steps=14000, tasks="more"),
+        ZooModel("llama3-more-target", "llama3", 8, 9, 3, 108, 12, d_mlp=108, seed=6, steps=13000, tasks="more"),
+        ZooModel("qwen2.5-more-source", "qwen2.5", 6, 7, 1, 112, 16, d_mlp=128, seed=7, steps=14000, tasks="more"),
+        ZooModel("qwen2.5-more-target", "qwen2.5", 9, 8, 2, 128, 16, d_mlp=144, seed=8, steps=13000, tasks="more"),
     )
 }
 
@@ -151,10 +153,8 @@ RECIPES: dict[Tasks, Recipe] = {
             "induction": 2.0,
             "agreement": 0.4,
         },
-        lessons=6.0,
-        batch_size=64,
-        learning_rate=3e-3,
-        warmup_steps=200,
-        pairs_per_task=8_000,
+        lessons=1.5,
+        learning_rate=2e-3,
+        pairs_per_task=24_000,
     ),
 }

@@ -147,9 +147,10 @@ class AnswerTrainer(Trainer):
         losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1), next_tokens.flatten(), reduction="none")
         losses = losses.view(next_tokens.shape)  # flat first: the classes lie side by side, which is faster
         position = torch.arange(losses.shape[1], device=losses.device)
-        answer = position == lengths[:, None] - 2
-        other = position < lengths[:, None] - 2
-        loss = losses[answer].mean() + self.other_weight * losses[other].mean()
+        answer = (position == lengths[:, None] - 2).to(losses.dtype)
+        other = (position < lengths[:, None] - 2).to(losses.dtype)
+        # Weights instead of a selection, whose size a GPU would have to report before the next kernel starts.
+        loss = (losses * (answer / answer.sum() + self.other_weight * other / other.sum())).sum()
         return (loss, logits) if return_outputs else loss
 
 
@@ -227,7 +228,15 @@ with `python -m dfa_lens.zoo.train {which.name}`.
 """
 
 
-def train(name: str, *, out: Path, work: Path, recipe: Recipe | None = None, device: str | None = None) -> Path:
+def train(
+    name: str,
+    *,
+    out: Path,
+    work: Path,
+    recipe: Recipe | None = None,
+    device: str | None = None,
+    compiled: bool = False,
+) -> Path:
     """Train the shipped model ``name`` and save it under ``out``.
 
     Parameters
@@ -242,6 +251,9 @@ def train(name: str, *, out: Path, work: Path, recipe: Recipe | None = None, dev
         Steps, batch size and the rest; default: the recipe of the shipped models.
     device:
         "cpu" to stay off an available GPU.
+    compiled:
+        Compile the model and replay its steps as CUDA graphs: on a GPU most of a step of so small a model is the
+        launching of kernels.
     """
     which = spec(name)
     recipe = recipe or which.recipe
@@ -269,6 +281,9 @@ def train(name: str, *, out: Path, work: Path, recipe: Recipe | None = None, dev
             report_to="none",
             use_cpu=device == "cpu",
             remove_unused_columns=False,
+            dataloader_drop_last=True,  # one shape, compiled once
+            torch_compile=compiled,
+            torch_compile_mode="reduce-overhead" if compiled else None,
         ),
     )
     trainer.other_weight = recipe.language_modelling_weight
@@ -317,12 +332,13 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--batch-size", type=int, default=None)
     parser.add_argument("--pairs-per-task", type=int, default=None)
     parser.add_argument("--device", choices=["cpu", "cuda"], default=None)
+    parser.add_argument("--compile", action="store_true", help="compile the model: many times faster steps on a GPU")
     given = parser.parse_args(argv)
     wanted = {"steps": given.steps, "batch_size": given.batch_size, "pairs_per_task": given.pairs_per_task}
     changes = {option: value for option, value in wanted.items() if value is not None}
     for name in SPECS if "all" in given.names else given.names:
         recipe = dataclasses.replace(spec(name).recipe, **changes)
-        folder = train(name, out=given.out, work=given.work, recipe=recipe, device=given.device)
+        folder = train(name, out=given.out, work=given.work, recipe=recipe, device=given.device, compiled=given.compile)
         print(f"{folder}\n{(folder / 'accuracy.json').read_text()}")
 
 

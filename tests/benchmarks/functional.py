@@ -25,8 +25,8 @@ from dfa_lens.transfer.measure import GROUP_MEASURES, MEASURES
 ROOT = Path(__file__).parents[2]
 #: The shipped pairs, six tasks or twelve others each, and one of two families of models.
 PAIRS = {**dfa.zoo.pairs("all"), "llama3 to qwen2.5": ("llama3-tiny-source", "qwen2.5-tiny-target")}
-#: A pair and one that knows other tasks, whose source can teach, too: of the same family of models or not.
-ALSO = {"llama3": "llama3-more", "qwen2.5": "llama3-more", "llama3-more": "llama3"}
+#: A pair and one of the same family of models that knows other tasks, whose source can teach, too.
+ALSO = {"llama3": "llama3-more", "qwen2.5": "qwen2.5-more", "llama3-more": "llama3", "qwen2.5-more": "qwen2.5"}
 #: Those that a pair of two families needs: the others know no source.
 ACROSS = ("functional", "functional, own scores", "functional, own scores alone")
 SINGLE = (*MEASURES, *GROUP_MEASURES)

@@ -6,6 +6,7 @@
     python tests/benchmarks/speed.py --edges                   edges beside nodes of the same passes
     python tests/benchmarks/speed.py --variants                bfloat16 autocast and torch.compile
     python tests/benchmarks/speed.py --overhead                what a pass costs beside its tokens
+    python tests/benchmarks/speed.py --model 1b 3b 8b --device cuda --dtype bfloat16 --batch 2x32 32x64
 
 One FE (forward-equivalent) is the time of a plain forward pass, ``model(tokens)`` without gradients and with all
 logits, on the same batch in the same process. Times are CPU time on one thread (seconds on the clock on a GPU), the
@@ -35,7 +36,17 @@ from dfa_lens.models.runner import Runner
 
 SMALL = {"n_layers": 12, "d_model": 512, "n_heads": 8, "n_key_value_heads": 4, "d_mlp": 1408, "d_vocab": 8192}
 WIDE = {"n_layers": 4, "d_model": 2048, "n_heads": 32, "n_key_value_heads": 8, "d_mlp": 8192, "d_vocab": 128256}
-SHAPES = {"small": SMALL, "wide": WIDE}
+#: Llama-3.2-1B, Llama-3.2-3B and Llama-3.1-8B, with random weights.
+LLAMA = {
+    name: {"n_layers": layers, "d_model": d_model, "n_heads": heads, "n_key_value_heads": 8, "d_mlp": d_mlp}
+    | {"d_vocab": 128256}
+    for name, layers, d_model, heads, d_mlp in (
+        ("1b", 16, 2048, 32, 8192),
+        ("3b", 28, 3072, 24, 8192),
+        ("8b", 32, 4096, 32, 14336),
+    )
+}
+SHAPES = {"small": SMALL, "wide": WIDE, **LLAMA}
 
 
 def build(device: str = "cpu", dtype: torch.dtype = torch.float32, **sizes: int) -> Any:
@@ -58,7 +69,8 @@ def build(device: str = "cpu", dtype: torch.dtype = torch.float32, **sizes: int)
         initializer_range=0.02,
     )
     state = torch.get_rng_state()
-    model = HookedTransformer(config, move_to_device=False).to(device).eval()
+    with torch.device(device):  # weights of this size are drawn where they are needed
+        model = HookedTransformer(config, move_to_device=False).to(device).eval()
     torch.set_rng_state(state)
     return model
 
@@ -188,6 +200,16 @@ class Bench:
             "fit, a step": (b, fit(b, 12), fit(b, 2), 10),
         }
 
+    def busy(self, work: Callable[[], Any]) -> float:
+        """The part of the time in which the GPU computes; the rest waits for the next kernel to be launched."""
+        from torch.profiler import ProfilerActivity, profile
+
+        alone = self.seconds(work)  # being watched takes time of its own
+        with profile(activities=[ProfilerActivity.CUDA]) as watched:
+            work()
+            torch.cuda.synchronize()
+        return sum(each.self_device_time_total for each in watched.key_averages()) / 1e6 / alone
+
     def measure(self, name: str, entry: Any, *, bytes_too: bool = True) -> dict[str, Any]:
         pairs, work, warm, units = entry
         plain = self.forward(pairs)
@@ -199,6 +221,10 @@ class Bench:
         if bytes_too:
             peak, caches, graph = self.peak(work), self.caches(pairs), self.graph(pairs)
             row |= {"peak": peak, "caches": caches, "graph": graph, "memory": peak / (caches + graph)}
+        if self.device.type == "cuda":
+            many = name == "exact"  # hundreds of thousands of kernels, all alike
+            row |= {"busy": float("nan") if many else self.busy(work)}
+            row |= {"plain_busy": self.busy(plain), "plain": self.seconds(plain)}
         print(_line(row), flush=True)
         return row
 
@@ -207,6 +233,8 @@ def _line(row: dict[str, Any]) -> str:
     cells = [row["operation"], row["batch"], f"{row['seconds']:.3f} s", f"{row['fe']:.2f}"]
     if "peak" in row:
         cells += [f"{row['peak'] / 2**20:.1f} MiB", f"{row['memory']:.2f}"]
+    if "busy" in row:
+        cells += [f"{row['plain']:.4f} s", f"{row['busy']:.0%}", f"{row['plain_busy']:.0%}"]
     return "| " + " | ".join(cells) + " |"
 
 
@@ -217,13 +245,17 @@ def wanted(operation: str, options: argparse.Namespace) -> bool:
 def operations(options: argparse.Namespace) -> list[dict[str, Any]]:
     """The table of all operations."""
     rows = []
+    head = ["operation", "batch", "time", "FE", "peak", "of caches + graph"]
+    head += ["plain", "GPU busy", "plain: busy"] if options.device == "cuda" else []
     for name in options.model:
         bench = Bench(build(options.device, options.dtype, **SHAPES[name]), options.repeats)
         print(f"\n{name}: {SHAPES[name]}\n")
-        print("| operation | batch | time | FE | peak | of caches + graph |\n" + "| --- " * 6 + "|")
-        for operation, entry in bench.operations().items():
-            if wanted(operation, options):
-                rows.append({"model": name, **bench.measure(operation, entry)})
+        print(f"| {' | '.join(head)} |\n" + "| --- " * len(head) + "|")
+        for batch in options.batch or [None]:
+            for operation, entry in bench.operations(one_batch=batch).items():
+                if wanted(operation, options):
+                    rows.append({"model": name, **bench.measure(operation, entry)})
+        del bench
     return rows
 
 
@@ -435,6 +467,12 @@ def main() -> None:
     parser.add_argument("--model", nargs="*", default=["small", "wide"], choices=list(SHAPES))
     parser.add_argument("--only", nargs="*", help="nap, nap-ig-inputs, nap-ig-activations, exact, curve, fit")
     parser.add_argument("--shared", nargs="*", type=int, default=[0, 16, 32, 40], help="of 48 tokens, for --prefix")
+    parser.add_argument(
+        "--batch",
+        nargs="*",
+        type=lambda text: tuple(int(n) for n in text.split("x")),
+        help="pairs x tokens for every operation, 32x64; default: small ones of their own",
+    )
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", type=lambda name: getattr(torch, name), default=torch.float32)

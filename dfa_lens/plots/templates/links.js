@@ -1,14 +1,14 @@
 // What a click on a node does in an HTML file: it looks the answer up (see Clicks in links.py) and draws it.
 function (graph, {rectangles, answers, note}) {
-  const notes = graph.layout.annotations || [];
   let shown = null;
   const show = key => {
     const answer = answers[graph.layout.meta || 0][key];
     shown = answer && key !== shown ? key : null;
     const [text, outlines] = shown ? answer : ['', []];
+    const notes = (graph.layout.annotations || []).filter(each => each.name !== note.name);
     Plotly.relayout(graph, {
       shapes: outlines.map(([cell, color, width]) => ({...rectangles[cell], line: {color, width}})),
-      annotations: shown ? [...notes, {...note, text}] : notes,
+      annotations: shown ? [...notes, {...note, text, width: Math.min(900, graph.clientWidth - 70)}] : notes,
     });
   };
   graph.on('plotly_click', ({points: [point]}) =>
