@@ -98,8 +98,8 @@ def attribute(
     nodes:
         Which nodes; default: all attention heads and MLP blocks.
     metric:
-        A name of :data:`~dfa_lens.data.metrics.METRICS`, or a function of (logits [batch, vocab], pairs) that returns
-        [batch].
+        A name of :data:`~dfa_lens.data.metrics.METRICS`, a :class:`~dfa_lens.data.metrics.Metric`, or a function of
+        (logits [batch, vocab], pairs) that returns [batch].
     batch_size:
         Examples a pass; integration steps and ablated nodes share a pass where there is room in it. "auto" takes what
         fits into free memory, and half of that after an out-of-memory error. Changes memory and time, never the
@@ -137,7 +137,8 @@ def attribute(
     Raises
     ------
     DfaError
-        If a name is misspelt, ``steps`` is below 1, or the metric is not finite; or with ``direction="denoising"``, if
+        If a name is misspelt, ``steps`` is below 1, the metric is not finite, or has no gradient and the
+        method takes some; or with ``direction="denoising"``, if
         the ablation is another than the corrupt run, or the metric looks at the clean run.
     PromptError, NodeError, HookError
         If pairs or nodes do not fit the model.
@@ -166,6 +167,8 @@ def attribute(
             if method == "nap-ig-activations"
             else "mlp_gradient says which gradient to take; 'exact' takes none."
         )
+    if own.differentiates:
+        metrics.require_gradient(metric, method)
     instead = ablations.resolve(ablation)
     if direction not in get_args(Direction):
         raise unknown("direction", direction, get_args(Direction))

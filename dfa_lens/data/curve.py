@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -15,7 +15,7 @@ from dfa_lens.data.circuit import Circuit
 from dfa_lens.data.content import ByContent
 from dfa_lens.data.scores import NodeScores, Ranking
 from dfa_lens.data.statistics import UNDEFINED, Interval, enough, resampled
-from dfa_lens.errors import FaithfulnessError
+from dfa_lens.errors import FaithfulnessError, unknown
 
 Protocol = Literal["nodes", "mib"]
 """What is ranked, and at which sizes.
@@ -27,6 +27,9 @@ Protocol = Literal["nodes", "mib"]
   the rest), and the sizes are ten fixed fractions. While ``input`` is outside the circuit no clean information enters
   and f = 0. Scores without an ``input`` (all transferred ones) give it 0.
 """
+
+Curve = Literal["faithfulness", "distance", "metric"]
+Axis = Literal["linear", "log"]
 
 Direction = Literal["denoising", "noising"]
 """What is broken and what runs.
@@ -150,6 +153,47 @@ class FaithfulnessCurve(ByContent):
     def mean_kl(self) -> float:
         """Area under the KL to the clean answer distribution: lower is better."""
         return area(self.fractions, self.kl)
+
+    def area(self, of: Curve = "faithfulness", *, axis: Axis = "linear", normalised: bool = False) -> float:
+        """The area under the curve by trapezoids, in other ways than CPR and CMD take it.
+
+        Parameters
+        ----------
+        of:
+            "faithfulness" is what CPR is of, "distance" (``|1 - f|``) what CMD is of; "metric" is the mean metric of
+            the circuits itself, in its own units, not divided by the gap between clean and corrupt.
+        axis:
+            "linear" in the kept fraction, or "log": over its natural logarithm, as MIB's released code has it with
+            ``log_scale=True``, which gives small circuits most of the weight. Size 0 has no logarithm and is left out.
+        normalised:
+            Divide by the length of the axis: the mean height, which areas on different grids have in common.
+
+        Raises
+        ------
+        FaithfulnessError
+            If a name is unknown, or a logarithmic axis has fewer than two sizes above 0.
+
+        Examples
+        --------
+        >>> import dfa_lens as dfa
+        >>> model = dfa.zoo.load("llama3-tiny-source")
+        >>> pairs = dfa.tasks.load("ioi", model.tokenizer, n=8)
+        >>> curve = dfa.faithfulness_curve(model, pairs, dfa.attribute(model, pairs, method="nap"), sizes=[0, 27, 54])
+        >>> curve.area() == curve.cpr, curve.area("distance") == curve.cmd
+        (True, True)
+        """
+        for name, given, known in (("of", of, Curve), ("axis", axis, Axis)):
+            if given not in get_args(known):
+                raise unknown(name, given, get_args(known), FaithfulnessError)
+        f = self.faithfulness
+        values = {"faithfulness": f, "distance": np.abs(1 - f), "metric": self.per_example.mean(1)}[of]
+        places = self.fractions
+        if axis == "log":
+            values, places = values[places > 0], np.log(places[places > 0])
+            if len(places) < 2:
+                raise FaithfulnessError("A logarithmic axis needs at least two sizes above 0.")
+        found = area(places, values)
+        return found / float(places[-1] - places[0]) if normalised else found
 
     @property
     def empty_faithfulness(self) -> float:
