@@ -20,6 +20,7 @@ from .data.nodes import Node as Node
 from .data.nodes import NodeSet as NodeSet
 from .data.pairs import PromptPairs as PromptPairs
 from .data.scores import NodeScores as NodeScores
+from .data.spans import Schema as Schema
 from .errors import DfaError as DfaError
 from .estimate import Estimate as Estimate
 from .estimate import estimate as estimate

@@ -14,6 +14,7 @@ from torch import Tensor
 from dfa_lens.data.metrics import Metric
 from dfa_lens.data.nodes import NodeSet, Site
 from dfa_lens.data.pairs import PromptPairs
+from dfa_lens.errors import PromptError
 from dfa_lens.models.ablations import Reference
 from dfa_lens.models.hooks import Activations
 from dfa_lens.models.memory import Footprint, Need
@@ -159,7 +160,9 @@ class Batch(PairedRun):
         gradient of anything read at the last real token is exactly zero there.
         """
         product = delta.float() * summed(gradient.float(), len(delta))
-        if site.axis is None:
+        if site.spans:
+            part = self._over_spans(site, product)
+        elif site.axis is None:
             part = product.sum(dtype=torch.float64)[None]
         else:
             others = [axis for axis in range(product.ndim) if axis != site.axis]
@@ -168,6 +171,19 @@ class Batch(PairedRun):
                 part = torch.nn.functional.pad(part, (0, (site.size or 0) - len(part)))
             part = part[list(site.slices)]
         totals[list(site.positions)] += part.cpu()
+
+    def _over_spans(self, site: Site, product: Tensor) -> Float[Tensor, " node"]:
+        """Σ over the tokens of each node's span, and over width."""
+        spans = self.spans()
+        if spans is None:
+            raise PromptError("Nodes at spans need prompt pairs that know theirs: apply a dfa.Schema to them.")
+        others = [axis for axis in range(2, product.ndim) if axis != site.axis]
+        each = product.sum(others, dtype=torch.float64) if others else product.double()
+        each = each.flatten(0, 1).reshape(spans.labels.numel(), -1)  # [token, slice]
+        sums = each.new_zeros(len(spans.names) + 1, each.shape[1])
+        labels = torch.where(spans.labels < 0, len(spans.names), spans.labels)
+        sums.index_add_(0, labels.flatten().to(each.device), each)
+        return sums[[spans.number(name) for name in site.spans], list(site.slices)]
 
     def done(self, times: int = 1) -> None:
         """Say that every example has gone through so many more units of work."""

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from dfa_lens.data import selection, tokenization
 from dfa_lens.data.content import ByContent
+from dfa_lens.data.spans import Spans
 from dfa_lens.errors import PromptError, PromptIndexError, short, unknown
 
 LengthPolicy = Literal["drop", "error", "pad-left-aligned"]
@@ -98,6 +99,8 @@ class PromptPairs(ByContent):
     corrupt_lengths: Int[Tensor, " pair"] = None  # type: ignore[assignment]
     choices: Int[Tensor, "pair choice"] | None = None
     corrupt_choices: Int[Tensor, "pair corrupt_choice"] | None = None
+    #: which span every token is in, see :class:`~dfa_lens.data.spans.Schema`
+    spans: Spans | None = None
 
     def __post_init__(self) -> None:
         for name in COLUMNS:
@@ -162,6 +165,15 @@ class PromptPairs(ByContent):
             if name == "choices" and not (chosen == right[:, None]).any(1).all():
                 first = int((~(chosen == right[:, None]).any(1)).nonzero()[0])
                 raise PromptError(f"The answer of pair {first} is not among its choices.")
+        if self.spans is not None and self.spans.labels.shape != self.clean.shape:
+            raise PromptError(
+                f"The spans are of tokens {list(self.spans.labels.shape)}, and the prompts have "
+                f"{list(self.clean.shape)}: [pair, pos] of both must be equal."
+            )
+
+    def _content(self) -> tuple[Any, ...]:
+        # without spans, pairs go by the same fingerprint as before there were any
+        return super()._content()[: None if self.spans is not None else -1]
 
     @property
     def longest(self) -> Int[Tensor, " pair"]:
@@ -403,6 +415,7 @@ class PromptPairs(ByContent):
             wrong=torch.cat([part.wrong for part in parts]),
             lengths=torch.cat([part.lengths for part in parts]),
             corrupt_lengths=torch.cat([part.corrupt_lengths for part in parts]),
+            spans=_all_spans(parts, width),
             choices=_stacked([part.choices for part in parts]),
             corrupt_choices=_stacked([part.corrupt_choices for part in parts]),
             dropped=dict(sum((Counter(part.dropped) for part in parts), Counter())),
@@ -436,6 +449,7 @@ class PromptPairs(ByContent):
             wrong=self.wrong[index],
             lengths=self.lengths[index],
             corrupt_lengths=self.corrupt_lengths[index],
+            spans=None if self.spans is None else self.spans.take(index, width),
             choices=None if self.choices is None else self.choices[index],
             corrupt_choices=None if self.corrupt_choices is None else self.corrupt_choices[index],
         )
@@ -498,6 +512,8 @@ class PromptPairs(ByContent):
         made = self.from_tokens(
             clean, corrupt, answer, wrong, different_lengths="pad-left-aligned", tokenizer=self.tokenizer
         )
+        if self.spans is not None:  # what is behind the prompt is in none
+            made = replace(made, spans=self.spans.take(torch.tensor(of), made.clean.shape[1]))
         return made, torch.tensor(of)
 
     def with_random_answers(self, seed: int = 0) -> PromptPairs:
@@ -597,6 +613,16 @@ class PromptPairs(ByContent):
         low, high = int(self.lengths.min()), int(self.lengths.max())
         tokens = f"{high} tokens" if low == high else f"{low} to {high} tokens"
         return f"PromptPairs({len(self)} pair{'s' * (len(self) != 1)}, {tokens})"
+
+
+def _all_spans(parts: Sequence[PromptPairs], width: int) -> Spans | None:
+    """The spans of all parts, where they have the same; none where none have."""
+    given = [part.spans for part in parts if part.spans is not None]
+    if not given:
+        return None
+    if len(given) < len(parts) or any(each.names != given[0].names for each in given):
+        raise PromptError("Some of the pairs have other spans than the others: apply one schema to all.")
+    return Spans(given[0].names, torch.cat([each.take(torch.arange(len(each.labels)), width).labels for each in given]))
 
 
 def _first_tokens(tokenizer: Any, name: str, offered: Mapping[int, Any]) -> Int[Tensor, "pair choice"]:

@@ -339,6 +339,7 @@ def _continued(pairs: PromptPairs, token: Int[Tensor, " pair"]) -> PromptPairs:
         corrupt=longer(pairs.corrupt, pairs.corrupt_lengths),
         lengths=pairs.lengths + 1,
         corrupt_lengths=pairs.corrupt_lengths + 1,
+        spans=None if pairs.spans is None else pairs.spans.take(rows, pairs.clean.shape[1] + 1),
     )
 
 

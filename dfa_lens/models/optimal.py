@@ -28,7 +28,7 @@ def train(
     spreads: Mapping[str, float],
     settings: Optimal,
 ) -> dict[str, Tensor]:
-    """Hook point → the trained constants [*width], of the nodes' points.
+    """Hook point → the trained constants, of the shape of what they start from; of the nodes' points.
 
     Parameters
     ----------

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dfa_lens.data.nodes import INPUT_POINT, NodeSet
 from dfa_lens.data.pairs import PromptPairs
+from dfa_lens.data.spans import Spans
 from dfa_lens.models import hooks
 from dfa_lens.models.ablations import Reference
 from dfa_lens.models.backend import HookFunction
@@ -85,6 +86,11 @@ class PairedRun:
     def first(self) -> int:
         """How many tokens at the beginning are not run again."""
         return 0 if self.prefix is None else self.prefix.length
+
+    def spans(self, times: int = 1) -> Spans | None:
+        """Which span every token that is run is in, of the batch repeated so often; None where the pairs have none."""
+        own = self.pairs.spans
+        return None if own is None else Spans(own.names, tile(own.labels[:, self.first :], times))
 
     def run(
         self,
@@ -163,7 +169,7 @@ class PairedRun:
         if INPUT_POINT not in points:
             taps.append((INPUT_POINT, lambda now: found[INPUT_POINT].to(now.device)))
         if own is not None:
-            taps += hooks.gate_hooks(own, torch.zeros(len(own), dtype=torch.float32), corrupt=found)
+            taps += hooks.gate_hooks(own, torch.zeros(len(own), dtype=torch.float32), corrupt=found, spans=self.spans())
         with torch.no_grad():
             logits = self.run(taps)
         return {point: found[point] for point in (*points, *([also] if also else []))}, logits
@@ -198,7 +204,8 @@ class PairedRun:
             None if each is None else {point: tile(each[point], times) for point in nodes.points if point in each}
             for each in (clean, corrupt)
         ]
-        gates = hooks.gate_hooks(nodes, masks, clean=others[0], corrupt=others[1], intervention=intervention)
+        how: Any = {"clean": others[0], "corrupt": others[1], "intervention": intervention}
+        gates = hooks.gate_hooks(nodes, masks, **how, spans=self.spans(times))
         # the streams first, as they are before a gate at the same hook point
         taps = [*stream_hooks(self.streams, streams), *gates]
         return self.run(taps, corrupt=intervention == "restore", times=times, layer=layer)
