@@ -51,6 +51,45 @@ def test_the_command_line_chain(tmp_path, monkeypatch):
     assert (tmp_path / "curve.csv").read_text().startswith("fraction,size,faithfulness,kl")
 
 
+def test_a_report_of_own_results(tmp_path, monkeypatch):
+    """Tasks, gold and curves from files; what does not belong together is refused in one line."""
+    monkeypatch.chdir(tmp_path)
+    nodes, more = dfa.NodeSet.for_sizes(2, 3), dfa.NodeSet.for_sizes(4, 5)
+    w = dfa.controls.random_w(nodes, more)
+    w.save("w.safetensors")
+    for seed, task in enumerate(("one", "two")):
+        scores = dfa.controls.random_scores(nodes, seed=seed)
+        scores.save(f"{task}-s.safetensors")
+        w.transfer(scores).save(f"{task}-t.safetensors")
+        dfa.controls.random_scores(more, seed=seed).save(f"{task}-g.safetensors")
+    (tmp_path / "curve.csv").write_text("fraction,size,faithfulness,kl\n0,0,0,1\n.5,12,.95,.1\n1,24,1,0\n")
+    both = "--source one=one-s.safetensors --target one=one-t.safetensors"
+    both += " --source two=two-s.safetensors --target two=two-t.safetensors --alignment w.safetensors"
+    curves = "--gold two=two-g.safetensors --curve two=curve.csv --gold-curve two=curve.csv"
+    said = invoke(f"report {both} {curves} -o all.html")
+    assert "warning" not in said.stderr
+    page = (tmp_path / "all.html").read_text(encoding="utf-8")
+    assert page.count("<section") == 2
+    assert "transfer: CPR 0.725 (100% of gold&#39;s); smallest circuit with f ≥ 0.9: 12 of 24 nodes" in page
+    assert "nan" not in page.split('id="plotly"')[0].lower().replace("finance", "")
+    for arguments, message in (
+        (f"{both} --gold three=two-g.safetensors", "--gold is of the task 'three', of which there are no"),
+        ("--source one=one-s.safetensors --target two=two-t.safetensors", "the same tasks of both"),
+        (f"{both} --curve one=w.safetensors", "is no table of a curve"),
+        (f"{both} --study x", "either --study, or files of scores"),
+        ("--source a.safetensors --source b.safetensors --target c", "are given as TASK=FILE"),
+        (f"--study {tmp_path}", "is not a table of a study"),
+    ):
+        assert message in refused(f"report {arguments} -o x.html")
+    from dfa_lens.experiments.table import frame, row
+
+    rows = [row(family="f", seed=0, task="one", setting=name, cpr=cpr) for name, cpr in (("gold", 0.8), ("mine", 0.6))]
+    (tmp_path / "study").mkdir()
+    frame(rows).to_csv("study/table.csv", index=False)
+    invoke("report --study study -o study.html")
+    assert "mine: CPR 0.600, 75% of gold&#39;s 0.800." in (tmp_path / "study.html").read_text(encoding="utf-8")
+
+
 def test_measure_and_carry(tmp_path, monkeypatch):
     """What the library gives; a name that is no way or task is said before models are loaded."""
     monkeypatch.chdir(tmp_path)
@@ -89,8 +128,8 @@ def test_the_command_line_of_edges(tmp_path, monkeypatch):
     alignment = dfa.EdgeAlignment.load(tmp_path / "w.safetensors")
     assert dfa.EdgeScores.load(tmp_path / "carried.safetensors") == alignment.transfer(saved)
     page = (tmp_path / "edges.html").read_text()
-    assert ">ioi</h3>" in page
-    assert ">per-head</h3>" in page
+    assert "<h2>edges: ioi</h2>" in page
+    assert "<h2>edges: per-head</h2>" in page
 
 
 def test_the_command_line_says_what_edges_need(tmp_path, monkeypatch):
@@ -101,7 +140,7 @@ def test_the_command_line_says_what_edges_need(tmp_path, monkeypatch):
         (f"attribute --edges {model} --out x.json", "hold per-head readers"),
         (f"attribute --edges {model} --out x --method nap", "Unknown edge method 'nap'"),
         ("report --out x", "Give --source and --target, or --edges"),
-        ("report --out x --edges a=b --source c", "either --edges, or"),
+        ("report --out x --edges a=b --source c", "the same tasks of both"),
         (f"evaluate {model} --scores missing.safetensors", "missing.safetensors"),
         (f"evaluate {model} --scores missing.pt", "missing.pt"),
     ):
@@ -286,7 +325,7 @@ def test_links_stay_and_devices_are_refused(files, tmp_path):
         ("attribute --model llama3-tiny-source --task ioi -o x -n 1000000", "between 1 and 20,000, not 1,000,000"),
         ("attribute --model llama3-tiny-source --task ioi -o x -n 0", "between 1 and 20,000, not 0"),
         ("attribute --model llama3-tiny-source --task ioi -o x.xlsx", "Scores of nodes can't be written as .xlsx"),
-        ("attribute --model llama3-tiny-source --task ioi -o x.pt", "can't be written as .pt"),
+        ("attribute --model llama3-tiny-source --task ioi -o x.npz", "can't be written as .npz"),
         ("attribute --edges --nodes m* --model llama3-tiny-source --task ioi -o x", "of edges all are scored"),
         (
             "fit --target llama3-tiny-target --scores ioi=s.safetensors -o w.csv",
@@ -343,3 +382,51 @@ def test_a_pair_of_models_of_ones_own():
     assert shipped == "llama3" and own.name == "mine"
     assert own.source().cfg.n_layers == 6
     assert reading.model_pairs(None, None, "cpu", "float32") is None
+
+
+def test_threads_go_by_the_size_of_the_work(monkeypatch):
+    """One for small models; what the user has set stays, and so does a large model's, whatever is loaded after it."""
+    import os
+    from types import SimpleNamespace
+
+    import torch
+
+    from dfa_lens.cli import threads
+
+    def model(n, device="cpu"):
+        parameter = SimpleNamespace(numel=lambda: n, device=torch.device(device))
+        return SimpleNamespace(parameters=lambda: iter([parameter]))
+
+    chosen = []
+    monkeypatch.setattr(torch, "set_num_threads", chosen.append)
+    monkeypatch.setattr(threads, "LOADED", [])
+    for name in threads.THREADS:
+        monkeypatch.delenv(name, raising=False)
+    threads.for_model(model(1000, "cuda"))
+    assert chosen == []
+    threads.for_model(model(1000))
+    assert chosen == [1]
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    threads.for_model(model(1000))
+    threads.for_shipped()
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    threads.for_model(model(10**9))
+    threads.for_model(model(1000))
+    assert chosen == [1]
+    code = "import dfa_lens.cli, os; print(os.environ['OMP_WAIT_POLICY'])"
+    for given in ({}, {"OMP_WAIT_POLICY": "ACTIVE"}):
+        clean = {name: value for name, value in os.environ.items() if name not in threads.WAITING} | given
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=clean, check=True)
+        assert done.stdout.strip() == given.get("OMP_WAIT_POLICY", "PASSIVE")
+
+
+def test_bars_are_for_somebody_who_looks_on(monkeypatch):
+    from types import SimpleNamespace
+
+    from dfa_lens.cli import options
+
+    for terminal in (True, False):
+        monkeypatch.setattr(options, "sys", SimpleNamespace(stderr=SimpleNamespace(isatty=lambda: terminal)))
+        assert options.bars(quiet=False) == terminal
+        assert not options.bars(quiet=True)
+    assert "--quiet" in invoke("demo --help").output

@@ -23,6 +23,7 @@ class Nap(Method):
 
     name: ClassVar[str] = "nap"
     #: what is changed on the way back
+    checkpointing: ClassVar[bool] = True
     rules: ClassVar[Rules] = Rules()
 
     def passes(self, nodes: NodeSet, steps: int) -> tuple[int, int]:  # noqa: D102
@@ -114,6 +115,7 @@ class RelP(Nap):
     """
 
     name: ClassVar[str] = "relp"
+    checkpointing: ClassVar[bool] = False
     rules: ClassVar[Rules] = Rules(frozen_norms=True, attention="frozen", secant=True, halved_gates=True)
 
 
@@ -122,6 +124,7 @@ class AttnLrp(Nap):
     and its softmax keeps its own."""
 
     name: ClassVar[str] = "attnlrp"
+    checkpointing: ClassVar[bool] = False
     rules: ClassVar[Rules] = Rules(frozen_norms=True, attention="halved", secant=True, halved_gates=True)
 
 
@@ -130,6 +133,7 @@ class Gim(Nap):
     softened to temperature 2 on the way back, and the gradient of every product of two activations shared by them."""
 
     name: ClassVar[str] = "gim"
+    checkpointing: ClassVar[bool] = False
     rules: ClassVar[Rules] = Rules(frozen_norms=True, attention="halved", temperature=2.0, halved_gates=True)
 
 

@@ -109,6 +109,9 @@ class Method(ABC):
     differentiates: ClassVar[bool] = True
     #: whether it draws random numbers
     random: ClassVar[bool] = False
+    #: whether blocks may run once more on the way backward, where weights are offloaded: not under hooks that hand
+    #: things on to each other, nor with several gradients of one pass
+    checkpointing: ClassVar[bool] = False
 
     @abstractmethod
     def score(self, batch: Batch) -> Sums:

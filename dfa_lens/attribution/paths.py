@@ -21,6 +21,7 @@ class NapIgActivations(Method):
 
     name: ClassVar[str] = "nap-ig-activations"
     integrates: ClassVar[bool] = True
+    checkpointing: ClassVar[bool] = True
 
     def passes(self, nodes: NodeSet, steps: int) -> tuple[int, int]:  # noqa: D102
         whole = sum(len(site.positions) == (site.size or 1) for site in nodes.sites)

@@ -33,6 +33,7 @@ def demo(
     device: option.DeviceOption = "cpu",
     dtype: option.DtypeOption = "float32",
     batch_size: Annotated[int | None, typer.Option(help="Examples a pass, of attribution and curves.")] = None,
+    quiet: option.QuietOption = False,
     as_json: option.JsonOption = False,
 ) -> None:
     """Transfer circuits in the shipped models, or in yours; print a table and write a report."""
@@ -49,7 +50,7 @@ def demo(
         device=device,
         dtype=option.dtype_of(dtype),
         collection=collection,
-        progress=True,
+        progress=option.bars(quiet),
     )
     rows = results.table()
     write_atomically(out / "results.csv", rows.to_csv(index=False).encode())
@@ -88,6 +89,7 @@ def study(
     dtype: option.DtypeOption = "float32",
     batch_size: Annotated[int | None, typer.Option(help="Examples a pass, of attribution and curves.")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Fewer examples, steps and sizes.")] = False,
+    quiet: option.QuietOption = False,
     as_json: option.JsonOption = False,
 ) -> None:
     """Compare settings (regimes, controls, methods) over tasks, families and seeds; one tidy table.
@@ -124,7 +126,7 @@ def study(
             "dtype": option.dtype_of(dtype),
             "collection": collection,
         }
-    table, out = module.run(**run, progress=True), run["out"]
+    table, out = module.run(**run, progress=option.bars(quiet)), run["out"]
     write_atomically(out / "table.csv", table.to_csv(index=False).encode())
     say(
         f"{means(table).round(3).to_string()}\n(mean and std: over {over(table)})\n{out / 'table.csv'} written.",
@@ -133,16 +135,26 @@ def study(
     )
 
 
-@app.command(epilog="Example: dfa-lens paper --study nap=study-nap --study nap-ig-inputs=study --out tables")
+@app.command(epilog="Example: dfa-lens paper --write-configs configs --out tables")
 def paper(
     out: option.FolderOption,
-    study: Annotated[
-        list[str],
+    config: Annotated[
+        list[Path] | None,
         typer.Option(
-            help="A study's folder or table.csv; METHOD=PATH where it is of another attribution method than "
-            "nap-ig-inputs. May be given several times."
+            help="A config of a study, or a folder of them: the study is run, or gone on with, and its rows are taken."
         ),
-    ],
+    ] = None,
+    study: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A study that was run: its folder or table.csv; METHOD=PATH where it is of another attribution method "
+            "than nap-ig-inputs. May be given several times."
+        ),
+    ] = None,
+    write_configs: Annotated[
+        Path | None,
+        typer.Option(help="Write the configs of the published study to this folder (released and ours), and no more."),
+    ] = None,
     recipe: Annotated[
         str | None, typer.Option(help="How W was trained, where the study has several ways: the column method.")
     ] = None,
@@ -156,10 +168,15 @@ def paper(
 
     CSV, TeX and HTML for each table, and one page with all.
     """
+    from dfa_lens.experiments import paper_configs
     from dfa_lens.experiments import published as numbers
     from dfa_lens.plots import paper as write_paper
 
-    rows = reading.studies(study)
+    if write_configs is not None:
+        files = [str(path) for path in paper_configs.write(write_configs)]
+        say(f"{', '.join(files)} written.", {"configs": files}, as_json=as_json)
+        return
+    rows = reading.studies(study or (), reading.run_configs(config or ()))
     known = None if published is None else numbers.from_release(published)
     page = write_paper(rows, out, published=known, recipe=recipe)
     found = {kind: sorted(map(str, out.glob(f"{kind}-*.csv"))) for kind in ("table", "figure")}
@@ -184,6 +201,7 @@ def bench(
     seed: option.SeedOption = 0,
     workers: option.WorkersOption = 1,
     device: option.DeviceOption = "cpu",
+    quiet: option.QuietOption = False,
     as_json: option.JsonOption = False,
 ) -> None:
     """The leaderboard: attribution methods on the shipped models and tasks, by quality and by cost.
@@ -202,7 +220,7 @@ def bench(
         seed=seed,
         workers=workers,
         device=device,
-        progress=True,
+        progress=option.bars(quiet),
     )
     write_atomically(out / "leaderboard.csv", table.round(5).to_csv(index=False).encode())
     shown = ["cpr", "cmd", "cpr_absolute", "cmd_absolute", "pearson", "spearman", "forward", "backward", "seconds", "n"]

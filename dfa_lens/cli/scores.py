@@ -28,8 +28,8 @@ def save_scores(scores: Any, out: Path, suffix: str, as_json: bool) -> None:
 
 def suffix_of_scores(out: Path, edges: bool) -> str:
     """What scores will be written as, asked before the work."""
-    more = reading.MIB_SUFFIXES if edges else reading.MIB_SUFFIXES[:1]
-    return require_suffix(out, f"Scores of {'edges' if edges else 'nodes'}", (".safetensors", ".csv", *more))
+    what = f"Scores of {'edges' if edges else 'nodes'}"
+    return require_suffix(out, what, (".safetensors", ".csv", *reading.MIB_SUFFIXES))
 
 
 def say_scores(scores: Any, out: Path, as_json: bool) -> None:
@@ -78,7 +78,7 @@ def attribute(
 ) -> None:
     """Score every node of a model on a task, or every edge, and save the scores.
 
-    The file is ours (.safetensors), a table (.csv), or MIB's (.json; of edges also .pt, and with --readers per-head).
+    The file is ours (.safetensors), a table (.csv), or MIB's (.json or .pt; of edges with --readers per-head).
     """
     import dfa_lens as dfa
 
@@ -134,6 +134,7 @@ def fit(
     device: option.DeviceOption = "cpu",
     dtype: option.DtypeOption = "float32",
     batch_size: Annotated[int, typer.Option(help="Examples of each step.")] = 16,
+    quiet: option.QuietOption = False,
     as_json: option.JsonOption = False,
 ) -> None:
     """Learn an alignment from source scores to a target model, and save it; scores of edges give one of edges."""
@@ -155,7 +156,7 @@ def fit(
         else reading.pairs(model, task, None, split="train", examples=examples, seed=seed, collection=collection)
         for task in loaded
     }
-    learned = dfa.fit(model, loaded, prompts, recipe=recipe, progress=True)
+    learned = dfa.fit(model, loaded, prompts, recipe=recipe, progress=option.bars(quiet))
     with written(out, as_json) as path:
         learned.save(path)
     facts = {"out": str(out), "tasks": list(loaded), "last": learned.history[-1] if learned.history else {}}
@@ -212,6 +213,7 @@ def evaluate(
     dtype: option.DtypeOption = "float32",
     batch_size: option.BatchOption = "16",
     out: option.MaybeOutOption = None,
+    quiet: option.QuietOption = False,
     as_json: option.JsonOption = False,
 ) -> None:
     """Measure a circuit: its faithfulness curve, CPR and CMD, and the smallest circuit that is faithful."""
@@ -230,7 +232,7 @@ def evaluate(
         ranking=ranking,  # type: ignore[arg-type]
         selection=selection,  # type: ignore[arg-type]
         batch_size=option.batch_size_of(batch_size),
-        progress=True,
+        progress=option.bars(quiet),
     )
     if out is not None:
         with written(out, as_json) as path:

@@ -29,7 +29,7 @@ from dfa_lens.data.pairs import PromptPairs
 from dfa_lens.data.scores import NodeScores
 from dfa_lens.errors import DfaError, unknown
 from dfa_lens.evaluation.faithfulness import faithfulness_curve
-from dfa_lens.experiments.workers import each
+from dfa_lens.experiments.executors import each
 from dfa_lens.models.memory import Footprint
 from dfa_lens.models.runner import Runner
 from dfa_lens.transfer.controls import random_scores

@@ -20,6 +20,7 @@ from dfa_lens.errors import HookError
 from dfa_lens.models import kept, private
 from dfa_lens.models.backend.families import View, affine, take_apart
 from dfa_lens.models.backend.protocol import AddedPoint, FinalNorm, HuggingFaceBackend
+from dfa_lens.models.offload import brought
 
 
 @dataclass(frozen=True, eq=False)
@@ -311,21 +312,27 @@ class PlainBackend(HuggingFaceBackend):
         kind = type(norm).__name__
         eps = next((getattr(norm, name) for name in ("variance_epsilon", "eps") if hasattr(norm, name)), None)
         if kind == "LayerNorm":
-            return FinalNorm(norm.weight, norm.bias, float(norm.eps), True)
+            with brought(norm):
+                return FinalNorm(norm.weight.clone(), norm.bias.clone(), float(norm.eps), True)
         if "RMSNorm" not in kind or eps is None:
             raise TypeError(f"the norm is a {kind}")
         with torch.no_grad():
-            ones = norm(torch.ones(norm.weight.shape, dtype=torch.float32, device=norm.weight.device))
+            ones = norm(torch.ones(norm.weight.shape, dtype=torch.float32, device=self._place(norm.weight)))
         return FinalNorm(ones * (1 + float(eps)) ** 0.5, None, float(eps), False)
 
     def unembedding_columns(  # noqa: D102
         self, tokens: Int[Tensor, " row"]
     ) -> tuple[Float[Tensor, "row d_model"], Float[Tensor, " row"] | None]:
         module = self.model.parts.unembedding
-        if not module.weight.is_floating_point() or module.weight.device.type == "meta":
-            raise TypeError("the unembedding is quantised or offloaded")
-        own, bias = tokens.to(module.weight.device), getattr(module, "bias", None)
-        return module.weight[own], None if bias is None else bias[own]
+        if not module.weight.is_floating_point():
+            raise TypeError("the unembedding is quantised")
+        with brought(module):
+            own, bias = tokens.to(module.weight.device), getattr(module, "bias", None)
+            return module.weight[own].clone(), None if bias is None else bias[own].clone()
+
+    def _place(self, weight: Tensor) -> torch.device:
+        """Where a weight is, or is brought to."""
+        return self.device if weight.device.type == "meta" else weight.device
 
     def _with_cache(self, cache: Any) -> AbstractContextManager[dict[str, Any]]:
         return nullcontext({private.cache_argument(self.model.original_model): cache, "use_cache": True})
