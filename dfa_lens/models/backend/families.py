@@ -40,7 +40,7 @@ class View:
     whole: bool = False
 
     def take(self, whole: Float[Tensor, "*rows all"]) -> Float[Tensor, "..."]:
-        """The heads of a tensor, [*rows, head, d_head]."""
+        """The heads of a tensor, [rows, head, d_head]."""
         own = whole if self.part is None else whole[..., slice(*self.part)]
         if self.whole:
             return own
