@@ -25,6 +25,7 @@ from .estimate import Estimate as Estimate
 from .estimate import estimate as estimate
 from .evaluation import circuits as circuits
 from .evaluation import diagnostics as diagnostics
+from .evaluation import mib as mib
 from .evaluation.check import TaskCheck as TaskCheck
 from .evaluation.check import check as check
 from .evaluation.faithfulness import faithfulness_curve as faithfulness_curve

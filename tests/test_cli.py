@@ -325,7 +325,7 @@ def test_links_stay_and_devices_are_refused(files, tmp_path):
         ("attribute --model llama3-tiny-source --task ioi -o x -n 1000000", "between 1 and 20,000, not 1,000,000"),
         ("attribute --model llama3-tiny-source --task ioi -o x -n 0", "between 1 and 20,000, not 0"),
         ("attribute --model llama3-tiny-source --task ioi -o x.xlsx", "Scores of nodes can't be written as .xlsx"),
-        ("attribute --model llama3-tiny-source --task ioi -o x.pt", "can't be written as .pt"),
+        ("attribute --model llama3-tiny-source --task ioi -o x.npz", "can't be written as .npz"),
         ("attribute --edges --nodes m* --model llama3-tiny-source --task ioi -o x", "of edges all are scored"),
         (
             "fit --target llama3-tiny-target --scores ioi=s.safetensors -o w.csv",

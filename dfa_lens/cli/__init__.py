@@ -1,15 +1,15 @@
-"""The command line: ``dfa-lens demo | attribute | measure | carry | fit | transfer | evaluate | report | study`` and
-``doctor``.
+"""The command line: ``dfa-lens demo | attribute | measure | carry | fit | transfer | evaluate | report | study | mib``
+and ``doctor``.
 
 ``app`` is the application, ``options`` what commands share, ``reading`` and ``writing`` their files; the commands are
-in ``scores``, ``carrying``, ``experiments`` and ``look``.
+in ``scores``, ``carrying``, ``experiments``, ``look`` and ``submissions``.
 """
 
 from dfa_lens.cli import threads
 
 threads.before_torch()  # which the commands import
 
-from dfa_lens.cli import carrying, experiments, look, scores  # noqa: E402
+from dfa_lens.cli import carrying, experiments, look, scores, submissions  # noqa: E402
 from dfa_lens.cli.app import app, main  # noqa: E402
 
-__all__ = ["app", "carrying", "experiments", "look", "main", "scores"]
+__all__ = ["app", "carrying", "experiments", "look", "main", "scores", "submissions"]

@@ -9,10 +9,10 @@ from typing import Any
 
 from dfa_lens.cli import threads
 from dfa_lens.cli.options import dtype_of
-from dfa_lens.data.files import read_bytes, read_json
+from dfa_lens.data.files import read_bytes
 from dfa_lens.errors import DfaError, FileError, TaskError, short, unknown
 
-#: Of MIB's files: nodes or edges as JSON, edges as torch's.
+#: Of MIB's files: nodes or edges, as JSON or torch's.
 MIB_SUFFIXES = (".json", ".pt")
 
 
@@ -175,11 +175,8 @@ def scores(path: Path) -> Any:
     """
     import dfa_lens as dfa
 
-    if path.suffix == ".pt":
-        return dfa.EdgeScores.from_mib(path)
-    if path.suffix == ".json":
-        holds_edges = bool(read_json(path, "one of MIB's files").get("edges"))
-        return dfa.EdgeScores.from_mib(path) if holds_edges else dfa.NodeScores.from_mib(path)
+    if path.suffix in MIB_SUFFIXES:
+        return dfa.mib.scores(path)
     if path.suffix == ".csv":
         return _table(path)
     found = kind(path)

@@ -28,8 +28,8 @@ def save_scores(scores: Any, out: Path, suffix: str, as_json: bool) -> None:
 
 def suffix_of_scores(out: Path, edges: bool) -> str:
     """What scores will be written as, asked before the work."""
-    more = reading.MIB_SUFFIXES if edges else reading.MIB_SUFFIXES[:1]
-    return require_suffix(out, f"Scores of {'edges' if edges else 'nodes'}", (".safetensors", ".csv", *more))
+    what = f"Scores of {'edges' if edges else 'nodes'}"
+    return require_suffix(out, what, (".safetensors", ".csv", *reading.MIB_SUFFIXES))
 
 
 def say_scores(scores: Any, out: Path, as_json: bool) -> None:
@@ -78,7 +78,7 @@ def attribute(
 ) -> None:
     """Score every node of a model on a task, or every edge, and save the scores.
 
-    The file is ours (.safetensors), a table (.csv), or MIB's (.json; of edges also .pt, and with --readers per-head).
+    The file is ours (.safetensors), a table (.csv), or MIB's (.json or .pt; of edges with --readers per-head).
     """
     import dfa_lens as dfa
 

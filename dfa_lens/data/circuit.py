@@ -316,17 +316,51 @@ class Circuit(ByContent):
         """Write the table of :meth:`to_frame` as CSV, for spreadsheets."""
         write_atomically(path, self.to_frame().to_csv(index=False).encode())
 
-    def to_mib(self, path: str | Path) -> None:
-        """Write MIB's circuit-track JSON: ``in_graph`` says which nodes are in the circuit, and the score is 1 or 0.
+    def to_mib(self, path: str | Path, *, d_model: int | None = None) -> None:
+        """Write one of MIB's files (``.pt`` or JSON): ``in_graph`` says which nodes are in it, and the score is 1 or 0.
+
+        MIB runs a circuit by its edges, which only the ``.pt`` file has: all that a node in the circuit writes.
+
+        Parameters
+        ----------
+        d_model:
+            Of the model: EAP-IG's reader of JSON asks for it.
 
         Raises
         ------
         ScoreError
             If the universe is not every head and MLP block of a model (and the input, or not).
         """
-        mib_nodes.write(
-            path, self._universe, self.kept.float(), model=str(self._meta.get("model", "")), kept=self._names
-        )
+        model = str(self._meta.get("model", ""))
+        mib_nodes.write(path, self._universe, self.kept.float(), model=model, kept=self._names, d_model=d_model)
+
+    @classmethod
+    def from_mib(cls, path: str | Path, *, name: str | None = None) -> Circuit:
+        """The nodes that one of MIB's files (JSON or ``.pt``) says are in the circuit, whatever their scores.
+
+        Parameters
+        ----------
+        name:
+            What it is called; default: the file's name.
+
+        Raises
+        ------
+        FileError
+            If the file is not such a file.
+
+        Examples
+        --------
+        >>> import tempfile, dfa_lens as dfa
+        >>> circuit = dfa.Circuit(["input", "m0"], dfa.NodeSet.for_sizes(1, 2, with_input=True))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     circuit.to_mib(f"{folder}/found.pt")
+        ...     dfa.Circuit.from_mib(f"{folder}/found.pt")
+        Circuit('found': 2 of 4 nodes: input, m0)
+        """
+        graph = mib_nodes.read(path)
+        universe = NodeSet.for_sizes(graph.n_layers, graph.n_heads, with_input="input" in graph.in_graph)
+        inside = [node for node in universe.names if graph.in_graph[node]]
+        return cls(inside, universe, name=name or Path(path).stem, meta={"model": graph.model, "format": "mib"})
 
 
 def _name(text: str) -> str:

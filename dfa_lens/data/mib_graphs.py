@@ -2,7 +2,8 @@
 
 Both hold ``cfg`` (n_layers, n_heads, parallel_attn_mlp, d_model where known). JSON: ``nodes`` (name → in_graph,
 "logits" among them) and ``edges`` ("a0.h1->m2" → score, in_graph). ``.pt``: ``src_nodes`` and ``dst_nodes`` (names),
-``edges_scores`` and ``edges_in_graph`` [writer, reader], ``nodes_in_graph`` [writer].
+``edges_scores`` and ``edges_in_graph`` [writer, reader], ``nodes_in_graph`` [writer]. Graphs whose nodes are scored
+have ``score`` beside ``in_graph`` (JSON) or ``nodes_scores`` [writer] too: :mod:`~dfa_lens.data.mib_nodes` reads those.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Float
@@ -21,6 +22,9 @@ from torch import Tensor
 
 from dfa_lens.data.files import made_from, read_bytes, read_json, write_atomically
 from dfa_lens.errors import ScoreError, short
+
+Level = Literal["nodes", "edges", "neurons"]
+"""What a graph ranks."""
 
 WHAT = "an edge graph of MIB (cfg, nodes and edges)"
 
@@ -73,13 +77,54 @@ def write(path: str | Path, graph: Graph, writers: Sequence[str], readers: Seque
 def read(path: str | Path, frame: Frame) -> Graph:
     """Read a graph; a :class:`~dfa_lens.errors.FileError` for whatever can be wrong with the file."""
     if Path(path).suffix == ".pt":
-        data = _load_pt(path)
+        data = load_pt(path, WHAT)
         return made_from(path, WHAT, lambda: _from_pt(data, frame))
     content = read_json(path, WHAT)
     return made_from(path, WHAT, lambda: _from_json(content, frame))
 
 
-def _load_pt(path: str | Path) -> Any:
+def level(path: str | Path) -> Level:
+    """What one of MIB's files scores: the finest level that it has scores of; edges where it has no others.
+
+    Raises
+    ------
+    FileError
+        If it can't be read, or is no graph.
+    """
+    what = "one of MIB's graphs (with cfg)"
+    data = load_pt(path, what) if Path(path).suffix == ".pt" else read_json(path, what)
+
+    def find() -> Level:
+        if not isinstance(data, dict) or "cfg" not in data:
+            raise ScoreError("it has no cfg")
+        if Path(path).suffix == ".pt":
+            return "neurons" if "neurons_scores" in data else "nodes" if "nodes_scores" in data else "edges"
+        entries = data["nodes"].values() if isinstance(data.get("nodes"), dict) else ()
+        found = {key for entry in entries if isinstance(entry, dict) for key in entry}
+        if "neurons_scores" in found:
+            return "neurons"
+        return "nodes" if "score" in found or not data.get("edges") else "edges"
+
+    return made_from(path, what, find)
+
+
+def per_head(layers: int, heads: int) -> tuple[list[str], list[str], Bool[Tensor, "writer reader"]]:
+    """The frame of a graph as EAP-IG lays it out: writers, per-head readers, and which edges there are."""
+    writers, readers, before = ["input"], [], []
+    for layer in range(layers):
+        readers += [f"a{layer}.h{head}<{letter}>" for letter in "qkv" for head in range(heads)]
+        before += 3 * heads * [len(writers)]
+        writers += [f"a{layer}.h{head}" for head in range(heads)]
+        readers.append(f"m{layer}")
+        before.append(len(writers))
+        writers.append(f"m{layer}")
+    readers.append("logits")
+    before.append(len(writers))
+    return writers, readers, torch.arange(len(writers))[:, None] < torch.tensor(before)
+
+
+def load_pt(path: str | Path, what: str) -> Any:
+    """What a ``.pt`` file holds; no code of the file's is run."""
     raw = read_bytes(path)
 
     def load() -> Any:
@@ -88,7 +133,7 @@ def _load_pt(path: str | Path) -> Any:
         except Exception as error:  # torch.load raises whatever its formats' readers do
             raise ScoreError(f"torch can't load it as plain tensors ({type(error).__name__})") from error
 
-    return made_from(path, WHAT, load)
+    return made_from(path, what, load)
 
 
 def _from_json(data: Mapping[str, Any], frame: Frame) -> Graph:
@@ -121,7 +166,9 @@ def n_edges(layers: int, heads: int, kv_heads: int) -> int:
 def _from_pt(data: Any, frame: Frame) -> Graph:
     if not isinstance(data, dict):
         raise ScoreError(f"it holds a {type(data).__name__}, not a dictionary")
-    cfg, values, in_graph = data["cfg"], data["edges_scores"], data["edges_in_graph"]
+    cfg, in_graph = data["cfg"], data["edges_in_graph"]
+    # a circuit that is only in or out has no scores
+    values = data["edges_scores"] if "edges_scores" in data else in_graph.double()
     layers, heads = _sizes(cfg)
     if len(data["src_nodes"]) != 1 + layers * (heads + 1):
         raise ScoreError(f"it has {len(data['src_nodes'])} writers, for {layers} layers × {heads} heads")
@@ -163,6 +210,8 @@ def _sizes(cfg: Any) -> tuple[int, int]:
 
 def _score(name: str, entry: object) -> float:
     score = entry.get("score") if isinstance(entry, dict) else None
+    if isinstance(entry, dict) and "score" not in entry and isinstance(entry.get("in_graph"), bool):
+        score = float(entry["in_graph"])  # a circuit that is only in or out has no scores
     if not isinstance(score, (int, float)) or isinstance(score, bool):
         raise ScoreError(f"the score of edge {name!r} is {short(repr(score))}, not a number")
     if not math.isfinite(score):

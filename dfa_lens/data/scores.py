@@ -15,7 +15,7 @@ from torch import Tensor
 from dfa_lens.data import html, mib_nodes
 from dfa_lens.data.circuit import Circuit
 from dfa_lens.data.content import ByContent, float_copy, plain
-from dfa_lens.data.files import load_tensors, made_from, parse_json, read_json, save_tensors
+from dfa_lens.data.files import load_tensors, made_from, parse_json, save_tensors
 from dfa_lens.data.nodes import NodeSet
 from dfa_lens.errors import FileError, ScoreError, short, unknown
 
@@ -234,22 +234,29 @@ class NodeScores(ByContent):
 
     # --- MIB ---------------------------------------------------------------------------------------------------
 
-    def to_mib(self, path: str | Path) -> None:
-        """Write the scores as MIB's circuit-track JSON: ``cfg``, ``nodes`` (score, in_graph) and ``edges`` (none).
+    def to_mib(self, path: str | Path, *, d_model: int | None = None) -> None:
+        """Write the scores as one of MIB's files: as ``.pt`` where the path ends so, else as the circuit track's JSON.
 
         Node names are the same there; "input" gets score 0 when it is not among the nodes, as MIB's loaders want it,
         and "logits" has no score.
+
+        Parameters
+        ----------
+        d_model:
+            Of the model: EAP-IG's reader of JSON asks for it.
 
         Raises
         ------
         ScoreError
             If the scores are not those of every head and MLP block of a model.
         """
-        mib_nodes.write(path, self.nodes, self.values, model=str(self.meta.get("model", "")))
+        mib_nodes.write(path, self.nodes, self.values, model=str(self.meta.get("model", "")), d_model=d_model)
 
     @classmethod
     def from_mib(cls, path: str | Path, *, nodes: NodeSet | None = None) -> NodeScores:
-        """Read MIB's circuit-track JSON.
+        """Read one of MIB's files of nodes, JSON or ``.pt``.
+
+        Nodes of a circuit without scores have 1 inside and 0 outside of it.
 
         Parameters
         ----------
@@ -265,9 +272,8 @@ class NodeScores(ByContent):
         ScoreError
             If its sizes are not those of ``nodes``.
         """
-        what = "a MIB score file (JSON with cfg and nodes)"
-        data = read_json(path, what)
-        layers, heads, scores = made_from(path, what, lambda: mib_nodes.read(data))
+        graph = mib_nodes.read(path)
+        layers, heads, scores = graph.n_layers, graph.n_heads, graph.scores
         if nodes is not None and (wanted := mib_nodes.layers_and_heads(nodes)) != (layers, heads):
             raise ScoreError(
                 f"{path} is for {layers} layers × {heads} heads, but the nodes are those of {wanted[0]} layers × "
@@ -276,10 +282,10 @@ class NodeScores(ByContent):
         if nodes is None:
             nodes = NodeSet.for_sizes(layers, heads, with_input=True)
         if nodes.names[0] == "input" and "input" not in scores:
-            raise FileError(f"{path} is not {what}: it lacks the score of node 'input'.")
+            raise FileError(f"{path} is not {mib_nodes.WHAT}: it lacks the score of node 'input'.")
         values = torch.tensor([scores[name] for name in nodes.names], dtype=torch.float64)
-        meta = {"model": str(data["cfg"].get("model_name", "")), "format": "mib"}
-        return made_from(path, what, lambda: cls(values, nodes, meta))
+        meta = {"model": graph.model, "format": "mib"}
+        return made_from(path, mib_nodes.WHAT, lambda: cls(values, nodes, meta))
 
 
 def _nodes_called(names: Sequence[str]) -> NodeSet:

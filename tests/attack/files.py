@@ -272,6 +272,9 @@ FORMATS: dict[str, Format] = {
     "MIB": Format(
         lambda p: dfa.controls.uniform(INPUT).to_mib(p), dfa.NodeScores.from_mib, ours=False, content=of_json
     ),
+    "MIB, pt": Format(
+        lambda p: dfa.controls.uniform(INPUT).to_mib(p), dfa.NodeScores.from_mib, ".pt", ours=False, content=of_pt
+    ),
     "MIB edges": Format(lambda p: _edges().to_mib(p), dfa.EdgeScores.from_mib, ".json", ours=False, content=of_json),
     "MIB edges, pt": Format(lambda p: _edges().to_mib(p), dfa.EdgeScores.from_mib, ".pt", ours=False, content=of_pt),
     "released": Format(_released, dfa.Alignment.from_released, ".pt", ours=False, content=of_pt),

@@ -1,6 +1,6 @@
 """Attribution and transfer against circuits that are known, because they were planted (``dfa.zoo.planted``).
 
-    python tests/benchmarks/ground_truth.py                      # resumable; 20 minutes on one core
+    python tests/benchmarks/ground_truth.py                      # resumable; about ten minutes a seed on one core
     python tests/benchmarks/ground_truth.py --pairs induction --seeds 0
     python tests/benchmarks/ground_truth.py --tables-only        # from the rows on disk
 
