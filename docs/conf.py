@@ -6,6 +6,9 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
+sys.path.insert(0, str(HERE.parent / "tools"))
+
+import leaderboard
 
 from dfa_lens import __version__
 
@@ -54,3 +57,4 @@ def notebooks() -> None:
 
 
 notebooks()
+leaderboard.write()

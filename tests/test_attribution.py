@@ -203,8 +203,10 @@ def test_auto_steps_settle(any_model, pairs):
 
 @pytest.mark.filterwarnings("default")
 def test_too_few_steps_warn(any_model, pairs):
-    with pytest.warns(dfa.IntegrationWarning, match="unexplained"):
+    with pytest.warns(dfa.IntegrationWarning, match=r"unexplained .* compare with nap-ig-activations or exact"):
         dfa.attribute(any_model, pairs, steps=1)
+    with pytest.warns(dfa.IntegrationWarning, match=r"unexplained .* take more steps, or steps='auto'"):
+        dfa.attribute(any_model, pairs, steps=1, method="nap-ig-activations")
 
 
 def test_bad_input(any_model, pairs):

@@ -650,6 +650,7 @@ def all_figures(tmp_path_factory):
         plots.alignment_explorer(alignment, title=title),
         plots.recovery_bars(table, title=title),
         plots.transfer_matrix(cells, title=title),
+        plots.circuit_overlap({name: gold.circuit(9 + len(name), name=name) for name in tasks}, title=title),
         plots.training_history({"zero-shot": alignment, "uniform-s": alignment, "one-task": alignment}, title=title),
         plots.size_sensitivity(table, title=title),
         plots.score_scatter(gold, target["one"], title=title),

@@ -382,3 +382,51 @@ def test_a_pair_of_models_of_ones_own():
     assert shipped == "llama3" and own.name == "mine"
     assert own.source().cfg.n_layers == 6
     assert reading.model_pairs(None, None, "cpu", "float32") is None
+
+
+def test_threads_go_by_the_size_of_the_work(monkeypatch):
+    """One for small models; what the user has set stays, and so does a large model's, whatever is loaded after it."""
+    import os
+    from types import SimpleNamespace
+
+    import torch
+
+    from dfa_lens.cli import threads
+
+    def model(n, device="cpu"):
+        parameter = SimpleNamespace(numel=lambda: n, device=torch.device(device))
+        return SimpleNamespace(parameters=lambda: iter([parameter]))
+
+    chosen = []
+    monkeypatch.setattr(torch, "set_num_threads", chosen.append)
+    monkeypatch.setattr(threads, "LOADED", [])
+    for name in threads.THREADS:
+        monkeypatch.delenv(name, raising=False)
+    threads.for_model(model(1000, "cuda"))
+    assert chosen == []
+    threads.for_model(model(1000))
+    assert chosen == [1]
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    threads.for_model(model(1000))
+    threads.for_shipped()
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    threads.for_model(model(10**9))
+    threads.for_model(model(1000))
+    assert chosen == [1]
+    code = "import dfa_lens.cli, os; print(os.environ['OMP_WAIT_POLICY'])"
+    for given in ({}, {"OMP_WAIT_POLICY": "ACTIVE"}):
+        clean = {name: value for name, value in os.environ.items() if name not in threads.WAITING} | given
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=clean, check=True)
+        assert done.stdout.strip() == given.get("OMP_WAIT_POLICY", "PASSIVE")
+
+
+def test_bars_are_for_somebody_who_looks_on(monkeypatch):
+    from types import SimpleNamespace
+
+    from dfa_lens.cli import options
+
+    for terminal in (True, False):
+        monkeypatch.setattr(options, "sys", SimpleNamespace(stderr=SimpleNamespace(isatty=lambda: terminal)))
+        assert options.bars(quiet=False) == terminal
+        assert not options.bars(quiet=True)
+    assert "--quiet" in invoke("demo --help").output

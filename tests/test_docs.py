@@ -23,6 +23,14 @@ def test_drawings_are_up_to_date():
         assert kept == draw().svg(), REDRAW
 
 
+def test_the_leaderboards_page_is_that_of_its_rows():
+    import leaderboard
+
+    table = leaderboard.pd.read_csv(leaderboard.CSV)
+    assert leaderboard.PAGE.read_text() == leaderboard.page(table), "run python tools/leaderboard.py"
+    assert leaderboard.FIGURE.read_text() == leaderboard.svg(table), "run python tools/leaderboard.py"
+
+
 @pytest.fixture(scope="module")
 def imports():
     """Which module imports which, also inside functions; a subpackage counts as one."""

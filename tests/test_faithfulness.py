@@ -81,7 +81,8 @@ def test_areas_in_closed_form():
     assert line.faithfulness.tolist() == [0, 0.5, 1]
     assert line.cpr == pytest.approx(0.5)
     assert line.cmd == pytest.approx(0.5)
-    assert line.floor == pytest.approx(0.25)  # 0 at 0 and one half, 1 at the end
+    assert line.floor == 0 and line.cmd_floor == 1  # f_0, on any grid
+    assert line.grid_floor == pytest.approx(0.25)  # 0 at 0 and one half, 1 at the end
     assert line.at(1) == 0.5
     above = made_curve([[0.0], [4], [2]], [2], [0], [0, 1, 2], 2)  # a circuit that does better than the model
     assert above.faithfulness.tolist() == [0, 2, 1]
@@ -131,7 +132,7 @@ def test_one_example_has_no_interval():
 
 
 def test_the_floor_is_that_of_the_empty_circuit(any_model, ragged, scores):
-    """Whatever sizes were asked for: the floor on a grid is f_0 up to its last size, where that is the whole model."""
+    """Whatever sizes were asked for: the floor is f_0; on a grid, up to its last size, where that is the whole model."""
     whole = dfa.faithfulness_curve(any_model, ragged, scores)
     empty = whole.faithfulness[0]
     assert abs(empty - whole.faithfulness[3]) > 0.02  # else the test would say nothing
@@ -144,7 +145,9 @@ def test_the_floor_is_that_of_the_empty_circuit(any_model, ragged, scores):
             np.testing.assert_allclose(part.empty_values, whole.per_example[0], atol=1e-4)
             f = [empty] * (len(sizes) - 1) + [1.0 if sizes[-1] == 15 else empty]
             np.testing.assert_allclose(part.floor_faithfulness, f, atol=1e-4)
-            assert part.floor == pytest.approx(np.trapezoid(f, np.array(sizes) / 15), abs=1e-4)
+            assert part.floor == pytest.approx(empty, abs=1e-4)
+            assert part.cmd_floor == pytest.approx(abs(1 - empty), abs=1e-4)
+            assert part.grid_floor == pytest.approx(np.trapezoid(f, np.array(sizes) / 15), abs=1e-4)
             assert part.at(0) == pytest.approx(empty, abs=1e-4) and part.at(15) == 1
             assert part.at(sizes[1]) == pytest.approx(whole.faithfulness[sizes[1]], abs=1e-4)
 
@@ -156,7 +159,8 @@ def test_the_floor_of_the_mib_protocol(any_model, pairs):
         curve = dfa.faithfulness_curve(any_model, pairs, negative, protocol="mib", fractions=fractions)
         assert curve.floor_faithfulness.tolist() == [0.0] * (len(curve.sizes) - 1) + [1.0]
         np.testing.assert_array_equal(curve.empty_values, curve.corrupt_values)
-    assert curve.floor == pytest.approx(0.25)
+        assert curve.floor == pytest.approx(0.25)
+    assert curve.grid_floor == pytest.approx(0.25)
 
 
 def test_a_curve_that_does_not_know_its_floor_is_refused():

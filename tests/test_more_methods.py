@@ -2,11 +2,12 @@
 
 import pytest
 import torch
-from helpers import float64_model, random_pairs
+from helpers import float64_model, plain_passes, random_model, random_pairs
 from test_attribution import metric_of, record
+from test_short_cuts import TOLERANCE, prompts
 
 import dfa_lens as dfa
-from dfa_lens.attribution.learned import NodePruning, UniformGradientSampling, hard_concrete
+from dfa_lens.attribution.learned import Matryoshka, NodePruning, UniformGradientSampling, hard_concrete
 from dfa_lens.errors import DfaError
 from dfa_lens.models.runner import Runner
 
@@ -185,6 +186,18 @@ def test_learned_masks_find_a_planted_circuit(method):
 
     scores = dfa.attribute(planted(), random_pairs(12, seed=5), method=method)
     assert set(scores.top(2)) == {"a0.h2", "a2.h1"}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("method", ["relp", "gim", "atp-star", "expected-gradients", Matryoshka(iterations=3)], ids=str)
+def test_the_short_way_is_the_plain_way(method, dtype, monkeypatch):
+    """Passes that run the shared beginning once and unembed two columns, against whole ones."""
+    model, pairs = random_model(seed=1).to(dtype), prompts(shared=7)
+    short = dfa.attribute(model, pairs, method=method, steps=2).values
+    plain_passes(monkeypatch)
+    whole = dfa.attribute(model, pairs, method=method, steps=2).values
+    assert whole.abs().max() > 0
+    assert (short - whole).abs().max() <= TOLERANCE[dtype] * whole.abs().max()
 
 
 def test_atp_star_refuses_positions(any_model, pairs):

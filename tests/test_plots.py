@@ -508,6 +508,24 @@ def test_the_report_shows_the_smallest_faithful_circuit(tmp_path):
     assert "keeps 92% of the nodes (gold&#39;s 92%)" in page.read_text(encoding="utf-8")
 
 
+def test_the_overlap_of_circuits_is_counted_by_hand():
+    circuits = {"a": dfa.Circuit(B.names[:6], B), "<b": dfa.Circuit(B.names[1:7], B), "c": dfa.Circuit(B.names[-6:], B)}
+    figure = dfa.plots.circuit_overlap(circuits)
+    z = np.asarray(figure.data[0].z)
+    np.testing.assert_allclose(z, [[1, 5 / 7, 0], [5 / 7, 1, 0], [0, 0, 1]])
+    assert list(figure.data[0].x) == ["a", "&lt;b", "c"]
+    assert "5 nodes of 6 and 6<br>Jaccard 0.714" in figure.data[0].customdata[0][1]
+    # of 24 nodes, six by six: the hypergeometric chance of five or more in common
+    from scipy.stats import hypergeom
+
+    p = hypergeom(24, 6, 6).sf(4)
+    assert figure.to_frame()["p"].min() == pytest.approx(p)
+    texts = {(note.x, note.y): note.text for note in figure.layout.annotations}
+    assert texts["a", "&lt;b"] == "0.71*" and texts["a", "c"] == "0.00"
+    with pytest.raises(dfa.DfaError):
+        dfa.plots.circuit_overlap({"a": circuits["a"]})
+
+
 def test_a_report_of_a_study(tmp_path):
     """The table alone: findings, bars, cells."""
     from dfa_lens.experiments.table import frame, row

@@ -244,3 +244,26 @@ def _raw(regime, control):
     object.__setattr__(made, "regime", regime)
     object.__setattr__(made, "control", control)
     return made
+
+
+def test_warnings_of_an_experiment_name_the_task(monkeypatch):
+    """Of six tasks and two models, which one it was."""
+    import warnings
+    from types import SimpleNamespace
+
+    from helpers import unchecked
+
+    def attribute(model, pairs, *, batch_size):
+        warnings.warn("much is unexplained", dfa.IntegrationWarning, stacklevel=2)
+        return "scores"
+
+    monkeypatch.setattr(module, "attribute", attribute)
+    monkeypatch.setattr(module, "asdict", lambda _: {})
+    asked = SimpleNamespace(attribution=None)
+    plain = unchecked(Experiment._attribute)
+    with pytest.warns(dfa.IntegrationWarning, match="^ioi: much is unexplained$"):
+        assert plain(asked, "ioi", None, None, batch_size=2) == "scores"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", dfa.IntegrationWarning)
+        warnings.simplefilter("error", UserWarning, append=True)
+        plain(asked, "ioi", None, None, batch_size=2)

@@ -244,11 +244,18 @@ def attribute(
     if residual > INCOMPLETE and steps != "auto":
         warnings.warn(
             f"{name} with {scores.meta['steps']} steps on {runner.name or 'this model'} leaves {residual:.0%} of the "
-            "metric's change unexplained (see meta['completeness']): take more steps, or steps='auto'.",
+            f"metric's change unexplained (see meta['completeness']): {_advice(name)}.",
             IntegrationWarning,
             stacklevel=2,
         )
     return scores
+
+
+def _advice(method: str) -> str:
+    """What helps where much is unexplained: of ``nap-ig-inputs`` not always more steps, see the second demo."""
+    if method == "nap-ig-inputs":
+        return "more steps help on some tasks and make it worse on others; compare with nap-ig-activations or exact"
+    return "take more steps, or steps='auto'"
 
 
 def _until_settled(sums: Callable[..., Sums], made: Callable[[int, Sums], NodeScores], tolerance: float) -> NodeScores:

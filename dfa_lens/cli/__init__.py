@@ -5,7 +5,11 @@ and ``doctor``.
 in ``scores``, ``carrying``, ``experiments``, ``look`` and ``submissions``.
 """
 
-from dfa_lens.cli import carrying, experiments, look, scores, submissions
-from dfa_lens.cli.app import app, main
+from dfa_lens.cli import threads
+
+threads.before_torch()  # which the commands import
+
+from dfa_lens.cli import carrying, experiments, look, scores, submissions  # noqa: E402
+from dfa_lens.cli.app import app, main  # noqa: E402
 
 __all__ = ["app", "carrying", "experiments", "look", "main", "scores", "submissions"]

@@ -29,6 +29,7 @@ def measure(
     device: option.DeviceOption = "cpu",
     dtype: option.DtypeOption = "float32",
     batch_size: Annotated[int, typer.Option(help="Examples a pass.")] = 16,
+    quiet: option.QuietOption = False,
     as_json: option.JsonOption = False,
 ) -> None:
     """Measure every head and MLP block by forward passes, and save what was found (.safetensors, or a table: .csv)."""
@@ -37,7 +38,7 @@ def measure(
     suffix = require_suffix(out, "Measurements", (".safetensors", ".csv"))
     loaded = reading.model(model, backend, device, dtype)
     prompts = reading.pairs(loaded, task, pairs, split=split, examples=examples, seed=seed, collection=collection)
-    found = dfa.measure(loaded, prompts, groups=groups, batch_size=batch_size, progress=True)
+    found = dfa.measure(loaded, prompts, groups=groups, batch_size=batch_size, progress=option.bars(quiet))
     save_scores(found, out, suffix, as_json)
     facts = {"out": str(out), "measurements": records(found.to_frame()) if as_json else [], "meta": found.meta}
     say(f"{found}; {found.meta['passes']} passes; {out} written.", facts, as_json=as_json, out=out)

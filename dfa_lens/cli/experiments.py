@@ -33,6 +33,7 @@ def demo(
     device: option.DeviceOption = "cpu",
     dtype: option.DtypeOption = "float32",
     batch_size: Annotated[int | None, typer.Option(help="Examples a pass, of attribution and curves.")] = None,
+    quiet: option.QuietOption = False,
     as_json: option.JsonOption = False,
 ) -> None:
     """Transfer circuits in the shipped models, or in yours; print a table and write a report."""
@@ -49,7 +50,7 @@ def demo(
         device=device,
         dtype=option.dtype_of(dtype),
         collection=collection,
-        progress=True,
+        progress=option.bars(quiet),
     )
     rows = results.table()
     write_atomically(out / "results.csv", rows.to_csv(index=False).encode())
@@ -88,6 +89,7 @@ def study(
     dtype: option.DtypeOption = "float32",
     batch_size: Annotated[int | None, typer.Option(help="Examples a pass, of attribution and curves.")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Fewer examples, steps and sizes.")] = False,
+    quiet: option.QuietOption = False,
     as_json: option.JsonOption = False,
 ) -> None:
     """Compare settings (regimes, controls, methods) over tasks, families and seeds; one tidy table.
@@ -124,7 +126,7 @@ def study(
             "dtype": option.dtype_of(dtype),
             "collection": collection,
         }
-    table, out = module.run(**run, progress=True), run["out"]
+    table, out = module.run(**run, progress=option.bars(quiet)), run["out"]
     write_atomically(out / "table.csv", table.to_csv(index=False).encode())
     say(
         f"{means(table).round(3).to_string()}\n(mean and std: over {over(table)})\n{out / 'table.csv'} written.",
@@ -199,6 +201,7 @@ def bench(
     seed: option.SeedOption = 0,
     workers: option.WorkersOption = 1,
     device: option.DeviceOption = "cpu",
+    quiet: option.QuietOption = False,
     as_json: option.JsonOption = False,
 ) -> None:
     """The leaderboard: attribution methods on the shipped models and tasks, by quality and by cost.
@@ -217,7 +220,7 @@ def bench(
         seed=seed,
         workers=workers,
         device=device,
-        progress=True,
+        progress=option.bars(quiet),
     )
     write_atomically(out / "leaderboard.csv", table.round(5).to_csv(index=False).encode())
     shown = ["cpr", "cmd", "cpr_absolute", "cmd_absolute", "pearson", "spearman", "forward", "backward", "seconds", "n"]

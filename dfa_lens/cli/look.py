@@ -12,7 +12,6 @@ from dfa_lens.cli import options as option
 from dfa_lens.cli import reading
 from dfa_lens.cli.app import app
 from dfa_lens.cli.writing import require_suffix, say, written
-from dfa_lens.data.statistics import StatisticsWarning
 from dfa_lens.errors import DfaError
 
 
@@ -41,6 +40,7 @@ def report(
 ) -> None:
     """Show results in one interactive HTML file: transfers of one or several tasks, circuits of edges, or a study."""
     import dfa_lens as dfa
+    from dfa_lens.data.statistics import StatisticsWarning
 
     require_suffix(out, "A report", (".html", ".htm"))
     given = source or target or gold or alignment or curve or gold_curve

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -44,6 +45,11 @@ def dtype_of(name: str) -> Any:
     if name not in known:
         raise unknown("dtype", name, known, ModelError)
     return known[name]
+
+
+def bars(quiet: bool) -> bool:
+    """Whether to show progress: to somebody who looks on, and has not said ``--quiet``."""
+    return sys.stderr.isatty() and not quiet
 
 
 def batch_size_of(given: str) -> Any:
@@ -101,3 +107,4 @@ MaybeFolderOption = Annotated[
 WorkersOption = Annotated[int, typer.Option(help="Processes.", callback=_workers)]
 BackendOption = Annotated[str, typer.Option(help="auto, hooked, bridge or transformers.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
+QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars (off a terminal there are none).")]

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from dfa_lens.cli import threads
 from dfa_lens.cli.options import dtype_of
 from dfa_lens.data.files import read_bytes
 from dfa_lens.errors import DfaError, FileError, TaskError, short, unknown
@@ -19,7 +20,9 @@ def model(name: str, backend: str = "auto", device: str = "cpu", dtype: str = "f
     """A model, loaded."""
     from dfa_lens.models.loading import load_model
 
-    return load_model(name, backend=backend, device=device, dtype=dtype_of(dtype))  # type: ignore[arg-type]
+    loaded = load_model(name, backend=backend, device=device, dtype=dtype_of(dtype))  # type: ignore[arg-type]
+    threads.for_model(loaded)
+    return loaded
 
 
 def model_pairs(families: list[str] | None, own: list[str] | None, device: str, dtype: str) -> list[Any] | None:
@@ -27,6 +30,8 @@ def model_pairs(families: list[str] | None, own: list[str] | None, device: str, 
     from dfa_lens.experiments.experiment import ModelPair
     from dfa_lens.models.loading import load_model
 
+    if not own:
+        threads.for_shipped()
     made: list[Any] = list(families or ())
     for value in own or ():
         name, separator, models = value.partition("=")

@@ -134,6 +134,7 @@ def fit(
     device: option.DeviceOption = "cpu",
     dtype: option.DtypeOption = "float32",
     batch_size: Annotated[int, typer.Option(help="Examples of each step.")] = 16,
+    quiet: option.QuietOption = False,
     as_json: option.JsonOption = False,
 ) -> None:
     """Learn an alignment from source scores to a target model, and save it; scores of edges give one of edges."""
@@ -155,7 +156,7 @@ def fit(
         else reading.pairs(model, task, None, split="train", examples=examples, seed=seed, collection=collection)
         for task in loaded
     }
-    learned = dfa.fit(model, loaded, prompts, recipe=recipe, progress=True)
+    learned = dfa.fit(model, loaded, prompts, recipe=recipe, progress=option.bars(quiet))
     with written(out, as_json) as path:
         learned.save(path)
     facts = {"out": str(out), "tasks": list(loaded), "last": learned.history[-1] if learned.history else {}}
@@ -212,6 +213,7 @@ def evaluate(
     dtype: option.DtypeOption = "float32",
     batch_size: option.BatchOption = "16",
     out: option.MaybeOutOption = None,
+    quiet: option.QuietOption = False,
     as_json: option.JsonOption = False,
 ) -> None:
     """Measure a circuit: its faithfulness curve, CPR and CMD, and the smallest circuit that is faithful."""
@@ -230,7 +232,7 @@ def evaluate(
         ranking=ranking,  # type: ignore[arg-type]
         selection=selection,  # type: ignore[arg-type]
         batch_size=option.batch_size_of(batch_size),
-        progress=True,
+        progress=option.bars(quiet),
     )
     if out is not None:
         with written(out, as_json) as path:

@@ -142,16 +142,34 @@ class FaithfulnessCurve(ByContent):
 
     @property
     def floor(self) -> float:
-        """The CPR of the empty circuit on this grid, see :attr:`floor_faithfulness`.
+        """The CPR of the empty circuit, one number whatever the grid. A CPR means something only above it.
 
-        0.25 in the ``mib`` protocol, whatever the model. A CPR means something only above it.
+        In the ``nodes`` protocol f_0, which is what the area comes to on a fine grid; in the ``mib`` protocol 0.25,
+        whatever the model, for between its last two fractions, 0.5 and 1, the line rises from 0 to 1.
         """
-        return area(self.fractions, self.floor_faithfulness)
+        return area(*self._reference)
 
     @property
     def cmd_floor(self) -> float:
-        """The CMD of the empty circuit on this grid (a ceiling: lower is better). 0.749 in the ``mib`` protocol."""
-        return area(self.fractions, np.abs(1 - self.floor_faithfulness))
+        """The CMD of the empty circuit, as :attr:`floor` (a ceiling: lower is better). 0.749 in ``mib``."""
+        fractions, f = self._reference
+        return area(fractions, np.abs(1 - f))
+
+    @property
+    def _reference(self) -> tuple[Float[np.ndarray, " point"], Float[np.ndarray, " point"]]:
+        """The fractions and f of the empty circuit that floors are made of."""
+        if self.protocol == "mib":
+            return np.array(MIB_FRACTIONS), np.array([0.0] * (len(MIB_FRACTIONS) - 1) + [1.0])
+        return np.array([0.0, 1.0]), np.full(2, self.empty_faithfulness)
+
+    @property
+    def grid_floor(self) -> float:
+        """The CPR that the empty circuit gets on this curve's own grid, see :attr:`floor_faithfulness`.
+
+        Between its last two sizes the area of every circuit rises to that of the whole model: the coarser the grid, the
+        higher, so that a CPR of few sizes says something only above this one.
+        """
+        return area(self.fractions, self.floor_faithfulness)
 
     def cpr_interval(self, confidence: float = 0.95, *, resamples: int = 2000, seed: int = 0) -> Interval:
         """Bootstrap interval of the CPR over examples, the ratio resampled as a ratio.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
@@ -12,7 +13,7 @@ from typing import Any, Literal
 import torch
 
 from dfa_lens import zoo
-from dfa_lens.attribution.attribute import METHODS, attribute
+from dfa_lens.attribution.attribute import METHODS, IntegrationWarning, attribute
 from dfa_lens.data.alignment import Alignment
 from dfa_lens.data.content import fingerprint
 from dfa_lens.data.curve import FaithfulnessCurve, Protocol
@@ -290,7 +291,15 @@ class Experiment:
 
     def attributed(self, side: Side, task: str) -> NodeScores:
         """Attribution on a task's training pairs."""
-        return self._once("attribution", side, task, partial(attribute, **asdict(self.attribution)))
+        return self._once("attribution", side, task, partial(self._attribute, task))
+
+    def _attribute(self, task: str, model: HookedModel, pairs: PromptPairs, *, batch_size: Any) -> NodeScores:
+        with warnings.catch_warnings(record=True) as raised:
+            warnings.simplefilter("always", IntegrationWarning)
+            found = attribute(model, pairs, **asdict(self.attribution), batch_size=batch_size)
+        for each in raised:  # of many tasks, it must say which
+            warnings.warn(f"{task}: {each.message}", each.category, stacklevel=2)
+        return found
 
     def scores_of(self, task: str) -> NodeScores:
         """Attribution on the source."""

@@ -70,6 +70,7 @@ CONTENDERS: Mapping[str, Contender] = {
     "gim": Contender("gim"),
     "atp-star": Contender("atp-star"),
     "matryoshka": Contender("matryoshka"),
+    "matryoshka, learning rate 0.1": Contender(Matryoshka(lr=0.1)),
     "matryoshka, closeness": Contender(Matryoshka(objective="closeness")),
     "node-pruning": Contender("node-pruning"),
     "ugs": Contender("ugs"),

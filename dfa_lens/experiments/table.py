@@ -52,7 +52,7 @@ COLUMNS: dict[str, tuple[type, str]] = {
     "cmd": (float, "area between the curve and 1"),
     "kl": (float, "mean KL to the clean run"),
     "recovery": (float, "CPR over gold's"),
-    "floor": (float, "CPR of an empty circuit"),
+    "floor": (float, "CPR of an empty circuit, whatever the sizes"),
     "examples": (int, "test pairs"),
     "forwards": (int, "passes of one example through the target to get the circuit"),
     "seconds": (float, "of training"),

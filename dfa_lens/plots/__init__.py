@@ -9,6 +9,7 @@ from dfa_lens.plots.edge_graph import circuit_graph
 from dfa_lens.plots.edge_heatmap import edge_heatmap
 from dfa_lens.plots.heatmaps import aligned_heatmap, scores_heatmap
 from dfa_lens.plots.matrices import alignment_explorer, transfer_matrix
+from dfa_lens.plots.overlap import circuit_overlap
 from dfa_lens.plots.paper_figures import paper, paper_curves, paper_matrices, paper_recovery
 from dfa_lens.plots.picture import Picture
 from dfa_lens.plots.report import report
@@ -19,6 +20,7 @@ __all__ = [
     "aligned_heatmap",
     "alignment_explorer",
     "circuit_graph",
+    "circuit_overlap",
     "curves",
     "edge_heatmap",
     "paper",

@@ -28,7 +28,7 @@ def curves(
 ) -> Picture:
     """Faithfulness against the kept fraction, one line for each setting.
 
-    The legend gives each setting's CPR; the dashed line is the floor (what the empty circuit gets on this grid), the
+    The legend gives each setting's CPR; the dashed line is f of the empty circuit (its CPR is the floor), the
     dotted one a faithful circuit, f = 1. A button switches the horizontal axis to logarithmic, where the empty circuit
     is not shown.
 
@@ -64,8 +64,8 @@ def curves(
     first = next(iter(curves.values()))
     figure.add_trace(
         go.Scatter(
-            x=first.fractions,
-            y=first.floor_faithfulness,
+            x=[0, 1],
+            y=[first.empty_faithfulness] * 2,
             mode="lines",
             line={"color": "#888888", "dash": "dash", "width": 1.5},
             name=f"empty circuit (floor {first.floor:.3f})",
