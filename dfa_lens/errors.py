@@ -81,6 +81,17 @@ class ModelError(DfaError, ValueError):
     """A model that can't be loaded or used."""
 
 
+class StudyError(DfaError, RuntimeError):
+    """A study of which some units failed; the others are done, and kept where there is a folder.
+
+    ``failures`` has a dictionary for each unit that was given up (unit, error, traceback, worker), ``table`` the
+    rows that there are.
+    """
+
+    failures: Any = ()
+    table: Any = None
+
+
 class FileError(DfaError, OSError):
     """A file that is missing, broken, or not one of ours."""
 

@@ -98,6 +98,7 @@ def estimate(
     sizes: int | None = None,
     cache: Cache = "device",
     sizes_per_pass: int = 1,
+    checkpointing: bool | None = None,
 ) -> Estimate:
     """What attribution, training and a faithfulness curve on these pairs would need.
 
@@ -115,8 +116,9 @@ def estimate(
         As for :func:`~dfa_lens.attribution.attribute.attribute`, or of edges, with the default of each; the batch size
         also as for the other two. The product of all writers with all readers, less than one more forward pass, is
         not among the passes of edge methods.
-    fit_steps, cache:
-        ``steps`` and ``cache`` of :func:`~dfa_lens.transfer.trainer.fit`, with the default intervention.
+    fit_steps, cache, checkpointing:
+        ``steps``, ``cache`` and ``checkpointing`` of :func:`~dfa_lens.transfer.trainer.fit`, with the default
+        intervention. Where weights are offloaded, attribution checkpoints by itself.
     sizes:
         How many circuit sizes the curve runs; default: those of
         :func:`~dfa_lens.evaluation.faithfulness.faithfulness_curve`.
@@ -153,13 +155,14 @@ def estimate(
     n = len(pairs)
     batch = min(batch_size, n)
     footprint = Footprint(runner, nodes, int(pairs.longest.max()))
+    trained = Footprint(runner, nodes, footprint.width, checkpointing=checkpointing)
     needs: tuple[Need, ...]
     if edges is None:
         scoring = METHODS.find(method or "nap-ig-inputs")
         n_sizes = len(default_sizes(len(nodes))) if sizes is None else sizes
         needs = (
             scoring.need(footprint, nodes, steps=steps, examples=n, batch=batch),
-            _need_of_fit(footprint, n, batch, fit_steps, cache),
+            _need_of_fit(trained, n, batch, fit_steps, cache),
             need_of_curve(footprint, n, batch, n_sizes, sizes_per_pass),
         )
     else:
@@ -182,4 +185,5 @@ def _need_of_fit(footprint: Footprint, examples: int, batch: int, steps: int, ca
     runs = 2 * batch * steps if cache == "recompute" else 2 * examples
     graph = footprint.gradient_bytes(batch, gated=True)
     working = footprint.working_bytes(batch)
-    return Need("fit", runs + batch * steps, batch * steps, kept + batch * one, graph, working)
+    again = batch * steps if footprint.checkpointing else 0
+    return Need("fit", runs + batch * steps + again, batch * steps, kept + batch * one, graph, working)

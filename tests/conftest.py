@@ -10,11 +10,22 @@ from helpers import BACKENDS, random_model, random_pairs, state_of
 
 import dfa_lens as dfa
 
+#: What these test is the same under every TransformerLens: files, values, figures, tasks, and models without it.
+ONCE = set(
+    """
+    alignment arguments cluster content edge_alignment edge_plots files functional_study grouping leaderboard mib
+    more_tasks nodes objectives package paper plain plots prompts own_tasks properties recipe rehearsal scores selection
+    similarity study study_config table tasks
+    """.split()
+)
+
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Tests that need a network or a real model run only when ``-m`` names their marker."""
+    """Tests that need a network or a real model run only when ``-m`` names their marker; see also ``ONCE``."""
     asked = config.getoption("-m")
     for item in items:
+        if item.path.stem.removeprefix("test_") in ONCE:
+            item.add_marker(pytest.mark.once)
         for marker in ("network", "real"):
             if marker in item.keywords and marker not in asked:
                 item.add_marker(pytest.mark.skip(reason=f"only with -m {marker}"))

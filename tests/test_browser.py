@@ -1,6 +1,7 @@
 """The figures in a real browser: they open offline, without errors, and hover and slider do what they say."""
 
 import json
+import re
 import shutil
 
 import numpy as np
@@ -52,8 +53,10 @@ def requested(browser):
 def open_page(browser, path):
     browser.get(path.as_uri())
     browser.execute_async_script(
-        "const done = arguments[0]; const wait = () => document.querySelector('.plotly-graph-div .main-svg') "
-        "? setTimeout(done, 300) : setTimeout(wait, 50); wait();"
+        "const done = arguments[0];"
+        "const drawn = () => document.getElementById('scheme') ? document.documentElement.dataset.drawn"
+        " : document.querySelector('.plotly-graph-div .main-svg');"
+        "const wait = () => drawn() ? setTimeout(done, 300) : setTimeout(wait, 50); wait();"
     )
     problems = [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"]
     assert not problems
@@ -124,9 +127,9 @@ def test_report(browser, tmp_path):
     results = demo.run(families=["llama3"], only=["addition"], budget=budget)
     open_page(browser, report(results, tmp_path))
     graphs = "return [...document.querySelectorAll('.plotly-graph-div')].map(g => g.data.length)"
-    # recovery (six settings); curves (floor, line and band for each of seven settings), three aligned heatmaps, gold;
-    # in a closed part: training (two numbers of two settings), W, agreement with gold (heads, MLP blocks)
-    assert browser.execute_script(graphs) == [6, 15, 8, 8, 8, 4, 4, 5, 2]
+    # recovery (six settings); curves (floor, line and band for each of seven settings); source, target, gold and their
+    # difference (two panels each, and what dims them). What is not asked for is not drawn.
+    assert browser.execute_script(graphs) == [6, 15, 16]
     for width in (400, 800, 1280):
         browser.set_window_size(width, 900)
         overflow = browser.execute_async_script(
@@ -261,7 +264,7 @@ def page(tmp_path_factory):
 def test_labels_are_only_text(browser, page):
     open_page(browser, page)
     assert browser.title == "dfa_lens: circuit transfer"
-    heading = browser.execute_script("return document.querySelector('h3').textContent")
+    heading = browser.execute_script("return document.querySelector('section h2').textContent")
     assert heading == "a & b: <script>document.title = 'broken'</script>"
     links = browser.execute_script(
         "return [...document.querySelectorAll('nav a')].map(a => document.querySelector(a.getAttribute('href')) !== null)"
@@ -345,6 +348,118 @@ def made_up(tmp_path_factory):
         for seed, task in enumerate(("one", "two"))
     ]
     return dfa.plots.report(Results(tasks, {"command": "none"}), tmp_path_factory.mktemp("made-up"))
+
+
+def hash_of(browser):
+    return browser.execute_script("return Object.fromEntries(new URLSearchParams(location.hash.slice(1)))")
+
+
+SEEN = """
+const section = document.querySelector('section:not([hidden])');
+const graph = section.querySelector('figure[data-setting]:not([hidden]) .plotly-graph-div');
+const slider = graph.layout.sliders[0];
+const dimmed = graph.calcdata.map(each => each[0])
+  .filter(({trace}) => trace.name.startsWith('target') && trace.name.endsWith('outside'));
+return [section.querySelector('h2').textContent, slider.steps[slider.active].label.split(' ')[0],
+  dimmed.flatMap(t => [...t.z].flatMap(row => [...row])).filter(value => value === 1).length];
+"""
+
+
+def test_the_address_says_what_is_shown(browser, made_up):
+    """A task and a circuit can be passed on, and what is chosen in the page stands in its address."""
+    from types import SimpleNamespace
+
+    from selenium.webdriver.common.by import By
+    from selenium.webdriver.support.ui import Select
+
+    open_page(browser, SimpleNamespace(as_uri=lambda: made_up.as_uri() + "#task=two&size=20"))
+    assert browser.execute_script(SEEN) == ["made up: two", "20", len(B) - 20]
+    Select(browser.find_element(By.ID, "task")).select_by_visible_text("one")
+    browser.execute_async_script("setTimeout(arguments[0], 1500)")
+    heading, size, dimmed = browser.execute_script(SEEN)
+    assert heading == "made up: one"
+    assert int(size) == len(B) - dimmed  # preset to the smallest that is faithful
+    assert hash_of(browser) == {"family": "made up", "task": "one"}
+    browser.execute_script(
+        "const graph = document.querySelector('section:not([hidden]) figure[data-setting] .plotly-graph-div');"
+        "graph.emit('plotly_sliderchange', {step: graph.layout.sliders[0].steps[3]});"
+    )
+    assert hash_of(browser) == {"family": "made up", "task": "one", "size": "6"}
+    browser.get("about:blank")
+
+
+def test_tables_sort_and_filter_and_hide_no_column(browser, made_up):
+    from selenium.webdriver.common.by import By
+
+    for width in (400, 800, 1400):
+        look(browser, made_up, width)
+        browser.execute_async_script(
+            "document.querySelector('section:not([hidden]) details.nodes').open = true; setTimeout(arguments[0], 300)"
+        )
+        hidden = browser.execute_script(
+            "return [...document.querySelectorAll('body > .table, section:not([hidden]) details[open] .table')]"
+            ".flatMap(each => [...each.querySelectorAll('td, th')]).filter(e => e.offsetWidth"
+            " && (e.getBoundingClientRect().right > window.innerWidth || e.scrollWidth > e.clientWidth + 1)).length"
+        )
+        assert hidden == 0
+    browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+    column = "return [...document.querySelectorAll('body > .table tbody tr')].filter(r => !r.hidden)"
+    column += ".map(r => Number(r.cells[3].dataset.value))"
+    button = browser.find_elements(By.CSS_SELECTOR, "body > .table th button")[3]
+    button.click()
+    assert browser.execute_script(column) == sorted(browser.execute_script(column))
+    button.click()
+    values = browser.execute_script(column)
+    assert values == sorted(values, reverse=True)
+    assert len(set(values)) == 3
+    browser.find_element(By.CSS_SELECTOR, "body > .table input").send_keys("two")
+    assert len(browser.execute_script(column)) == 1
+
+
+@pytest.mark.parametrize("width", [400, 800, 1400])
+def test_no_words_of_a_report_overlap_or_are_cut_off(browser, made_up, width):
+    look(browser, made_up, width)
+    browser.execute_async_script("setTimeout(arguments[0], 600)")
+    n, over, cut, fits = browser.execute_script(OVERLAPS)
+    browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+    assert n > 60
+    assert (over, cut, fits) == ([], [], True)
+
+
+def test_words_and_buttons_in_the_dark(browser, made_up):
+    """Every word of a figure has a contrast of at least 4.5 to what is behind it, WCAG's limit for text."""
+    browser.execute_cdp_cmd(
+        "Emulation.setEmulatedMedia", {"features": [{"name": "prefers-color-scheme", "value": "dark"}]}
+    )
+    open_page(browser, made_up)
+    pairs = browser.execute_script(
+        """
+        const page = getComputedStyle(document.body).backgroundColor;
+        const words = '.xtick text, .ytick text, .legendtext, .slider-label, .annotation-text, .cbaxis text, '
+          + '[class^="g-"] text, .updatemenu-button text, .updatemenu-header text';
+        const seen = e => e.textContent.trim() && getComputedStyle(e).fillOpacity !== '0';
+        return [...document.querySelectorAll(words)].filter(seen).map(e => {
+          const box = e.closest('.updatemenu-button, .updatemenu-header');
+          return [e.textContent, getComputedStyle(e).fill, box ? getComputedStyle(box.querySelector('rect')).fill : page];
+        });
+        """
+    )
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
+
+    def luminance(color):
+        parts = np.array([int(part) / 255 for part in re.findall(r"\d+", color)[:3]])
+        return np.where(parts <= 0.04045, parts / 12.92, ((parts + 0.055) / 1.055) ** 2.4) @ [0.2126, 0.7152, 0.0722]
+
+    assert len(pairs) > 60
+    for word, ink, behind in pairs:
+        dark, light = sorted((luminance(ink), luminance(behind)))
+        assert (light + 0.05) / (dark + 0.05) > 4.5, f"{word}: {ink} on {behind}"
+
+
+def test_a_report_of_twelve_tasks_stays_small(made_up):
+    whole = made_up.stat().st_size
+    plotly = len(re.search(r'id="plotly">([^<]+)<', made_up.read_text(encoding="utf-8")).group(1))
+    assert plotly + (whole - plotly) / 2 * 12 < 5e6
 
 
 def made_up_edges(*sizes):
@@ -634,8 +749,13 @@ def test_the_report_looks_as_it_did(browser, made_up, edge_page, page_name, widt
     image = pytest.importorskip("PIL.Image")
     browser.set_window_size(width, 900)
     open_page(browser, {"report": made_up, "edges": edge_page}[page_name])
-    browser.execute_script("document.querySelectorAll('details').forEach(part => { part.open = true; })")
-    browser.execute_async_script("setTimeout(arguments[0], 1200)")
+    browser.execute_async_script(
+        "const done = arguments[0];"
+        "document.querySelectorAll('section:not([hidden]) details:not(.nodes)').forEach(part => { part.open = true; });"
+        "const missing = () => [...document.querySelectorAll('section:not([hidden]) details figure')]"
+        ".some(each => !each.querySelector('.main-svg'));"
+        "const wait = () => missing() ? setTimeout(wait, 50) : setTimeout(done, 1200); wait();"
+    )
     height = browser.execute_script("return document.documentElement.scrollHeight")
     browser.execute_cdp_cmd(
         "Emulation.setDeviceMetricsOverride",

@@ -51,6 +51,45 @@ def test_the_command_line_chain(tmp_path, monkeypatch):
     assert (tmp_path / "curve.csv").read_text().startswith("fraction,size,faithfulness,kl")
 
 
+def test_a_report_of_own_results(tmp_path, monkeypatch):
+    """Tasks, gold and curves from files; what does not belong together is refused in one line."""
+    monkeypatch.chdir(tmp_path)
+    nodes, more = dfa.NodeSet.for_sizes(2, 3), dfa.NodeSet.for_sizes(4, 5)
+    w = dfa.controls.random_w(nodes, more)
+    w.save("w.safetensors")
+    for seed, task in enumerate(("one", "two")):
+        scores = dfa.controls.random_scores(nodes, seed=seed)
+        scores.save(f"{task}-s.safetensors")
+        w.transfer(scores).save(f"{task}-t.safetensors")
+        dfa.controls.random_scores(more, seed=seed).save(f"{task}-g.safetensors")
+    (tmp_path / "curve.csv").write_text("fraction,size,faithfulness,kl\n0,0,0,1\n.5,12,.95,.1\n1,24,1,0\n")
+    both = "--source one=one-s.safetensors --target one=one-t.safetensors"
+    both += " --source two=two-s.safetensors --target two=two-t.safetensors --alignment w.safetensors"
+    curves = "--gold two=two-g.safetensors --curve two=curve.csv --gold-curve two=curve.csv"
+    said = invoke(f"report {both} {curves} -o all.html")
+    assert "warning" not in said.stderr
+    page = (tmp_path / "all.html").read_text(encoding="utf-8")
+    assert page.count("<section") == 2
+    assert "transfer: CPR 0.725 (100% of gold&#39;s); smallest circuit with f ≥ 0.9: 12 of 24 nodes" in page
+    assert "nan" not in page.split('id="plotly"')[0].lower().replace("finance", "")
+    for arguments, message in (
+        (f"{both} --gold three=two-g.safetensors", "--gold is of the task 'three', of which there are no"),
+        ("--source one=one-s.safetensors --target two=two-t.safetensors", "the same tasks of both"),
+        (f"{both} --curve one=w.safetensors", "is no table of a curve"),
+        (f"{both} --study x", "either --study, or files of scores"),
+        ("--source a.safetensors --source b.safetensors --target c", "are given as TASK=FILE"),
+        (f"--study {tmp_path}", "is not a table of a study"),
+    ):
+        assert message in refused(f"report {arguments} -o x.html")
+    from dfa_lens.experiments.table import frame, row
+
+    rows = [row(family="f", seed=0, task="one", setting=name, cpr=cpr) for name, cpr in (("gold", 0.8), ("mine", 0.6))]
+    (tmp_path / "study").mkdir()
+    frame(rows).to_csv("study/table.csv", index=False)
+    invoke("report --study study -o study.html")
+    assert "mine: CPR 0.600, 75% of gold&#39;s 0.800." in (tmp_path / "study.html").read_text(encoding="utf-8")
+
+
 def test_measure_and_carry(tmp_path, monkeypatch):
     """What the library gives; a name that is no way or task is said before models are loaded."""
     monkeypatch.chdir(tmp_path)
@@ -89,8 +128,8 @@ def test_the_command_line_of_edges(tmp_path, monkeypatch):
     alignment = dfa.EdgeAlignment.load(tmp_path / "w.safetensors")
     assert dfa.EdgeScores.load(tmp_path / "carried.safetensors") == alignment.transfer(saved)
     page = (tmp_path / "edges.html").read_text()
-    assert ">ioi</h3>" in page
-    assert ">per-head</h3>" in page
+    assert "<h2>edges: ioi</h2>" in page
+    assert "<h2>edges: per-head</h2>" in page
 
 
 def test_the_command_line_says_what_edges_need(tmp_path, monkeypatch):
@@ -101,7 +140,7 @@ def test_the_command_line_says_what_edges_need(tmp_path, monkeypatch):
         (f"attribute --edges {model} --out x.json", "hold per-head readers"),
         (f"attribute --edges {model} --out x --method nap", "Unknown edge method 'nap'"),
         ("report --out x", "Give --source and --target, or --edges"),
-        ("report --out x --edges a=b --source c", "either --edges, or"),
+        ("report --out x --edges a=b --source c", "the same tasks of both"),
         (f"evaluate {model} --scores missing.safetensors", "missing.safetensors"),
         (f"evaluate {model} --scores missing.pt", "missing.pt"),
     ):

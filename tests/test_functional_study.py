@@ -5,9 +5,10 @@ import torch
 
 import dfa_lens as dfa
 from dfa_lens.errors import AlignmentError, DfaError
-from dfa_lens.experiments.experiment import Budget, Experiment
+from dfa_lens.experiments.experiment import Budget, Experiment, ModelPair
 from dfa_lens.experiments.functional import FUNCTIONAL, Functional, OneMeasurement, OnTarget
 from dfa_lens.experiments.setting import Setting
+from dfa_lens.experiments.units import Plan, Study
 from dfa_lens.tasks.own import FileTask, family_of, sources
 
 TASKS = ("ioi", "mcqa", "addition")
@@ -92,6 +93,10 @@ def test_a_study(tmp_path):
     assert rows.loc["functional", "forwards"] == 4 * 2 + 4 * 22
     assert rows.loc["functional, source-blind", "control"] == "source-blind"
     assert dfa.study.run(["llama3"], chosen, **run)["cpr"].tolist() == table["cpr"].tolist()
+    # all that they ask for was planned: nothing is made in passing that another worker may be making
+    found = Study((ModelPair.of("llama3"),), chosen, sources(tasks), BUDGET, "cpu", torch.float32)
+    planned = {unit.key for unit in Plan.of(found, (0,), ["ioi"]).units if unit.kind != "row"}
+    assert {path.stem for path in (tmp_path / "units").glob("*.safetensors")} == planned
 
 
 def test_scrambled_within_kinds_and_depths():

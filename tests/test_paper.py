@@ -1,14 +1,20 @@
 """The paper's tables and figures: by hand, and from the files of somebody else."""
 
+import tomllib
+from dataclasses import replace
+
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from test_cli import invoke, refused
 
 import dfa_lens as dfa
 from dfa_lens.errors import DfaError, FaithfulnessError, FileError
-from dfa_lens.experiments import paper, published
+from dfa_lens.experiments import paper, paper_configs, published
+from dfa_lens.experiments.config import Config
 from dfa_lens.experiments.table import frame, row
+from dfa_lens.transfer.recipe import RELEASED
 
 PAIR = "llama3-1b-to-3b"
 TASKS = dfa.tasks.names()
@@ -217,3 +223,97 @@ def test_recovery_and_matrices_by_hand():
         dfa.plots.paper_recovery(paper.Numbers())
     with pytest.raises(FaithfulnessError, match="no curves"):
         dfa.plots.paper_curves({})
+
+
+# --- the published study -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """Random models of the paper's architectures and few heads, by its names, with the tokenizer of the offline tasks."""
+    from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+
+    from dfa_lens.zoo.tokenizer import build
+
+    root = tmp_path_factory.mktemp("models")
+    tokenizer = build(begin_of_text=False)
+    common = {"vocab_size": len(tokenizer), "hidden_size": 16, "intermediate_size": 16, "initializer_range": 0.3}
+    common |= {"num_key_value_heads": 1, "max_position_embeddings": 128}
+    names = ("llama3-1b", "llama3-3b", "qwen2.5-0.5b", "qwen2.5-1.5b")
+    for i, name in enumerate(names):
+        config, kind = (LlamaConfig, LlamaForCausalLM) if "llama" in name else (Qwen2Config, Qwen2ForCausalLM)
+        torch.manual_seed(i)
+        made = kind(config(**common, num_hidden_layers=1 + i % 3, num_attention_heads=2))
+        made.save_pretrained(root / name)
+        tokenizer.save_pretrained(root / name)
+        settings = root / name / "tokenizer_config.json"  # as it is, whatever the model's family
+        settings.write_text(settings.read_text().replace("TokenizersBackend", "PreTrainedTokenizerFast"))
+    return {name: str(root / name) for name in names}
+
+
+def test_configs_say_the_published_study():
+    """Read as any config is; hub names are not looked up before a study runs."""
+    for mode in ("released", "ours"):
+        for method, text in paper_configs.configs(mode).items():
+            said = tomllib.loads(text)
+            assert list(said["models"]) == list(paper.PAIRS) and said["protocol"] == said["collection"] == "mib"
+            assert said["attribution"]["method"] == method
+            assert set(said["models"]["llama3-8b-to-1b"].values()) == {
+                "meta-llama/Llama-3.1-8B",
+                "meta-llama/Llama-3.2-1B",
+                "transformers",
+            }
+    with pytest.raises(DfaError, match="pair of the paper"):
+        paper_configs.configs("ours", pairs=["llama3-1b-to-70b"])
+    with pytest.raises(DfaError, match="models says nothing of 'llama3-1b'"):
+        paper_configs.configs("ours", models={})
+
+
+def test_released_configs_train_as_released(tmp_path):
+    (path, *_) = [each for each in paper_configs.write(tmp_path) if "released" in str(each)]
+    run = Config.read(path).run
+    trained = run["settings"]["zero-shot"]
+    assert (trained.regime, trained.control, trained.method) == ("zero-shot", "", "released")
+    assert trained.recipe == replace(RELEASED, batch_size=4)
+    assert run["settings"]["scrambled-s"].control == "scrambled-s"
+    assert (run["attribution"].mlp_gradient, run["attribution"].accumulate) == ("input", "all")
+    ours = Config.read(tmp_path / "ours" / "nap.toml").run
+    assert ours["settings"]["zero-shot"].recipe == dfa.Recipe()
+    assert set(run["settings"]) | {"uniform-s", "random-s", "target-only"} == set(ours["settings"])
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("mode", "method", "pair"),
+    [("released", "nap-ig-activations", "llama3-3b-to-1b"), ("ours", "nap", "qwen2.5-0.5b-to-1.5b")],
+)
+def test_the_study_runs_with_tiny_models(mode, method, pair, tiny, tmp_path):
+    """The same configs with models of the same architectures and the offline tasks, by one command."""
+    more = {"collection": "offline", "device": "cpu", "dtype": "float32", "test_tasks": ["addition"]}
+    budget = {"train": 2, "test": 2, "steps": 1, "batch_size": 4}
+    paper_configs.write(tmp_path, pairs=[pair], models=tiny, more=more, budget=budget)
+    config = tmp_path / mode / f"{method}.toml"
+    config.write_text(config.read_text().replace("steps = 5", "steps = 1"))
+    assert "tables as CSV" in invoke(f"paper --config {config} --out {tmp_path / 'out'}").stdout
+    table = pd.read_csv(tmp_path / mode / method / "table.csv", keep_default_na=False)
+    regimes = {
+        "gold",
+        "in-distribution",
+        "zero-shot",
+        "one-task",
+        "random-w",
+        "scrambled-s",
+        "permuted-w",
+        "depth-mean",
+    }
+    assert regimes | {"near-distribution"} <= set(table["setting"])
+    # the paper's table 10, of the other direction, has nap-ig-inputs alone
+    name = {"llama3-3b-to-1b": "leaderboard-llama3-3b-to-1b", "qwen2.5-0.5b-to-1.5b": "7"}[pair]
+    made = pd.read_csv(tmp_path / "out" / f"table-{name}.csv").set_index(["Method", "Setting"])
+    cell = made.loc[(paper.METHODS[method], "DFA (Zero-Shot)"), "Arith +"]
+    row = table[table["setting"] == "zero-shot"]
+    assert cell == pytest.approx(float(row["cpr"].iloc[0]), abs=1e-4)
+    # gone on with: nothing is run again
+    before = (tmp_path / mode / method / "table.csv").read_bytes()
+    invoke(f"paper --config {tmp_path / mode / (method + '.toml')} --out {tmp_path / 'out'}")
+    assert (tmp_path / mode / method / "table.csv").read_bytes() == before

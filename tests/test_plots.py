@@ -1,3 +1,4 @@
+import json
 import re
 from importlib import import_module
 from pathlib import Path
@@ -416,7 +417,7 @@ def differences(monkeypatch):
             value, p = found[(len(asked) - 1) % len(found)]
             return Difference(value, Interval(value, value), p)
 
-        monkeypatch.setattr(import_module("dfa_lens.plots.report"), "cpr_difference", compare)
+        monkeypatch.setattr(import_module("dfa_lens.plots.summary"), "cpr_difference", compare)
         return asked
 
     return give
@@ -424,7 +425,7 @@ def differences(monkeypatch):
 
 def marked(page):
     """The marks of the page's table, row by row."""
-    return re.findall(r"<sup>([▲†]*)</sup> <span", page.read_text())
+    return re.findall(r"<sup>([▲†]*)</sup> <span", page.read_text(encoding="utf-8"))
 
 
 def test_marks_are_corrected_by_holm(differences, tmp_path):
@@ -459,6 +460,71 @@ def test_the_report_cites_the_paper_as_the_citation_file_does(tmp_path):
     assert fields["title"] == paper["title"]
     assert fields["year"] == str(paper["year"])
     assert fields["journal"].endswith(paper["identifiers"][0]["value"])
+
+
+def figures_of(page):
+    """The figures that a page holds, by part of the page and name."""
+    from dfa_lens.plots.views import unpacked
+
+    packed = re.findall(
+        r'<script type="text/plain" data-of="([^"]+)">([^<]+)</script>', page.read_text(encoding="utf-8")
+    )
+    return {name: json.loads(unpacked(text)) for name, text in packed}
+
+
+def test_the_report_shows_the_smallest_faithful_circuit(tmp_path):
+    """Transferred, gold and their difference in one figure, preset to it; what is said of it is what the curve says."""
+    from dataclasses import replace
+
+    results = made_up_results(1)
+    curve = replace(
+        results.tasks[0].curves["gold"], sizes=np.array([0, 22, 24]), per_example=np.tile([[0], [0.95], [1]], 4)
+    )
+    alignment = dfa.controls.random_w(A, B)
+    source = dfa.controls.random_scores(A)
+    circuit = alignment.transfer(source)
+    results.tasks[0] = replace(
+        results.tasks[0], source=source, circuits={"zero-shot": circuit}, curves={"gold": curve, "zero-shot": curve}
+    )
+    page = dfa.plots.report(results, tmp_path)
+    figures = figures_of(page)
+    assert set(figures) == {"summary", "view-family-family-task-task-0"}
+    shown = figures["view-family-family-task-task-0"]
+    assert set(shown) == {"0", "zero-shot"}
+    layout = shown["zero-shot"]["layout"]
+    assert [note["text"] for note in layout["annotations"]][1:] == [
+        "<b>target</b>",
+        "<b>gold</b>",
+        "<b>difference of ranks</b>",
+    ]
+    assert layout["sliders"][0]["steps"][layout["sliders"][0]["active"]]["label"] == "22 of 24, f = 0.95"
+    dimmed = [
+        trace
+        for trace in shown["zero-shot"]["data"]
+        if trace["name"].startswith("target") and "outside" in trace["name"]
+    ]
+    assert dimmed
+    assert "smallest circuit with f ≥ 0.9: 22 of 24 nodes [22, 22]" in page.read_text(encoding="utf-8")
+    assert "keeps 92% of the nodes (gold&#39;s 92%)" in page.read_text(encoding="utf-8")
+
+
+def test_a_report_of_a_study(tmp_path):
+    """The table alone: findings, bars, cells."""
+    from dfa_lens.experiments.table import frame, row
+
+    rows = [
+        row(family="f", seed=seed, task=task, setting=setting, control="random-w" * (setting == "random-w"), cpr=cpr)
+        for seed in (0, 1)
+        for task in ("one", "two")
+        for setting, cpr in (("gold", 0.8), ("zero-shot", 0.6), ("random-w", 0.2))
+    ]
+    page = dfa.plots.report(frame(rows), tmp_path)
+    text = page.read_text(encoding="utf-8")
+    assert "zero-shot: CPR 0.600, 75% of gold&#39;s 0.800." in text
+    assert "The best control, random-w, has a CPR of 0.200." in text
+    assert "All means are over 2 tasks, 1 family, 2 seeds." in text
+    assert set(figures_of(page)) == {"summary"}
+    assert "<section" not in text
 
 
 def test_transferred_scores_are_shown_as_their_mask(any_model, pairs):

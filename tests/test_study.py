@@ -4,7 +4,6 @@ import sys
 from typing import get_args
 
 import numpy as np
-import pandas as pd
 import pytest
 import torch
 
@@ -69,30 +68,30 @@ def test_rows_are_what_the_steps_give_by_hand(table):
 
 def test_a_study_goes_on_where_it_stopped(table, monkeypatch):
     folder, found = table
-    path = folder / "llama3-1.csv"
-    whole = path.read_text()
-    lines = whole.splitlines(keepends=True)
-    path.write_text("".join(lines[:5]) + lines[5][:20])  # interrupted in the middle of a row
+    rows = [path for path in (folder / "units").glob("*.json") if not path.with_suffix(".safetensors").exists()]
+    assert len(rows) == len(found)
+    for path in rows[:6]:
+        path.unlink()
+    (folder / "units" / ".dfa-lens-half").write_bytes(b"{")  # interrupted in the middle of a unit
     runs = []
     run = module.faithfulness_curve
     monkeypatch.setattr(module, "faithfulness_curve", lambda *args, **kw: runs.append(1) or run(*args, **kw))
     again = study.run(["llama3"], SOME, seeds=[1], test_tasks=["addition", "ioi"], budget=TINY, out=folder)
-    assert len(runs) == len(lines) - 5
+    assert len(runs) == 6
     np.testing.assert_allclose(again["cpr"], found["cpr"])
     assert dict(again.dtypes) == dict(found.dtypes)  # what was read and what is new are of one kind
     runs.clear()
     study.run(["llama3"], SOME, seeds=[1], test_tasks=["addition", "ioi"], budget=TINY, out=folder)
     assert not runs
-    path.write_text('"broken\n1,2')
-    with pytest.raises(FileError, match="is not a table of a study"):
-        study.run(["llama3"], SOME, seeds=[1], test_tasks=["ioi"], budget=TINY, out=folder)
-    path.write_text(whole)
+    whole = rows[0].read_text()
+    rows[0].write_text('"broken\n1,2')
+    with pytest.raises(FileError, match="is not a unit of a study"):
+        study.run(["llama3"], SOME, seeds=[1], test_tasks=["addition", "ioi"], budget=TINY, out=folder)
+    rows[0].write_text(whole)
 
 
 def test_a_folder_keeps_what_its_rows_were_made_with(tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        study, "_run_plan", lambda plan: pd.DataFrame({"family": [plan.models.name], "seed": [plan.seed]})
-    )
+    monkeypatch.setattr(study, "drive", lambda *args, **options: [])
     study.run(["llama3"], {"a": Setting()}, seeds=[0], budget=TINY, out=tmp_path)
     study.run(["llama3"], {"b": Setting("in-distribution")}, seeds=[0], budget=TINY, out=tmp_path)  # another name
     assert set(json.loads((tmp_path / "study.json").read_text())["settings"]) == {"a", "b"}
@@ -143,9 +142,7 @@ def test_what_was_trained_is_known_by_its_content():
 
 
 def test_a_folder_knows_settings_and_models_by_their_content(tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        study, "_run_plan", lambda plan: pd.DataFrame({"family": [plan.models.name], "seed": [plan.seed]})
-    )
+    monkeypatch.setattr(study, "drive", lambda *args, **options: [])
 
     def run(value=1.0, target="llama3-tiny-target"):
         setting, pair = (

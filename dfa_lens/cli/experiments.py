@@ -133,16 +133,26 @@ def study(
     )
 
 
-@app.command(epilog="Example: dfa-lens paper --study nap=study-nap --study nap-ig-inputs=study --out tables")
+@app.command(epilog="Example: dfa-lens paper --write-configs configs --out tables")
 def paper(
     out: option.FolderOption,
-    study: Annotated[
-        list[str],
+    config: Annotated[
+        list[Path] | None,
         typer.Option(
-            help="A study's folder or table.csv; METHOD=PATH where it is of another attribution method than "
-            "nap-ig-inputs. May be given several times."
+            help="A config of a study, or a folder of them: the study is run, or gone on with, and its rows are taken."
         ),
-    ],
+    ] = None,
+    study: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A study that was run: its folder or table.csv; METHOD=PATH where it is of another attribution method "
+            "than nap-ig-inputs. May be given several times."
+        ),
+    ] = None,
+    write_configs: Annotated[
+        Path | None,
+        typer.Option(help="Write the configs of the published study to this folder (released and ours), and no more."),
+    ] = None,
     recipe: Annotated[
         str | None, typer.Option(help="How W was trained, where the study has several ways: the column method.")
     ] = None,
@@ -156,10 +166,15 @@ def paper(
 
     CSV, TeX and HTML for each table, and one page with all.
     """
+    from dfa_lens.experiments import paper_configs
     from dfa_lens.experiments import published as numbers
     from dfa_lens.plots import paper as write_paper
 
-    rows = reading.studies(study)
+    if write_configs is not None:
+        files = [str(path) for path in paper_configs.write(write_configs)]
+        say(f"{', '.join(files)} written.", {"configs": files}, as_json=as_json)
+        return
+    rows = reading.studies(study or (), reading.run_configs(config or ()))
     known = None if published is None else numbers.from_release(published)
     page = write_paper(rows, out, published=known, recipe=recipe)
     found = {kind: sorted(map(str, out.glob(f"{kind}-*.csv"))) for kind in ("table", "figure")}
@@ -167,5 +182,47 @@ def paper(
         f"{page} written: {len(found['table'])} tables as CSV, TeX and HTML, and {len(found['figure'])} figures as CSV "
         "and HTML.",
         {"page": str(page), "tables": found["table"], "figures": found["figure"]},
+        as_json=as_json,
+    )
+
+
+@app.command(epilog="Example: dfa-lens bench --model llama3-tiny-source --task ioi --contender nap --out bench")
+def bench(
+    out: option.FolderOption,
+    model: Annotated[list[str] | None, typer.Option(help="A shipped model; default: all.")] = None,
+    task: Annotated[list[str] | None, typer.Option(help="A task; default: all that a model solves.")] = None,
+    contender: Annotated[
+        list[str] | None, typer.Option(help="A method, with its options; default: all of the leaderboard.")
+    ] = None,
+    examples: Annotated[int, typer.Option(help="Pairs that the methods see.")] = 64,
+    test: Annotated[int, typer.Option(help="Other pairs, that circuits are judged on.")] = 32,
+    seed: option.SeedOption = 0,
+    workers: option.WorkersOption = 1,
+    device: option.DeviceOption = "cpu",
+    as_json: option.JsonOption = False,
+) -> None:
+    """The leaderboard: attribution methods on the shipped models and tasks, by quality and by cost.
+
+    The folder keeps the rows; what is there already is not run again.
+    """
+    from dfa_lens.experiments import leaderboard
+
+    table = leaderboard.run(
+        model,
+        task,
+        contender,
+        out=out,
+        examples=examples,
+        test=test,
+        seed=seed,
+        workers=workers,
+        device=device,
+        progress=True,
+    )
+    write_atomically(out / "leaderboard.csv", table.round(5).to_csv(index=False).encode())
+    shown = ["cpr", "cmd", "cpr_absolute", "cmd_absolute", "pearson", "spearman", "forward", "backward", "seconds", "n"]
+    say(
+        f"{leaderboard.summary(table)[shown].round(3).to_string()}\n{out / 'leaderboard.csv'} written.",
+        {"table": str(out / "leaderboard.csv"), "rows": records(table) if as_json else []},
         as_json=as_json,
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +87,47 @@ def named(values: list[str], what: str) -> dict[str, Path]:
     return found
 
 
+def by_task(values: list[str], what: str) -> dict[str, Path]:
+    """Task → file, of options that may also be given as a FILE alone, which is then that of the task ""."""
+    alone = [value for value in values if "=" not in value]
+    if len(alone) > 1:
+        raise TaskError(f"{what} of several tasks are given as TASK=FILE, not {alone[0]!r} and {alone[1]!r}.")
+    return ({"": Path(alone[0])} if alone else {}) | named([value for value in values if "=" in value], what)
+
+
+def curve(path: Path) -> Any:
+    """A faithfulness curve from the table that ``evaluate --out`` writes: f at each size, without its examples."""
+    import io
+
+    import numpy as np
+    import pandas as pd
+
+    from dfa_lens.data.curve import MIB_FRACTIONS, FaithfulnessCurve
+
+    try:
+        table = pd.read_csv(io.BytesIO(read_bytes(path)))
+        fractions, sizes, f, kl = (
+            table[name].to_numpy(dtype=float) for name in ("fraction", "size", "faithfulness", "kl")
+        )
+        n = round(sizes[-1] / fractions[-1])
+        if not (np.diff(sizes) >= 0).all() or not np.isfinite([fractions, sizes, f, kl]).all():
+            raise ValueError("sizes must rise, and all numbers be finite")
+        return FaithfulnessCurve(
+            fractions,
+            sizes.astype(int),
+            f[:, None],
+            np.ones(1),
+            np.zeros(1),
+            kl,
+            "mib" if len(fractions) == len(MIB_FRACTIONS) and np.allclose(fractions, MIB_FRACTIONS) else "nodes",
+            "signed",
+            n,
+            unit="edges" if "live_size" in table else "nodes",
+        )
+    except (ValueError, KeyError, IndexError, ZeroDivisionError, UnicodeDecodeError, DfaError) as error:
+        raise FileError(f"{path} is no table of a curve, as evaluate --out writes it: {short(error)}.") from error
+
+
 def own_tasks(pairs: list[str] | None) -> dict[str, Any]:
     """Task → the file that it is read from."""
     from dfa_lens.tasks.own import FileTask
@@ -161,20 +202,45 @@ def _table(path: Path) -> Any:
         raise FileError(f"{path} is not a table of scores of nodes: {error}") from error
 
 
-def studies(given: Sequence[str]) -> Any:
+def run_configs(given: Sequence[Path]) -> dict[str, Any]:
+    """Attribution method → the table of the study that a config describes, run or gone on with; of folders, of all."""
+    from dfa_lens.data.files import write_atomically
+    from dfa_lens.experiments import study
+    from dfa_lens.experiments.config import Config
+
+    paths = [path for each in given for path in (sorted(each.glob("*.toml")) if each.is_dir() else [each])]
+    if given and not paths:
+        raise FileError(f"There is no config in {given[0]}: dfa-lens paper --write-configs FOLDER writes them.")
+    read = [dict(Config.read(path).run) for path in paths]  # all of them before the work
+    methods = [run["attribution"].method for run in read]
+    double = next((method for i, method in enumerate(methods) if method in methods[:i]), None)
+    if double is not None:
+        raise DfaError(f"Two of the configs score by {double!r}: make tables of one of them at a time.")
+    found = {}
+    for method, run in zip(methods, read, strict=True):
+        found[method] = study.run(**run, progress=True)
+        write_atomically(run["out"] / "table.csv", found[method].to_csv(index=False).encode())
+    return found
+
+
+def studies(given: Sequence[str], known: Mapping[str, Any]) -> Any:
     """One table of all studies, each a folder with its ``table.csv`` or such a file; METHOD=PATH names its attribution.
+
+    ``known``: tables that are there already, by attribution method.
 
     Raises
     ------
     DfaError
-        If a method is unknown, or two of the studies are of the same one.
+        If there are none, a method is unknown, or two of the studies are of the same one.
     """
     import pandas as pd
 
     from dfa_lens.experiments import table
     from dfa_lens.experiments.paper import METHODS
 
-    found: dict[str, Any] = {}
+    found = {method: each.assign(attribution=method) for method, each in known.items()}
+    if not given and not found:
+        raise DfaError("Give a study that was run, --study, or one to run, --config.")
     for value in given:
         name, separator, path = value.partition("=")
         method, place = (name, Path(path)) if separator else ("nap-ig-inputs", Path(value))

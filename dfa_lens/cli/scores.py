@@ -54,7 +54,8 @@ def attribute(
     method: Annotated[
         str | None,
         typer.Option(
-            help="nap, nap-ig-inputs (default), nap-ig-activations or exact; of edges: eap, eap-ig-inputs (default), "
+            help="nap, nap-ig-inputs (default), nap-ig-activations, exact, expected-gradients, relp, attnlrp, gim, "
+            "atp-star, matryoshka, node-pruning or ugs; of edges: eap, eap-ig-inputs (default), "
             "eap-ig-activations or exact."
         ),
     ] = None,

@@ -64,22 +64,6 @@ def writing(file: Any) -> Iterator[None]:
         raise FileError(f"Can't write {_shown(path)}: {error.strerror or short(error)}.") from error
 
 
-def append(path: Path, data: bytes) -> None:
-    """Put some bytes behind a file; they are on the disk when this returns.
-
-    Raises
-    ------
-    FileError
-        If they can't be written.
-    """
-    with _as_file_error(f"Can't write {_shown(path)}"):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("ab") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-
-
 def writable(path: str | os.PathLike[str], *, folder: bool = False) -> Path:
     """The path, if a file (or ``folder``) can be written there: asked before the work, not after it.
 
@@ -186,7 +170,7 @@ def file_name(name: str) -> str:
 
 
 @contextmanager
-def held(path: Path, refusal: str, *, wait: float = 0.0) -> Iterator[None]:
+def held(path: Path, refusal: str, *, wait: float = 0.0, where_possible: bool = False) -> Iterator[None]:
     """Hold a lock file for the length of the context; the system lets go of it however the process ends.
 
     Parameters
@@ -195,6 +179,8 @@ def held(path: Path, refusal: str, *, wait: float = 0.0) -> Iterator[None]:
         What the error says if another process holds it.
     wait:
         Seconds to wait for it.
+    where_possible:
+        Go on without a lock on file systems that have none (some network mounts).
 
     Raises
     ------
@@ -211,6 +197,9 @@ def held(path: Path, refusal: str, *, wait: float = 0.0) -> Iterator[None]:
         except Timeout:
             raise FileError(refusal) from None
         except NotImplementedError as error:  # some network file systems
+            if where_possible:
+                yield
+                return
             raise FileError(f"{_shown(path.parent)} can't be locked: {short(error)}.") from error
     try:
         yield

@@ -4,5 +4,20 @@ import lazy_loader
 
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
-    submodules=["config", "demo", "experiment", "paper", "published", "setting", "study", "table", "workers"],
+    submodules=[
+        "config",
+        "demo",
+        "executors",
+        "experiment",
+        "folder",
+        "leaderboard",
+        "paper",
+        "paper_configs",
+        "progress",
+        "published",
+        "setting",
+        "study",
+        "table",
+        "units",
+    ],
 )

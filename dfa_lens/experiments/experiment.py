@@ -5,7 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -13,6 +14,7 @@ import torch
 from dfa_lens import zoo
 from dfa_lens.attribution.attribute import METHODS, attribute
 from dfa_lens.data.alignment import Alignment
+from dfa_lens.data.content import fingerprint
 from dfa_lens.data.curve import FaithfulnessCurve, Protocol
 from dfa_lens.data.measurements import Measurements
 from dfa_lens.data.nodes import NodeSet
@@ -21,7 +23,8 @@ from dfa_lens.data.scores import NodeScores
 from dfa_lens.errors import DfaError, TaskError, unknown
 from dfa_lens.evaluation import diagnostics
 from dfa_lens.evaluation.faithfulness import faithfulness_curve
-from dfa_lens.experiments.setting import OTHER_SCORES, UNTRAINED, Circuits, Setting
+from dfa_lens.experiments.folder import Folder
+from dfa_lens.experiments.setting import OTHER_SCORES, Circuits, Needed, Setting, Side, labels
 from dfa_lens.experiments.table import GOLD
 from dfa_lens.models.backend import HookedModel
 from dfa_lens.tasks import SIBLINGS
@@ -29,7 +32,8 @@ from dfa_lens.tasks.own import TaskSource, family_of, sources
 from dfa_lens.transfer import controls, similarity
 from dfa_lens.transfer.measure import measure
 from dfa_lens.transfer.recipe import Recipe
-from dfa_lens.transfer.trainer import Job, fit_many
+from dfa_lens.transfer.store import Cache
+from dfa_lens.transfer.trainer import Job, OnStep, fit_many
 
 
 @dataclass(frozen=True)
@@ -63,6 +67,14 @@ class Attribution:
 ATTRIBUTION = Attribution()
 
 
+Loader = str | Callable[[], HookedModel]
+"""The name of a shipped model, or a function that loads one."""
+UnitKind = Literal["attribution", "measurements", "fit", "row"]
+"""What a study is made of."""
+UNITS = 1  #: what units are made like; another number for other numbers
+_LOAD: dict[Needed, Callable[[Path], Any]] = {"attribution": NodeScores.load, "measurements": Measurements.load}
+
+
 @dataclass(frozen=True)
 class ModelPair:
     """A source and a target model.
@@ -77,8 +89,8 @@ class ModelPair:
     """
 
     name: str
-    source: str | Callable[[], HookedModel]
-    target: str | Callable[[], HookedModel]
+    source: Loader
+    target: Loader
 
     @classmethod
     def of(cls, family: str | ModelPair) -> ModelPair:
@@ -108,16 +120,8 @@ class Outcome:
     @property
     def labels(self) -> dict[str, Any]:
         """The columns that say what it is of, and what it cost."""
-        setting = self.setting
-        return {
-            "setting": self.name,
-            "regime": setting.regime if setting else "",
-            "method": setting.method if setting else GOLD,
-            "control": setting.control if setting else "",
-            "trained_on": " ".join(self.trained_on),
-            "forwards": self.forwards,
-            "seconds": round(self.seconds, 2),
-        }
+        of = labels(self.name, self.setting, self.trained_on)
+        return {**of, "forwards": self.forwards, "seconds": round(self.seconds, 2)}
 
 
 class Experiment:
@@ -142,6 +146,21 @@ class Experiment:
         For shipped models.
     collection:
         Of our tasks, see :func:`dfa_lens.tasks.load`.
+    folder:
+        Where scores, measurements and alignments are kept, and found again; default: in memory alone.
+    load:
+        Loads a model; for those who keep some.
+    on_step:
+        Called after each step of a training, with the training tasks and the step's record.
+
+    Attributes
+    ----------
+    batch_size:
+        Of attribution, measurements and curves: the budget's. Changes memory and time, results by rounding only.
+    cache:
+        Where training keeps its runs, see :data:`~dfa_lens.transfer.store.Cache`.
+    seconds:
+        What was made here → how long it took, models and prompts apart.
 
     Examples
     --------
@@ -163,18 +182,26 @@ class Experiment:
         device: str = "cpu",
         dtype: torch.dtype = torch.float32,
         collection: str = "offline",
+        folder: Folder | None = None,
+        load: Callable[[Loader], HookedModel] | None = None,
+        on_step: OnStep | None = None,
     ) -> None:
         self.models, self.seed, self.budget = ModelPair.of(models), seed, budget
         self.attribution, self.protocol, self.device, self.dtype = attribution, protocol, device, dtype
         self.sources = sources(tasks, collection)
         self.tasks = tuple(self.sources)
         self.families = {task: family_of(task, source) for task, source in self.sources.items()}
+        self.folder, self._load, self.on_step = folder, load, on_step
+        self.batch_size = budget.batch_size
+        self.cache: Cache = "device"
+        self.seconds: dict[str, float] = {}
         self._trained: dict[Any, tuple[Alignment, float]] = {}
-        self._gold: dict[str, NodeScores] = {}
+        self._made: dict[tuple[str, str, str], Any] = {}
         self._tests: dict[str, PromptPairs] = {}
-        self._measured: dict[tuple[str, str], Measurements] = {}
 
-    def _model(self, which: str | Callable[[], HookedModel]) -> HookedModel:
+    def _model(self, which: Loader) -> HookedModel:
+        if self._load is not None:
+            return self._load(which)
         return zoo.load(which, device=self.device, dtype=self.dtype) if isinstance(which, str) else which()
 
     @cached_property
@@ -219,26 +246,68 @@ class Experiment:
             self._tests[task] = self._pairs(task, self.target, "test", self.budget.test)
         return self._tests[task]
 
-    def _attribute(self, model: HookedModel, pairs: PromptPairs) -> NodeScores:
-        return attribute(model, pairs, **asdict(self.attribution), batch_size=self.budget.batch_size)
+    # --- what is made once ---------------------------------------------------------------------------------------
 
     @cached_property
-    def scores(self) -> dict[str, NodeScores]:
-        """Task → scores on the source."""
-        return {task: self._attribute(self.source, pairs) for task, pairs in self.on_source.items()}
+    def _content(self) -> tuple[str, dict[str, str]]:
+        """Fingerprints of what all units have in common, and of each task."""
+        common = (UNITS, self.seed, self.budget, str(self.dtype), self.attribution, self.protocol)
+        return fingerprint(common), {task: fingerprint(source) for task, source in self.sources.items()}
+
+    def key(self, kind: UnitKind, *what: Any) -> str:
+        """The name of a unit by all that decides what comes out of it; equal for equal units on every machine.
+
+        Parameters
+        ----------
+        kind, what:
+            "attribution" or "measurements", the side and the task; "fit", the setting and the training tasks; "row",
+            the setting (None: gold), the test task and the training tasks.
+        """
+        common, tasks = self._content
+        if kind in ("attribution", "measurements"):
+            side, task = what
+            return fingerprint((kind, common, getattr(self.models, side), tasks[task]))
+        setting, *names = what
+        print_ = "" if setting is None else setting.fingerprint_of_fit if kind == "fit" else setting.fingerprint
+        return fingerprint((kind, common, self.models.source, self.models.target, list(tasks.items()), print_, names))
+
+    def _once(self, kind: Needed, side: Side, task: str, make: Callable[..., Any]) -> Any:
+        """Out of memory or the folder, or else made and kept there."""
+        what = (kind, side, task)
+        if what in self._made:
+            return self._made[what]
+        key = "" if self.folder is None else self.key(kind, side, task)
+        found = None if self.folder is None else self.folder.value(key, _LOAD[kind])
+        if found is None:
+            model, pairs = (self.source, self.on_source) if side == "source" else (self.target, self.train)
+            started = time.perf_counter()
+            found = make(model, pairs[task], batch_size=self.batch_size)
+            self.seconds[key] = time.perf_counter() - started
+            if self.folder is not None:
+                self.folder.keep(key, found)
+        self._made[what] = found
+        return found
+
+    def attributed(self, side: Side, task: str) -> NodeScores:
+        """Attribution on a task's training pairs."""
+        return self._once("attribution", side, task, partial(attribute, **asdict(self.attribution)))
+
+    def scores_of(self, task: str) -> NodeScores:
+        """Attribution on the source."""
+        return self.attributed("source", task)
 
     def gold_of(self, task: str) -> NodeScores:
         """Attribution run directly on the target."""
-        if task not in self._gold:
-            self._gold[task] = self._attribute(self.target, self.train[task])
-        return self._gold[task]
+        return self.attributed("target", task)
 
-    def measured(self, task: str, on: Literal["source", "target"]) -> Measurements:
+    @property
+    def scores(self) -> dict[str, NodeScores]:
+        """Task → scores on the source."""
+        return {task: self.scores_of(task) for task in self.tasks}
+
+    def measured(self, task: str, on: Side) -> Measurements:
         """What forward passes say about the nodes of the source or the target on the task's training pairs."""
-        if (task, on) not in self._measured:
-            model, pairs = (self.source, self.on_source) if on == "source" else (self.target, self.train)
-            self._measured[task, on] = measure(model, pairs[task], batch_size=self.budget.batch_size)
-        return self._measured[task, on]
+        return self._once("measurements", on, task, measure)
 
     @cached_property
     def attention_similarities(self) -> dict[str, Any]:
@@ -282,7 +351,7 @@ class Experiment:
             return controls.random_scores(self.source_nodes, seed=1000 * self.seed + self.tasks.index(task))
         if setting.control == "target-only":
             return controls.constant()
-        return self.scores[task]
+        return self.scores_of(task)
 
     def fit(self, setting: Setting, sets: Sequence[tuple[str, ...]]) -> dict[tuple[str, ...], tuple[Alignment, float]]:
         """An alignment and its seconds for every tuple of training tasks; what is not trained yet is trained together.
@@ -292,17 +361,29 @@ class Experiment:
         scores = setting.control if setting.control in OTHER_SCORES else ""
         recipes = {trained: self.recipe(setting, trained) for trained in dict.fromkeys(sets)}
         keys = {trained: (scores, recipe.key(), trained) for trained, recipe in recipes.items()}
+        if self.folder is not None:
+            names = {trained: self.key("fit", setting, trained) for trained in keys}
+            for trained, key in keys.items():
+                if (
+                    key not in self._trained
+                    and (known := self.folder.value(names[trained], Alignment.load)) is not None
+                ):
+                    self._trained[key] = (known, 0.0)
         missing = {
             " ".join(trained): Job({task: self.stand_in(setting, task) for task in trained}, recipes[trained])
             for trained, key in keys.items()
             if key not in self._trained
         }
+        train = self.train if missing else {}
         started = time.perf_counter()
-        found = fit_many(self.target, missing, self.train)
+        found = fit_many(self.target, missing, train, cache=self.cache, on_step=self.on_step) if missing else {}
         seconds = (time.perf_counter() - started) / max(len(missing), 1)
         for trained, key in keys.items():
             if key not in self._trained:
                 self._trained[key] = (found[" ".join(trained)], seconds)
+            if self.folder is not None:
+                self.seconds[names[trained]] = self._trained[key][1]
+                self.folder.keep(names[trained], self._trained[key][0])
         return {trained: self._trained[key] for trained, key in keys.items()}
 
     def _untrained(self, setting: Setting, trained: tuple[str, ...]) -> Alignment:
@@ -312,7 +393,7 @@ class Experiment:
         if setting.control == "depth-mean":
             return controls.depth_mean(self.source_nodes, self.target_nodes)
         gold = {other: self.gold_of(other) for other in trained}
-        return controls.regression({other: self.scores[other] for other in trained}, gold, ridge=setting.ridge)
+        return controls.regression({other: self.scores_of(other) for other in trained}, gold, ridge=setting.ridge)
 
     def curve(self, task: str, circuit: NodeScores) -> FaithfulnessCurve:
         """The circuit's faithfulness on the task's test pairs."""
@@ -324,20 +405,14 @@ class Experiment:
             circuit,
             protocol=self.protocol,
             sizes=sizes if self.protocol == "nodes" else None,
-            batch_size=self.budget.batch_size,
+            batch_size=self.batch_size,
             sizes_per_pass=1 if self.device == "cpu" else 16,
         )
 
     # --- many settings -------------------------------------------------------------------------------------------
 
-    def run(
-        self,
-        settings: Mapping[str, Setting],
-        test_tasks: Sequence[str] | None = None,
-        *,
-        skip: Callable[[str, str, tuple[str, ...]], bool] = lambda name, task, trained: False,
-    ) -> Iterator[Outcome]:
-        """Gold, then one setting after the other.
+    def run(self, settings: Mapping[str, Setting], test_tasks: Sequence[str] | None = None) -> Iterator[Outcome]:
+        """Gold, then one setting after the other; trainings of a setting run together.
 
         Parameters
         ----------
@@ -345,33 +420,29 @@ class Experiment:
             By the name that tables give them.
         test_tasks:
             Default: all.
-        skip:
-            Of a setting's name, a test task and the training tasks: whether it is known already.
         """
         chosen = list(test_tasks or self.tasks)
         for task in chosen:
             if task not in self.tasks:
                 raise unknown("task", task, self.tasks, TaskError)
         for task in chosen:
-            if not skip(GOLD, task, ()):
-                yield self._gold_outcome(task)
+            yield self.outcome(GOLD, None, task)
         for name, setting in settings.items():
-            wanted = [
-                (task, trained)
-                for task in chosen
-                for trained in self.trained_on(setting, task)
-                if not skip(name, task, trained)
-            ]
-            if isinstance(setting.recipe, Circuits):
-                for task, trained in wanted:
-                    yield self._without_w(setting.recipe, task, name, setting, trained)
-                continue
-            fitted = {}
-            if wanted and setting.control not in UNTRAINED:
-                fitted = self.fit(setting, [trained for _, trained in wanted])
+            wanted = [(task, trained) for task in chosen for trained in self.trained_on(setting, task)]
+            if setting.is_trained and wanted:
+                self.fit(setting, [trained for _, trained in wanted])
             for task, trained in wanted:
-                alignment, seconds = fitted.get(trained) or (self._untrained(setting, trained), 0.0)
-                yield self._outcome(task, name, setting, trained, alignment, seconds)
+                yield self.outcome(name, setting, task, trained)
+
+    def outcome(self, name: str, setting: Setting | None, task: str, trained: tuple[str, ...] = ()) -> Outcome:
+        """The circuit of a setting (None: gold) for a task, judged."""
+        if setting is None:
+            return self._gold_outcome(task)
+        if isinstance(setting.recipe, Circuits):
+            return self._without_w(setting.recipe, task, name, setting, trained)
+        if setting.is_trained:
+            return self._outcome(task, name, setting, trained, *self.fit(setting, [trained])[trained])
+        return self._outcome(task, name, setting, trained, self._untrained(setting, trained), 0.0)
 
     def _gold_outcome(self, task: str) -> Outcome:
         started = time.perf_counter()
@@ -432,7 +503,7 @@ class Experiment:
         s = {task: self.stand_in(setting, task) for task in self.tasks}
         found = {
             "effective_rank": diagnostics.effective_rank(alignment),
-            "depth": diagnostics.depth_correlation(self.scores[outcome.task], outcome.circuit).spearman,
+            "depth": diagnostics.depth_correlation(self.scores_of(outcome.task), outcome.circuit).spearman,
             "stability": diagnostics.stability(alignment, s[outcome.task]),
         }
         if len(s) > 1:

@@ -15,7 +15,7 @@ from dfa_lens.attribution.attribute import attribute
 from dfa_lens.data.scores import NodeScores
 from dfa_lens.errors import AlignmentError
 from dfa_lens.experiments.experiment import Experiment
-from dfa_lens.experiments.setting import Circuits, Setting
+from dfa_lens.experiments.setting import Circuits, Needed, Setting, Side
 from dfa_lens.transfer import controls
 from dfa_lens.transfer.functional import fit_functional
 
@@ -48,6 +48,15 @@ class Functional(Circuits):
     scramble: bool = False
     without: tuple[str, ...] = ()
 
+    def needs(  # noqa: D102
+        self, experiment: Experiment, task: str, trained: tuple[str, ...]
+    ) -> list[tuple[Needed, Side, str]]:
+        read = self._another(experiment, task) if self.wrong else task
+        taught: list[tuple[Needed, Side, str]] = []
+        for name in [*trained, *([task] if self.own else [])]:
+            taught += [("attribution", self.teacher, name), ("measurements", self.teacher, name)]
+        return [*taught, ("measurements", "target", read)]
+
     def circuit(  # noqa: D102
         self, experiment: Experiment, task: str, trained: tuple[str, ...]
     ) -> tuple[NodeScores, int]:
@@ -59,7 +68,7 @@ class Functional(Circuits):
             if self.teacher == "target":
                 return experiment.gold_of(name)
             seed = 1000 * experiment.seed + experiment.tasks.index(name)
-            known = experiment.scores[name]
+            known = experiment.scores_of(name)
             return controls.scrambled_within(known, seed=seed) if self.scramble else known
 
         fitted = fit_functional(
@@ -97,6 +106,11 @@ class OneMeasurement(Circuits):
     """
 
     name: str
+
+    def needs(  # noqa: D102
+        self, experiment: Experiment, task: str, trained: tuple[str, ...]
+    ) -> list[tuple[Needed, Side, str]]:
+        return [("measurements", "target", task)]
 
     def circuit(  # noqa: D102
         self, experiment: Experiment, task: str, trained: tuple[str, ...]

@@ -7,6 +7,8 @@ The paper has 22 tables of three forms:
 - ``controls`` (tables 2 and 11 to 16): a pair; four controls, zero-shot, and the best of the three regimes, by task.
 - ``scaling`` (tables 3 and 17 to 22): a task; baseline, best, gold and recovery of all pairs.
 
+Pairs and methods that the paper has no table for, the other directions above all, get one of the first two forms.
+
 A study has a row per setting and seed, and this is where they become the paper's: seeds are averaged, "best" is the
 best regime of a task after that, an average is over the tasks that a row has.
 """
@@ -75,12 +77,12 @@ Form = Literal["leaderboard", "controls", "scaling"]
 
 @dataclass(frozen=True)
 class PaperTable:
-    """One table of the paper.
+    """One table of the paper, or one of its form.
 
     Attributes
     ----------
     number:
-        In the paper.
+        In the paper; None where the paper has no such table.
     form:
         See the module.
     of:
@@ -89,10 +91,15 @@ class PaperTable:
         Attribution methods, in the order of the paper.
     """
 
-    number: int
+    number: int | None
     form: Form
     of: str
     methods: tuple[str, ...] = tuple(METHODS)
+
+    @property
+    def name(self) -> str:
+        """What its files are called: its number, or form and pair."""
+        return f"{self.form}-{self.of}" if self.number is None else str(self.number)
 
     @property
     def caption(self) -> str:
@@ -102,7 +109,8 @@ class PaperTable:
             "controls": f"Controls (CPR), {pair_label(self.of)}",
             "scaling": f"Recovery by model size (CPR), {TASKS.get(self.of, self.of)}",
         }[self.form]
-        return f"{what}. Paper's table {self.number}."
+        where = "Not in the paper" if self.number is None else f"Paper's table {self.number}"
+        return f"{what}. {where}."
 
 
 def _numbered() -> dict[int, PaperTable]:
@@ -121,7 +129,7 @@ def _numbered() -> dict[int, PaperTable]:
         PaperTable(17, "scaling", "mcqa", rest[::-1]),
         *(PaperTable(18 + i, "scaling", task, (*inputs, *rest[::-1])) for i, task in enumerate(scaling)),
     ]
-    return {table.number: table for table in found}
+    return {number: table for table in found if (number := table.number) is not None}
 
 
 TABLES: dict[int, PaperTable] = _numbered()
@@ -263,13 +271,13 @@ def published(numbers: Any = None) -> Numbers:
     return Numbers(cpr, one_task, derived=False)
 
 
-def table(number: int, own: Numbers, theirs: Numbers | None = None) -> Any:
+def table(number: int | PaperTable, own: Numbers, theirs: Numbers | None = None) -> Any:
     """One of the paper's tables.
 
     Parameters
     ----------
     number:
-        Of :data:`TABLES`.
+        Of :data:`TABLES`; or a table of its form.
     own, theirs:
         Ours, and those that stand beside them; default: the published ones that ship with the package.
 
@@ -286,29 +294,42 @@ def table(number: int, own: Numbers, theirs: Numbers | None = None) -> Any:
     >>> float(eleven.loc[("NAP", "DFA (Zero-Shot)"), ("MCQA", "published")])
     0.46
     """
-    if number not in TABLES:
+    known = number if isinstance(number, PaperTable) else TABLES.get(number)
+    if known is None:
         raise unknown("table of the paper", str(number), map(str, TABLES), DfaError)
-    known = TABLES[number]
     theirs = published() if theirs is None else theirs
     made = _scaling if known.form == "scaling" else _by_task
     return made(known, {"ours": own, "published": theirs})
 
 
-def tables(own: Numbers, theirs: Numbers | None = None, numbers: Sequence[int] | None = None) -> dict[int, Any]:
-    """The paper's tables of which the study has at least one number, or those that are asked for.
+def tables(own: Numbers, theirs: Numbers | None = None) -> list[tuple[PaperTable, Any]]:
+    """The paper's tables of which there is at least one number of ours; then those of its form for what it left out.
 
     Examples
     --------
     >>> from dfa_lens.experiments import paper
-    >>> numbers = paper.Numbers({("nap", "llama3-1b-to-3b", "gold", "ioi"): 0.25})
-    >>> list(paper.tables(numbers))
-    [4, 18]
+    >>> keys = [("nap", pair, "gold", "ioi") for pair in ("llama3-1b-to-3b", "llama3-8b-to-1b")]
+    >>> [known.name for known, _ in paper.tables(paper.Numbers(dict.fromkeys(keys, 0.25)))]
+    ['4', '18', 'leaderboard-llama3-8b-to-1b']
     """
-    chosen = TABLES if numbers is None else numbers
-    made = {number: table(number, own, theirs) for number in chosen}
-    if numbers is not None:
-        return made
-    return {number: each for number, each in made.items() if each.xs("ours", axis=1, level=1).notna().any(axis=None)}
+    theirs = published() if theirs is None else theirs
+    made = [(known, table(known, own, theirs)) for known in [*TABLES.values(), *_further(own)]]
+    return [(known, each) for known, each in made if each.xs("ours", axis=1, level=1).notna().any(axis=None)]
+
+
+def _further(own: Numbers) -> list[PaperTable]:
+    """Tables of pairs and methods that the paper has none of; the baseline alone makes no table."""
+    found = []
+    for pair in PAIRS:
+        for form in ("leaderboard", "controls"):
+            same = [each for each in TABLES.values() if (each.form, each.of) == (form, pair)]
+            there = {method for each in same for method in each.methods}
+            shown = {GOLD, *REGIMES} if form == "leaderboard" else {*_CONTROLS, *REGIMES} - {"near-distribution"}
+            known = {method for method, other, setting, _ in own.cpr if other == pair and setting in shown}
+            methods = tuple(method for method in METHODS if method in known - there)
+            if methods:
+                found.append(PaperTable(None, form, pair, methods))
+    return found
 
 
 def _by_task(known: PaperTable, whose: Mapping[str, Numbers]) -> Any:
@@ -377,7 +398,7 @@ def to_csv(made: Any) -> str:
     return str(flat.reset_index().to_csv(index=False, float_format="%.4f", lineterminator="\n"))
 
 
-def to_tex(made: Any, number: int) -> str:
+def to_tex(made: Any, known: int | PaperTable) -> str:
     r"""A table as LaTeX (packages booktabs and multirow); ours in bold where best and underlined where second best.
 
     Examples
@@ -388,13 +409,14 @@ def to_tex(made: Any, number: int) -> str:
     True
     """
     text = _texts(made, r"\textbf{%s}", r"\underline{%s}", "--", r"\%")
+    known = known if isinstance(known, PaperTable) else TABLES[known]
     arrow = {"→": r"$\to$"}
     text = text.rename(index=lambda label: "".join(arrow.get(sign, sign) for sign in label))
-    caption = "".join(arrow.get(sign, sign) for sign in TABLES[number].caption)
+    caption = "".join(arrow.get(sign, sign) for sign in known.caption)
     layout = "ll" + "cc" * (len(made.columns) // 2)
     return str(
         text.to_latex(
-            escape=False, multicolumn_format="c", column_format=layout, caption=caption, label=f"tab:{number}"
+            escape=False, multicolumn_format="c", column_format=layout, caption=caption, label=f"tab:{known.name}"
         )
     )
 

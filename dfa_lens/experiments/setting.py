@@ -5,12 +5,13 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Literal, get_args
 
 from dfa_lens.data.content import ByContent, fingerprint, plain
 from dfa_lens.data.scores import NodeScores
 from dfa_lens.errors import DfaError, short, unknown
-from dfa_lens.experiments.table import Control
+from dfa_lens.experiments.table import GOLD, Control
 from dfa_lens.transfer.recipe import Recipe
 
 Regime = Literal["in-distribution", "near-distribution", "zero-shot", "leave-family-out", "one-task"]
@@ -27,6 +28,11 @@ OTHER_SCORES: tuple[Control, ...] = ("uniform-s", "random-s", "target-only")
 UNTRAINED: tuple[Control, ...] = ("random-w", "depth-mean", "regression")
 """Controls whose W is not trained."""
 
+Needed = Literal["attribution", "measurements"]
+"""What a study makes of a model on a task."""
+Side = Literal["source", "target"]
+"""One of the two models."""
+
 RecipeFunction = Callable[[Any, tuple[str, ...]], Recipe]
 """Of the :class:`~dfa_lens.experiments.experiment.Experiment` and the training tasks: for a form of W that is made of
 the two models, a kernel say."""
@@ -34,6 +40,13 @@ the two models, a kernel say."""
 
 class Circuits(ABC):
     """A way to a circuit that trains no W, see :mod:`dfa_lens.experiments.functional`; best a frozen dataclass."""
+
+    def needs(self, experiment: Any, task: str, trained: tuple[str, ...]) -> list[tuple[Needed, Side, str]]:
+        """What :meth:`circuit` asks the experiment for, so that a study makes it beforehand, and once.
+
+        What is left out is made when it is asked for.
+        """
+        return []
 
     @abstractmethod
     def circuit(self, experiment: Any, task: str, trained: tuple[str, ...]) -> tuple[NodeScores, int]:
@@ -72,8 +85,34 @@ class Setting(ByContent):
         if not isinstance(self.recipe, (Recipe, Circuits)) and not callable(self.recipe):
             raise DfaError(f"recipe must be a Recipe, or a function that makes one, not {short(repr(self.recipe))}.")
 
+    @property
+    def is_trained(self) -> bool:
+        """Whether it trains a W."""
+        return not isinstance(self.recipe, Circuits) and self.control not in UNTRAINED
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Of all that decides its circuits: neither its name nor its method's."""
+        return fingerprint((self.regime, self.control, self.recipe, self.ridge))
+
+    @cached_property
+    def fingerprint_of_fit(self) -> str:
+        """Of what decides W, beside the tasks that it is trained on."""
+        return fingerprint((self.control if self.control in OTHER_SCORES else "", self.recipe))
+
     def to_meta(self) -> dict[str, Any]:
         """As JSON has it: to read, and the fingerprint that its rows go by."""
         recipe = self.recipe.to_meta() if isinstance(self.recipe, Recipe) else plain(self.recipe)
         asked = {"regime": self.regime, "control": self.control, "recipe": recipe, "ridge": self.ridge}
-        return {**asked, "fingerprint": fingerprint((self.regime, self.control, self.recipe, self.ridge))}
+        return {**asked, "fingerprint": self.fingerprint}
+
+
+def labels(name: str, setting: Setting | None, trained: tuple[str, ...]) -> dict[str, str]:
+    """The columns of a table that say what a row is of; no setting: gold."""
+    return {
+        "setting": name,
+        "regime": setting.regime if setting else "",
+        "method": setting.method if setting else GOLD,
+        "control": setting.control if setting else "",
+        "trained_on": " ".join(trained),
+    }

@@ -2,7 +2,7 @@
 
 A :class:`Setting` says what W is trained on (regime), what stands in for the source's scores or for W (control) and how
 W is trained (recipe). :func:`run` runs many of them over tasks, pairs and seeds, in several processes, and goes on
-where it was stopped: every row is on disk as soon as it is known.
+where it was stopped: every unit of it is on disk as soon as it is done. They may run anywhere, see ``executor``.
 
     table = dfa.study.run(["llama3"], {"zero-shot": Setting("zero-shot")}, seeds=(0, 1), out="study")
     dfa.statistics.compare(table, "zero-shot", ["gold"])
@@ -11,24 +11,22 @@ where it was stopped: every row is on disk as soon as it is known.
 from __future__ import annotations
 
 import json
-import warnings
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, closing, nullcontext
-from dataclasses import asdict, dataclass
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
-from typing import Any, get_args
+from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
-from tqdm.auto import tqdm
 
 from dfa_lens import zoo
-from dfa_lens.attribution.attribute import IntegrationWarning
 from dfa_lens.data.content import fingerprint
 from dfa_lens.data.curve import Protocol
-from dfa_lens.data.files import checked_name, file_name, held, read_json, writable, write_atomically
-from dfa_lens.errors import DfaError, FileError, TaskError, unknown
-from dfa_lens.experiments import table
-from dfa_lens.experiments import workers as processes
+from dfa_lens.data.files import held, read_json, writable, write_atomically
+from dfa_lens.errors import DfaError, FileError, StudyError
+from dfa_lens.experiments import progress as progress_of
+from dfa_lens.experiments.drive import OnUnit, drive
+from dfa_lens.experiments.executors import Executor, Here, processes
 from dfa_lens.experiments.experiment import (
     ATTRIBUTION,
     FULL,
@@ -39,10 +37,13 @@ from dfa_lens.experiments.experiment import (
     ModelPair,
     Outcome,
 )
+from dfa_lens.experiments.folder import Folder
 from dfa_lens.experiments.setting import Regime, Setting
 from dfa_lens.experiments.settings import SETTINGS
-from dfa_lens.experiments.table import GOLD, read
+from dfa_lens.experiments.table import read
+from dfa_lens.experiments.units import Plan, Study, collect
 from dfa_lens.tasks.own import TaskSource, sources
+from dfa_lens.transfer.trainer import OnStep
 
 __all__ = [
     "FULL",
@@ -74,6 +75,10 @@ def run(
     collection: str = "offline",
     attribution: Attribution = ATTRIBUTION,
     protocol: Protocol = "nodes",
+    executor: Executor | None = None,
+    retries: int = 1,
+    on_unit: OnUnit | None = None,
+    on_step: OnStep | None = None,
     progress: bool = False,
 ) -> Any:
     """Run every setting on every pair of models, task and seed.
@@ -96,11 +101,24 @@ def run(
     budget:
         How much to run.
     out:
-        A folder for the rows: ``<pair>-<seed>.csv`` grows row by row, and a second call with the same folder runs only
-        what is missing, however the first one ended. ``study.json`` keeps what the rows were made with. One run at a
-        time holds the folder. Without a folder nothing is kept on disk.
+        A folder for all that is found, a file for each unit (see :mod:`~dfa_lens.experiments.folder`), and
+        ``table.csv`` at the end. A second call with the same folder runs only what is missing, however the first one
+        ended. ``study.json`` keeps what the rows were made with. One run at a time holds the folder; its workers may
+        be on many machines. Without a folder nothing is kept on disk.
     workers:
-        Processes, a pair and seed in each; each takes its share of the processor's cores. They end when this one does.
+        How many units are at work at one time: processes, each with its share of the processor's cores, which end when
+        this one does; or what the executor makes of them. Each keeps its models until it ends.
+    executor:
+        What runs the workers: anything with the ``submit`` of :class:`concurrent.futures.Executor`, submitit's for
+        SLURM among it. Needs ``out``, on a disk that the workers see. Default: processes of this machine.
+    retries:
+        How often a unit is tried again that failed. Errors of the library itself are not, and one that ran out of
+        memory is tried once with half the batch.
+    on_unit:
+        Called here with a dictionary for every unit that is done, see :data:`~dfa_lens.experiments.drive.OnUnit`.
+    on_step:
+        Called by the workers after each step of a training, with the unit's label and the step's record; a function at
+        module level where workers are processes.
     device, dtype:
         For shipped models.
     collection:
@@ -121,6 +139,8 @@ def run(
     DfaError
         If a pair, task or setting is unknown or has a name that can't stand in a table, or the folder holds rows of
         another budget, or of other settings, models or tasks by the same names.
+    StudyError
+        If units failed: after all others are done. ``.failures`` has all, ``.table`` the rows that there are.
     FileError
         If the folder can't be written, another run holds it, or what is in it is damaged.
 
@@ -133,8 +153,6 @@ def run(
     >>> table["setting"].tolist()
     ['gold', 'zero-shot']
     """
-    import pandas as pd
-
     study = Study(
         tuple(ModelPair.of(family) for family in (families or zoo.pairs())),
         dict(SETTINGS if settings is None else settings),
@@ -145,73 +163,42 @@ def run(
         attribution,
         protocol,
     )
-    folder = None if out is None else writable(out, folder=True)
-    plans = [
-        _Plan(study, models, seed, study.tested(test_tasks), folder) for seed in seeds for models in study.families
-    ]
-    with (
-        nullcontext() if folder is None else _held(folder, "study"),
-        tqdm(total=len(plans), desc="study", unit="experiment", disable=not progress) as bar,
-    ):
-        if folder is not None:
-            _check_folder(folder, study)
-        frames = []
-        with closing(processes.each(_run_plan, plans, workers)) as made:
-            for frame in made:
-                frames.append(frame)
-                bar.update()
-    return pd.concat(frames, ignore_index=True).sort_values(["family", "seed"], kind="stable", ignore_index=True)
+    if executor is not None and out is None:
+        raise DfaError("Workers elsewhere need a folder that they see, too: give out=.")
+    plan = Plan.of(study, tuple(dict.fromkeys(seeds)), study.tested(test_tasks))
+    options: dict[str, Any] = {"workers": min(workers, len(plan.units)), "retries": retries, "progress": progress}
+    with ExitStack() as stack:
+        if out is None:
+            folder = Folder(stack.enter_context(TemporaryDirectory(prefix="dfa-lens-")))
+        else:
+            folder = Folder(writable(out, folder=True).resolve())
+            stack.enter_context(_held(folder.path))
+            _check_folder(folder.path, study)
+        progress_of.note(plan, folder)
+        if executor is None:
+            executor = stack.enter_context(processes(workers)) if options["workers"] > 1 else Here()
+        failures = drive(plan, folder, executor, on_unit=on_unit, on_step=on_step, **options)
+        found = collect(plan.rows, folder)
+        if out is not None:
+            progress_of.write_table(folder)
+    if failures:
+        raise _failed(failures, len(plan.units), found, out)
+    return found
 
 
-def _held(folder: Path, name: str, wait: float = 0.0) -> AbstractContextManager[None]:
-    refusal = f"Another run writes {name} in {folder}: wait until it has ended, or take another folder."
-    return held(folder / f".{name}.lock", refusal, wait=wait)
+def _failed(failures: Sequence[Mapping[str, Any]], units: int, found: Any, out: str | Path | None) -> StudyError:
+    first, *others = failures
+    kept = "" if out is None else f" The rest is in {out}: run the study again to try these again."
+    more = f" ({len(others)} more)" if others else ""
+    what = f"{first['unit']}: {first['error'].rstrip('.')}{more}"
+    error = StudyError(f"{len(failures)} of {units} units of the study failed: {what}.{kept}")
+    error.failures, error.table = tuple(failures), found
+    return error
 
 
-@dataclass(frozen=True)
-class Study:
-    """What all rows of a study have in common."""
-
-    families: tuple[ModelPair, ...]
-    settings: Mapping[str, Setting]
-    tasks: Mapping[str, TaskSource]
-    budget: Budget
-    device: str
-    dtype: torch.dtype
-    attribution: Attribution = ATTRIBUTION
-    protocol: Protocol = "nodes"
-
-    def __post_init__(self) -> None:
-        names = [models.name for models in self.families]
-        double = next((name for i, name in enumerate(names) if name in names[:i]), None)
-        if double is not None:
-            raise DfaError(f"Two pairs of models are called {double!r}: their rows could not be told apart.")
-        for what, chosen in (("pair of models", names), ("setting", self.settings)):
-            for name in chosen:
-                checked_name(name, what)
-        for setting in self.settings.values():
-            checked_name(setting.method, "method")
-        if self.protocol not in get_args(Protocol):
-            raise unknown("protocol", self.protocol, get_args(Protocol))
-
-    def tested(self, chosen: Sequence[str] | None) -> tuple[str, ...]:
-        """The test tasks; all, if none are chosen."""
-        for task in chosen or ():
-            if task not in self.tasks:
-                raise unknown("task", task, self.tasks, TaskError)
-        return tuple(chosen or self.tasks)
-
-    def to_meta(self) -> dict[str, Any]:
-        """As JSON has it; what can't be written out by its fingerprint."""
-        return {
-            "budget": asdict(self.budget),
-            "dtype": str(self.dtype),
-            "attribution": asdict(self.attribution),
-            "protocol": self.protocol,
-            "pairs": {models.name: fingerprint(models) for models in self.families},
-            "tasks": {name: fingerprint(source) for name, source in self.tasks.items()},
-            "settings": {name: setting.to_meta() for name, setting in self.settings.items()},
-        }
+def _held(folder: Path) -> AbstractContextManager[None]:
+    refusal = f"Another run writes study in {folder}: wait until it has ended, or take another folder."
+    return held(folder / ".study.lock", refusal, where_possible=True)
 
 
 def _description(path: Path) -> dict[str, Any]:
@@ -220,10 +207,10 @@ def _description(path: Path) -> dict[str, Any]:
     checksum = found.pop("checksum", None)  # those of the first versions have none
     if checksum is not None and checksum != fingerprint(found):
         raise FileError(f"{path} was damaged after it was written: its checksum is not that of its content.")
-    # folders of earlier versions do not say what was the only way then
-    found = {"attribution": asdict(ATTRIBUTION), "protocol": "nodes", **found}
-    texts = dict.fromkeys(("dtype", "protocol"), str)
-    known = dict.fromkeys(("budget", "attribution", "pairs", "tasks", "settings"), dict) | texts
+    # folders of earlier versions do not say what was the only way then, and have other rows
+    found = {"attribution": {}, "protocol": "", "units": 0, **found}
+    tables: dict[str, type] = dict.fromkeys(("budget", "attribution", "pairs", "tasks", "settings"), dict)
+    known = tables | {"dtype": str, "protocol": str, "units": int}
     if found.keys() != known.keys() or any(not isinstance(found[name], kind) for name, kind in known.items()):
         raise FileError(f"{path} does not describe a study: it lacks what rows were made with. Take another folder.")
     return found
@@ -235,6 +222,8 @@ def _check_folder(folder: Path, study: Study) -> None:
     ours = study.to_meta()
     if path.exists():
         theirs = _description(path)
+        if theirs["units"] != ours["units"]:
+            raise DfaError(f"{folder} has the study of another version of dfa_lens: take another folder.")
         changed = [name for name in ("budget", "dtype", "attribution", "protocol") if theirs[name] != ours[name]]
         # zero-shot training uses all tasks: with one more, no row is what it was
         if theirs["tasks"].keys() != ours["tasks"].keys():
@@ -249,71 +238,3 @@ def _check_folder(folder: Path, study: Study) -> None:
             )
     written = json.loads(json.dumps(ours))  # a tuple is read as a list, and a number as a key as its text
     write_atomically(path, json.dumps({**written, "checksum": fingerprint(written)}, indent=1).encode())
-
-
-@dataclass(frozen=True)
-class _Plan:
-    """The rows of one pair of models with one seed: the work of one process."""
-
-    study: Study
-    models: ModelPair
-    seed: int
-    test_tasks: tuple[str, ...]
-    folder: Path | None
-
-    @property
-    def path(self) -> Path | None:
-        return None if self.folder is None else self.folder / f"{file_name(self.models.name)}-{self.seed}.csv"
-
-    def experiment(self) -> Experiment:
-        study = self.study
-        options = {
-            "tasks": study.tasks,
-            "device": study.device,
-            "dtype": study.dtype,
-            "attribution": study.attribution,
-            "protocol": study.protocol,
-        }
-        return Experiment(self.models, self.seed, study.budget, **options)  # type: ignore[arg-type]
-
-
-def _run_plan(plan: _Plan) -> Any:
-    if plan.path is None:
-        return _run_rows(plan, None)
-    # a worker of a run that was killed may still be about, for a moment
-    with _held(plan.path.parent, plan.path.name, wait=30):
-        return _run_rows(plan, plan.path)
-
-
-def _run_rows(plan: _Plan, path: Path | None) -> Any:
-    import pandas as pd
-
-    known = table.frame([]) if path is None else table.read_rows(path)
-    if not known.empty and (set(known["family"]) != {plan.models.name} or set(known["seed"]) != {plan.seed}):
-        raise FileError(f"{path} has rows of other models or another seed than its name says.")
-    done = set(known[list(table.KEY)].itertuples(index=False, name=None))
-    gold = dict(known.loc[known["setting"] == GOLD, ["task", "cpr"]].itertuples(index=False, name=None))
-    experiment, rows = plan.experiment(), []
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", IntegrationWarning)  # gold is what it is; the tables show it
-        for outcome in experiment.run(
-            plan.study.settings,
-            plan.test_tasks,
-            skip=lambda name, task, trained: (name, task, " ".join(trained)) in done,
-        ):
-            if outcome.name == GOLD:
-                gold[outcome.task] = outcome.curve.cpr
-            row = table.row(
-                family=plan.models.name,
-                seed=plan.seed,
-                task=outcome.task,
-                **outcome.labels,
-                **table.measured(outcome.curve, gold[outcome.task]),
-                **experiment.diagnose(outcome),
-            )
-            rows.append(row)
-            if path is not None:
-                table.append(path, row)
-    parts = [part for part in (known, table.frame(rows)) if len(part)]
-    frame = pd.concat(parts, ignore_index=True) if parts else known
-    return frame[frame["setting"].isin({GOLD, *plan.study.settings}) & frame["task"].isin(plan.test_tasks)]

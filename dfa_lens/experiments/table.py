@@ -70,9 +70,8 @@ WORDS = tuple(name for name, (kind, _) in COLUMNS.items() if kind is str)
 NUMBERS = tuple(name for name, (kind, _) in COLUMNS.items() if kind is not str)
 #: What tells one row of a pair of models and seed from another.
 KEY = ("setting", "task", "trained_on")
-#: The last cell of a row that was appended: a hash of what is before it. No column of the table.
+#: The last cell of a row in folders of earlier versions: a hash of what is before it. No column of the table.
 CHECKSUM = "checksum"
-_HEADER = ",".join(COLUMNS)
 
 
 # --- rows ----------------------------------------------------------------------------------------------------------
@@ -91,10 +90,15 @@ def measured(curve: FaithfulnessCurve, gold_cpr: float) -> dict[str, Any]:
         "cpr_high": high,
         "cmd": curve.cmd,
         "kl": curve.mean_kl,
-        "recovery": curve.cpr / gold_cpr if gold_cpr else float("nan"),
+        "recovery": recovered(curve.cpr, gold_cpr),
         "floor": curve.floor,
         "examples": len(curve.clean_values),
     }
+
+
+def recovered(cpr: float, gold_cpr: float) -> float:
+    """CPR over gold's; NaN where that is 0."""
+    return cpr / gold_cpr if gold_cpr else float("nan")
 
 
 def row(**known: Any) -> dict[str, Any]:
@@ -142,37 +146,6 @@ def read(path: str | Path) -> Any:
     [0.5]
     """
     return _read(path, files.read_bytes(path))
-
-
-def read_rows(path: Path) -> Any:
-    """The rows that were appended so far; a last line that an interruption cut short is dropped, also from the file."""
-    if not path.exists():
-        return frame([])
-    data = files.read_bytes(path)
-    header = f"{_HEADER},{CHECKSUM}\n".encode()
-    whole = data[: data.rfind(b"\n") + 1]
-    if not whole and header.startswith(data):
-        whole = header
-    if not whole:
-        whole = data  # no table: the reader says so
-    table = _read(path, whole)
-    if not whole.startswith(header):  # rows of an earlier version get checksums, and the columns of today
-        rows = [row(**one) for one in table.to_dict("records")]
-        whole, table = header + b"".join(map(_line, rows)), frame(rows)
-    if whole != data:
-        files.write_atomically(path, whole)
-    return table
-
-
-def append(path: Path, added: Mapping[str, Any]) -> None:
-    """One more row at the end of a file, which is begun with a header."""
-    new = not path.is_file() or not path.stat().st_size
-    files.append(path, (f"{_HEADER},{CHECKSUM}\n".encode() if new else b"") + _line(added))
-
-
-def _line(row: Mapping[str, Any]) -> bytes:
-    text = frame([row]).to_csv(index=False, header=False, lineterminator="\n")[:-1]
-    return f"{text},{_hash(text)}\n".encode()
 
 
 def _hash(line: str) -> str:
@@ -331,11 +304,11 @@ class TaskResult:
     Attributes
     ----------
     source, gold:
-        Attribution on the source, and directly on the target.
+        Attribution on the source, and directly on the target (None: it was not run).
     alignments, circuits:
         Setting → alignment, and setting → transferred scores ("in-distribution", "zero-shot", "random W", …).
     curves:
-        Setting → faithfulness curve on the target, "gold" among them.
+        Setting → faithfulness curve on the target; without "gold" among them there is no recovery.
     seed:
         Of prompts and training.
     labels:
@@ -345,7 +318,7 @@ class TaskResult:
     family: str
     task: str
     source: NodeScores
-    gold: NodeScores
+    gold: NodeScores | None
     alignments: Mapping[str, Alignment]
     circuits: Mapping[str, NodeScores]
     curves: Mapping[str, FaithfulnessCurve]
@@ -365,7 +338,7 @@ class TaskResult:
     @cached_property
     def rows(self) -> list[dict[str, Any]]:
         """A row for every setting; made once, since every row has a bootstrap interval."""
-        gold_cpr = self.curves[GOLD].cpr
+        gold_cpr = self.curves[GOLD].cpr if GOLD in self.curves else float("nan")
         where = {"family": self.family, "seed": self.seed, "task": self.task}
         return [
             row(**{**where, "setting": setting, **self.labels.get(setting, {}), **measured(curve, gold_cpr)})

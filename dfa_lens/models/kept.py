@@ -34,6 +34,7 @@ class State:
     told: set[str] = field(default_factory=set)
     setting: Any = None  #: of the running operation: what trials depend on, None outside of one
     foreign: str | None = None  #: of the running operation: where somebody else's hooks are
+    checkpointing: bool = False  #: of the running operation: whether passes with gradients run their blocks twice
     turned: TurnedWeights | None = None  #: of the running operation: its weights laid out anew
     outermost: Kept | None = None  #: of the running operation: what the model was before the first of it
 
@@ -55,17 +56,20 @@ class OwnHook:
     ----------
     fired:
         How often it was called.
+    edits:
+        Whether it returned something the last time: it does more than look.
     thread:
         Whose it is: an operation takes away what its own thread has left, and nothing of another.
     """
 
     def __init__(self, function: Callable[[Tensor], Tensor | None]) -> None:
-        self.function, self.fired, self.thread = function, 0, threading.get_ident()
+        self.function, self.fired, self.edits, self.thread = function, 0, False, threading.get_ident()
 
     def __call__(self, activation: Tensor, hook: Any = None) -> Tensor:
         """The activation, or what stands in for it; ``hook`` is TransformerLens's hook point."""
         self.fired += 1
         out = self.function(activation)
+        self.edits = out is not None
         # Always hand a tensor on: a bridge drops a tensor that was captured but not returned from the graph.
         return activation if out is None else out
 
@@ -148,7 +152,7 @@ class Kept:
                 )
             for config in private.attention_configs(model):
                 self._steps.append(partial(private.put_attention, config, config._attn_implementation_internal))
-            self._steps.append(partial(_restore_state, state, state.setting, state.foreign))
+            self._steps.append(partial(_restore_state, state, state.setting, state.foreign, state.checkpointing))
         for device in devices | {"cpu"}:
             self._steps.append(partial(torch.set_autocast_enabled, device, torch.is_autocast_enabled(device)))
         self._steps.append(partial(torch.set_grad_enabled, torch.is_grad_enabled()))
@@ -215,7 +219,7 @@ def _restore_layout(state: State, before: TurnedWeights | None) -> None:
     state.turned = before
 
 
-def _restore_state(state: State, setting: Any, foreign: str | None) -> None:
-    state.setting, state.foreign = setting, foreign
+def _restore_state(state: State, setting: Any, foreign: str | None, checkpointing: bool) -> None:
+    state.setting, state.foreign, state.checkpointing = setting, foreign, checkpointing
     if setting is None:
         state.plain.clear()

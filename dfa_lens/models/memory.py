@@ -20,8 +20,11 @@ from torch.utils._pytree import tree_leaves
 from dfa_lens.data.metrics import divergence
 from dfa_lens.data.nodes import INPUT_POINT, NodeSet
 from dfa_lens.data.pairs import PromptPairs
+from dfa_lens.data.spans import Spans
 from dfa_lens.errors import DfaError, ModelError
 from dfa_lens.models import hooks, private
+from dfa_lens.models.offload import offloaded
+from dfa_lens.models.passes import Start, stream_hooks
 from dfa_lens.models.runner import WORTH_LAYING_OUT, Runner
 
 logger = logging.getLogger(__name__)
@@ -135,10 +138,13 @@ class Footprint:
         What is run, and which nodes are recorded.
     width:
         The prompts' number of tokens.
+    checkpointing:
+        Whether passes with gradients run their blocks twice; None: where weights are offloaded.
     """
 
-    def __init__(self, runner: Runner, nodes: NodeSet, width: int) -> None:
+    def __init__(self, runner: Runner, nodes: NodeSet, width: int, *, checkpointing: bool | None = None) -> None:
         self.runner, self.nodes, self.width = runner, nodes, width
+        self.checkpointing = offloaded(runner.model) if checkpointing is None else checkpointing
 
     @cached_property
     def site_bytes(self) -> int:
@@ -168,22 +174,38 @@ class Footprint:
     def gradient_bytes(self, batch: int, *, gated: bool = False) -> int:
         """What autograd keeps of one batch: under a soft mask, or with a gradient from the embedding on.
 
-        From one and from two examples: everything that is kept is constant or in proportion to the examples.
+        From one and from two examples: everything that is kept is constant or in proportion to the examples. With
+        checkpointing: what is outside the blocks, what goes into each, and one block, the weights that are brought for
+        it included.
         """
-        one, two = self._kept(1, gated), self._kept(2, gated)
+        one, two = (self._at_once(n, gated) for n in (1, 2))
         return one + (batch - 1) * (two - one)
+
+    def _at_once(self, batch: int, gated: bool) -> int:
+        if not self.checkpointing:
+            return self._kept(batch, gated)
+        outside = self._kept(batch, gated, checkpointing=True)
+        block = self._kept(batch, gated, first=self.runner.n_layers - 1)
+        return outside + self.runner.n_layers * batch * self.embed_bytes + max(0, block - outside)
 
     def working_bytes(self, batch: int) -> int:
         """Most memory in use at one time during a gated pass without gradients."""
         tokens, lengths, corrupt, _ = self._recorded(batch)
-        gates = hooks.gate_hooks(self.nodes, torch.full((len(self.nodes),), 0.5, dtype=torch.float32), corrupt=corrupt)
+        half = torch.full((len(self.nodes),), 0.5, dtype=torch.float32)
+        gates = hooks.gate_hooks(self.nodes, half, corrupt=corrupt, spans=_some_spans(self.nodes, tokens))
         with self.runner.session(passes=WORTH_LAYING_OUT), torch.no_grad(), LiveBytes() as live:
             self.runner.run(tokens, lengths, gates)
         return live.peak
 
-    def _kept(self, batch: int, gated: bool) -> int:
-        model, nodes = self.runner.model, self.nodes
+    def _kept(self, batch: int, gated: bool, *, checkpointing: bool = False, first: int = 0) -> int:
+        """What autograd keeps of a pass; or, of one that begins at a later block, of the blocks from there on."""
+        model = self.runner.model
+        nodes = self.nodes if not first else self.nodes.where(lambda node: node.layer >= first)
         tokens, lengths, corrupt, logits = self._recorded(batch)
+        point, begin = INPUT_POINT, None
+        if first:
+            point = f"blocks.{first}.hook_resid_pre"
+            begin = Start(first, self._stream(first, tokens, lengths))
         known: set[int] = set()
         kept: dict[int, Tensor] = {}  # the tensors themselves, so that no address is used twice
 
@@ -196,15 +218,23 @@ class Footprint:
             return now.detach().clone().requires_grad_(True)
 
         leaf = torch.full((len(nodes),), 0.5, dtype=torch.float32, requires_grad=True)
-        taps = hooks.gate_hooks(nodes, leaf, corrupt=corrupt) if gated else [(INPUT_POINT, start)]
-        session = self.runner.session(passes=WORTH_LAYING_OUT)
+        taps: list[Any] = [(point, start)]
+        if gated and len(nodes):
+            taps = hooks.gate_hooks(nodes, leaf, corrupt=corrupt, spans=_some_spans(nodes, tokens))
+        session = self.runner.session(passes=WORTH_LAYING_OUT, checkpointing=checkpointing)
         with session, torch.enable_grad(), saved_tensors_hooks(keep, lambda tensor: tensor):
             permanent = [*model.parameters(), *getattr(model, "buffers", list)(), *corrupt.values(), logits]
             known.update(_address(tensor) for tensor in permanent)
-            out = self.runner.run(tokens, lengths, taps)
+            out = self.runner.run(tokens, lengths, taps, start=begin)
             if gated:
                 divergence(logits.float().log_softmax(-1), out.float().log_softmax(-1)).mean()
         return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+
+    def _stream(self, layer: int, tokens: Tensor, lengths: Tensor) -> Tensor:
+        found: dict[int, Tensor] = {}
+        with self.runner.session(), torch.no_grad():
+            self.runner.run(tokens, lengths, stream_hooks(found, [layer]))
+        return found[layer]
 
     def _recorded(self, batch: int) -> tuple[Tensor, Tensor, hooks.Activations, Tensor]:
         tokens, lengths = torch.zeros(batch, self.width, dtype=torch.long), torch.full((batch,), self.width)
@@ -237,6 +267,12 @@ class LiveBytes(TorchDispatchMode):
     def _gone(self, address: int, size: int) -> None:
         self.seen.discard(address)
         self.now -= size
+
+
+def _some_spans(nodes: NodeSet, tokens: Tensor) -> Spans | None:
+    """All tokens in the first of the nodes' spans: where they are makes no difference to what is needed."""
+    names = tuple(dict.fromkeys(span for site in nodes.sites for span in site.spans))
+    return Spans(names, torch.zeros(tokens.shape, dtype=torch.long)) if names else None
 
 
 def _address(tensor: Tensor) -> int:

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import Any, Literal
@@ -35,6 +35,7 @@ from dfa_lens.models import private, trials
 from dfa_lens.models.backend import AddedPoint, HookFunction, backend_of, neutral, usable
 from dfa_lens.models.backend.families import how_to_add
 from dfa_lens.models.kept import Kept, OwnHook, TurnedWeights, each_of, remembered_of
+from dfa_lens.models.offload import checkpointed, offloaded
 from dfa_lens.models.passes import Layout, Prefix, Start, attention_mask
 from dfa_lens.models.trials import ShortCut, Verdict
 
@@ -187,6 +188,12 @@ class Runner:
                 raise HookError(refusal)
         return {name: known[name] for name in names}
 
+    def has_point(self, name: str) -> bool:
+        """Whether there is a hook point of that name."""
+        if not self.state.points:
+            self.points([])
+        return name in self.state.points
+
     def check_points(self, names: Sequence[str]) -> None:
         """As :meth:`points`, and no two names may be one hook point: it would be edited twice.
 
@@ -304,7 +311,7 @@ class Runner:
     # --- made ready --------------------------------------------------------------------------------------------
 
     @contextmanager
-    def session(self, *, passes: int = 1) -> Iterator[None]:
+    def session(self, *, passes: int = 1, checkpointing: bool | None = None) -> Iterator[None]:
         """What every operation runs in: alone on this model, with frozen weights and torch's modes as by default.
 
         Parameters
@@ -312,12 +319,20 @@ class Runner:
         passes:
             About how many passes will be made: with :data:`WORTH_LAYING_OUT` and more, the weights are laid out as
             the passes read them.
+        checkpointing:
+            Whether passes with gradients keep what goes into each block only, and run blocks once more on the way
+            backward; prompts are then run from their beginning. None: as in the session around this one, or else where
+            weights are offloaded.
         """
         state = self.state
         with state.lock, neutral(self.device):
             before = Kept(self.model)
             try:
                 try:
+                    if checkpointing is not None:
+                        state.checkpointing = checkpointing
+                    elif state.setting is None:
+                        state.checkpointing = offloaded(self.model)
                     state.setting, state.foreign = self._setting(), self._foreign_hooks()
                     for parameter in self.model.parameters():
                         parameter.requires_grad_(False)
@@ -419,7 +434,7 @@ class Runner:
         of one's own), nor where the short cut ``prefix`` is not taken.
         """
         length, width = int(batch.shared.min()), batch.clean.shape[1]
-        if length < max(LEAST_SHARED, width // 8):
+        if length < max(LEAST_SHARED, width // 8) or self.state.checkpointing:  # a cache would grow a second time
             return 0
         sites = nodes.sites if nodes is not None else ()
         by_token = all(not site.by_position and site.point.rsplit(".", 1)[-1] in _BY_TOKEN for site in sites)
@@ -534,8 +549,12 @@ class Runner:
             if short_unembedding:
                 self._shorten_unembedding(stack, columns)
             own = stack.enter_context(self.attach(hooks))
+            more: Mapping[str, Any] = {}
+            if self.state.checkpointing and prefix is None and torch.is_grad_enabled():
+                more, first = self.backend.without_cache, 0 if start is None else start.layer
+                self._checkpoint_blocks(stack, dict(zip(own, hooks, strict=True)), first)
             if prefix is None:
-                logits = self.model(tokens, attention_mask=mask)
+                logits = self.model(tokens, attention_mask=mask, **more)
             else:
                 logits = self.backend.run_after(prefix.kept, tokens, mask)
         often = [(name, hook.fired) for (name, _), hook in zip(hooks, own, strict=True) if hook.fired > 1]
@@ -548,6 +567,28 @@ class Runner:
         if columns is not None and not short_unembedding:
             logits = logits.gather(2, columns.to(logits.device)[:, None].expand(-1, logits.shape[1], -1))
         return logits[:, 0] if positions == "answer" else logits
+
+    def _checkpoint_blocks(
+        self, stack: ExitStack, hooks: Mapping[OwnHook, tuple[str, HookFunction]], first: int
+    ) -> None:
+        """Let every block run once more on the way backward, under the hooks that are inside of it."""
+        for layer, block in list(enumerate(self.backend.blocks))[first:]:
+            own = {hook: each for hook, each in hooks.items() if each[0].startswith(f"blocks.{layer}.")}
+            forward = checkpointed(block.forward, partial(self._again, own))
+            stack.enter_context(private.replaced_forward(block, forward))
+
+    @contextmanager
+    def _again(self, hooks: Mapping[OwnHook, tuple[str, HookFunction]]) -> Iterator[None]:
+        """Functions on hook points while a block runs again: those that changed something, for others have seen it."""
+        editing = [each for hook, each in hooks.items() if hook.edits]
+        taken = self.points([name for name, _ in editing])
+        places = [(taken[name], OwnHook(function)) for name, function in editing]
+        try:
+            for point, hook in places:
+                point.add_hook(hook)
+            yield
+        finally:
+            each_of([partial(private.remove_hook, self.backend.module_of(point), hook) for point, hook in places])
 
     def _shorten_unembedding(self, stack: ExitStack, columns: Int[Tensor, "batch column"] | None) -> None:
         """Unembed without the copy of the weights that a HookedTransformer makes, or in some columns only."""

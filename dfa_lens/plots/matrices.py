@@ -263,7 +263,7 @@ def alignment_explorer(
     plain = {"showgrid": False, "zeroline": False, "automargin": True}
     figure.update_layout(
         bargap=0,
-        xaxis={"domain": [0, 0.86], "anchor": "y", "title": {"text": "target nodes"}, "type": "category"}
+        xaxis={"domain": [0, 0.86], "anchor": "y", "title": {"text": "target nodes", "standoff": 4}, "type": "category"}
         | {"tickangle": 0, "nticks": 10}
         | plain,
         yaxis={
@@ -274,7 +274,7 @@ def alignment_explorer(
             "nticks": 14,
         }
         | plain,
-        xaxis2={"domain": [0.88, 1], "anchor": "y", "title": {"text": "mean |W|"}, "nticks": 3} | plain,
+        xaxis2={"domain": [0.88, 1], "anchor": "y", "title": {"text": "mean |W|", "standoff": 4}, "nticks": 3} | plain,
         yaxis2={"domain": [0.92, 1], "anchor": "x", "nticks": 3} | plain,
         xaxis3={"domain": [0, 0.55], "anchor": "y3", "title": {"text": "target layer"}, "type": "category"} | plain,
         yaxis3={"domain": [0, 0.26], "anchor": "x3", "title": {"text": "source layer"}, "type": "category"} | plain,

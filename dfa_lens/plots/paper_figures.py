@@ -23,7 +23,7 @@ from dfa_lens.data.curve import FaithfulnessCurve
 from dfa_lens.data.files import writable, write_atomically
 from dfa_lens.errors import DfaError, FaithfulnessError
 from dfa_lens.experiments import paper as tables
-from dfa_lens.experiments.paper import AVERAGE, METHODS, TABLES, TASKS, Numbers, pair_label
+from dfa_lens.experiments.paper import AVERAGE, METHODS, TASKS, Numbers, pair_label
 from dfa_lens.experiments.table import GOLD
 from dfa_lens.plots import style as styling
 from dfa_lens.plots.picture import Picture
@@ -94,13 +94,13 @@ def paper(
     figures = _figures(own, theirs)
     for title, panels in (curves or {}).items():
         figures[title] = paper_curves(panels, title=title)
-    for number, table in made.items():
+    for known, table in made:
         for kind, text in (
             ("csv", tables.to_csv(table)),
-            ("tex", tables.to_tex(table, number)),
+            ("tex", tables.to_tex(table, known)),
             ("html", tables.to_html(table)),
         ):
-            write_atomically(folder / f"table-{number}.{kind}", text.encode())
+            write_atomically(folder / f"table-{known.name}.{kind}", text.encode())
     for i, (title, figure) in enumerate(figures.items()):
         name = f"figure-{title.split()[1].rstrip('.:,')}" if title.startswith("Figure ") else f"curves-{i}"
         write_atomically(folder / f"{name}.csv", figure.to_frame().to_csv(index=False).encode())
@@ -108,7 +108,7 @@ def paper(
     page = _TEMPLATES.get_template("paper.html.j2").render(
         font=styling.FONT,
         plotly_js=get_plotlyjs() if figures else "",
-        tables=[(TABLES[number].caption, tables.to_html(table)) for number, table in made.items()],
+        tables=[(known.caption, tables.to_html(table)) for known, table in made],
         figures=[(title, figure.to_html(full_html=False, include_plotlyjs=False)) for title, figure in figures.items()],
     )
     write_atomically(folder / "index.html", page.encode())

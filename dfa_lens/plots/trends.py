@@ -135,7 +135,7 @@ def recovery_bars(
         yaxis={"title": {"text": styling.text(value) + " (* gold's CPR below 0.5)" * bool(weak)}, **styling.AXIS},
         legend=styling.LEGEND_ABOVE,
     )
-    steep = [(700, {"xaxis.tickangle": 0, "height": height}), (0, {"xaxis.tickangle": -90, "height": height + 60})]
+    steep = [(700, {"xaxis.tickangle": 0, "height": height}), (0, {"xaxis.tickangle": -90, "height": height + 180})]
     return figure.carry(means, fit=None if styling.on_paper(style) else picture.fit(steep))
 
 

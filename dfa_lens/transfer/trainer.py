@@ -12,8 +12,9 @@ from __future__ import annotations
 import logging
 import math
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from functools import partial
 from typing import Any, Generic, TypeVar, Unpack, get_args, overload
 
 import torch
@@ -41,6 +42,9 @@ from dfa_lens.transfer.store import Cache, EdgeStore, ExampleStore
 logger = logging.getLogger(__name__)
 
 Scores = TypeVar("Scores", NodeScores, EdgeScores)
+
+OnStep = Callable[[str, Mapping[str, float | int]], None]
+"""Of the name of a training and the record of a step."""
 
 
 class TrainingWarning(UserWarning):
@@ -98,7 +102,9 @@ def fit(
     nodes: NodeSet | None = None,
     cache: Cache = "device",
     share_prefix: bool = True,
+    checkpointing: bool | None = None,
     progress: bool = False,
+    on_step: OnStep | None = None,
     **options: Unpack[Options],
 ) -> Alignment: ...
 
@@ -113,7 +119,9 @@ def fit(
     edges: EdgeSet | None = None,
     cache: Cache = "device",
     share_prefix: bool = True,
+    checkpointing: bool | None = None,
     progress: bool = False,
+    on_step: OnStep | None = None,
     **options: Unpack[Options],
 ) -> EdgeAlignment: ...
 
@@ -130,7 +138,9 @@ def fit(
     edges: EdgeSet | None = None,
     cache: Cache = "device",
     share_prefix: bool = True,
+    checkpointing: bool | None = None,
     progress: bool = False,
+    on_step: OnStep | None = None,
     **options: Unpack[Options],
 ) -> Alignment | EdgeAlignment:
     """Learn the alignment from source scores to the target: W of nodes, or A and B of edges. The scores decide.
@@ -156,8 +166,15 @@ def fit(
         Run the tokens that clean and corrupt prompts share at their beginning only once, where that can be done (see
         :meth:`~dfa_lens.models.runner.Runner.shared_length`; with ``positions="answer"`` only). Changes time, W by
         rounding only.
+    checkpointing:
+        True keeps only what goes into each block of the target, and runs every block once more on the way backward: the
+        memory of one block instead of all, for about a third more time. None: where weights are offloaded. Prompts are
+        then run from their beginning. Changes W by rounding only. Of nodes only.
     progress:
         Show a progress bar.
+    on_step:
+        Called after each step with the job's name ("fit") and the step's record, as ``.history`` has it: to watch a
+        training, with trackio or wandb say.
     options:
         Fields of :class:`~dfa_lens.transfer.recipe.Recipe`, where each is described; they replace those of ``recipe``:
         ``form`` (what is trained), ``objective``, ``sparsity_weight`` (λ) and ``loss`` (what is minimised),
@@ -213,7 +230,13 @@ def fit(
         raise unknown("option", misspelt, known, AlignmentError)
     job: Any = Job(given, replace(recipe or Recipe(), **options))
     _check_tasks(prompts, given, ("pairs", "scores"))
-    shared: Any = {"cache": cache, "share_prefix": share_prefix, "progress": progress}
+    shared: Any = {
+        "cache": cache,
+        "share_prefix": share_prefix,
+        "checkpointing": checkpointing,
+        "progress": progress,
+        "on_step": on_step,
+    }
     found: Alignment | EdgeAlignment
     found = fit_many(target, {"fit": job}, prompts, nodes=nodes, edges=edges, **shared)["fit"]
     return found
@@ -229,8 +252,10 @@ def fit_many(
     edges: EdgeSet | None = None,
     cache: Cache = "device",
     share_prefix: bool = True,
+    checkpointing: bool | None = None,
     jobs_per_pass: int | None = None,
     progress: bool = False,
+    on_step: OnStep | None = None,
 ) -> dict[str, Alignment]: ...
 
 
@@ -244,8 +269,10 @@ def fit_many(
     edges: EdgeSet | None = None,
     cache: Cache = "device",
     share_prefix: bool = True,
+    checkpointing: bool | None = None,
     jobs_per_pass: int | None = None,
     progress: bool = False,
+    on_step: OnStep | None = None,
 ) -> dict[str, EdgeAlignment]: ...
 
 
@@ -259,8 +286,10 @@ def fit_many(
     edges: EdgeSet | None = None,
     cache: Cache = "device",
     share_prefix: bool = True,
+    checkpointing: bool | None = None,
     jobs_per_pass: int | None = None,
     progress: bool = False,
+    on_step: OnStep | None = None,
 ) -> dict[str, Any]:
     """Several trainings on one target: the clean and corrupt runs are shared, and so are the forward passes.
 
@@ -277,8 +306,8 @@ def fit_many(
     jobs_per_pass:
         How many trainings share a forward pass; default: 1 on a CPU, where a pass costs what its examples cost, else
         16, since a small model leaves most of a GPU idle.
-    nodes, edges, cache, share_prefix, progress:
-        As in :func:`fit`.
+    nodes, edges, cache, share_prefix, checkpointing, progress, on_step:
+        As in :func:`fit`; the job is told by its name.
 
     Examples
     --------
@@ -300,20 +329,25 @@ def fit_many(
     runner = Runner(target)
     used = _used(runner, made.values(), pairs)
     units = _units(target, list(made.values()), nodes, edges)
+    if isinstance(units, EdgeSet):  # what edges carry is collected on the way: a block can't run by itself again
+        if checkpointing:
+            raise AlignmentError("checkpointing is for scores of nodes: leave it out for those of edges.")
+        checkpointing = False
     if jobs_per_pass is None:
         jobs_per_pass = 1 if runner.device.type == "cpu" else 16
     total = sum(job.recipe.steps for job in made.values())
     with (
-        runner.session(passes=total),
+        runner.session(passes=total, checkpointing=checkpointing),
         tqdm(total=total, desc="fit", unit="step", disable=not progress) as bar,
     ):
         runs = {name: Training(job, units, runner.device) for name, job in made.items()}
+        told = {id(run): partial(on_step, name) for name, run in runs.items()} if on_step is not None else {}
         for alike in _alike(runs.values()):
             own = {task: used[task] for task in used if any(task in run.tasks for run in alike)}
             loss = _Loss(runner, units, own, alike[0].recipe, cache, share_prefix)
             loss.store.fill(max(run.recipe.batch_size for run in alike))
             for first in range(0, len(alike), jobs_per_pass):
-                _train(alike[first : first + jobs_per_pass], loss, bar)
+                _train(alike[first : first + jobs_per_pass], loss, bar, told)
     return {name: run.alignment({"target": runner.name}) for name, run in runs.items()}
 
 
@@ -372,14 +406,19 @@ def _alike(runs: Iterable[Training]) -> list[list[Training]]:
     return list(found.values())
 
 
-def _train(runs: Sequence[Training], loss: _Loss, bar: Any) -> None:
-    """All steps of some trainings, those of one number together."""
+def _train(
+    runs: Sequence[Training], loss: _Loss, bar: Any, told: Mapping[int, Callable[[Mapping[str, float | int]], None]]
+) -> None:
+    """All steps of some trainings, those of one number together; ``told`` of each."""
     for run in runs:
         run.deal(loss.store)
     for step in range(max(run.recipe.steps for run in runs)):
         active = [run for run in runs if step < run.recipe.steps]
         _step(active, step, loss)
         bar.update(len(active))
+        for run in active:
+            if id(run) in told:
+                told[id(run)](run.history[-1])
         if not bar.disable:
             last = active[0].history[-1]
             bar.set_postfix(divergence=f"{last['divergence']:.3f}", mask=f"{last['mask_mean']:.3f}")

@@ -1,4 +1,7 @@
-"""The small trained models that ship with the package."""
+"""The small trained models that ship with the package.
+
+Those of :mod:`~dfa_lens.zoo.planted` are not trained: their circuits were written, and are known.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +13,10 @@ import torch
 from dfa_lens.errors import ModelError, unknown
 from dfa_lens.models.loading import Backend, load_model
 from dfa_lens.tasks import Which
+from dfa_lens.zoo import planted
 from dfa_lens.zoo.specs import SPECS, ZooModel, spec
 
-__all__ = ["SPECS", "ZooModel", "load", "names", "pairs", "solves", "spec"]
+__all__ = ["SPECS", "ZooModel", "load", "names", "pairs", "planted", "solves", "spec"]
 
 
 def names(which: Which = "paper") -> tuple[str, ...]:

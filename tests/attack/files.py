@@ -29,6 +29,7 @@ from safetensors.torch import save
 import dfa_lens as dfa
 from dfa_lens.errors import DfaError
 from dfa_lens.experiments import study, table
+from dfa_lens.experiments.folder import read_checked, write_checked
 from dfa_lens.tasks.own import FileTask
 
 SECONDS, BYTES, LETTERS = 2.0, 500 * 10**6, 1000
@@ -152,8 +153,8 @@ def of_pt(data: bytes, rng: random.Random) -> bytes:
 
 
 def of_rows(data: bytes, rng: random.Random) -> bytes:
-    """A cell of a table without checksums."""
-    lines = [line.rsplit(",", 1)[0].split(",") for line in data.decode().splitlines()]
+    """A cell of a table, or a row."""
+    lines = [line.split(",") for line in data.decode().splitlines()]
     at = rng.randrange(len(lines))
     lines[at][rng.randrange(len(lines[at]))] = str(rng.choice(HOSTILE))
     if rng.random() < 0.1:
@@ -221,10 +222,19 @@ def _description(path: Path) -> None:
     shutil.copy(path.parent / "study" / "study.json", path)
 
 
-def _rows(path: Path) -> None:
-    path.unlink(missing_ok=True)
-    for i, task in enumerate(("ioi", "mcqa", "addition")):
-        table.append(path, table.row(family="llama3", seed=0, task=task, setting="gold", cpr=0.1 + i, forwards=7))
+def _unit(path: Path) -> None:
+    columns = {**table.row(cpr=0.1, forwards=7), "seed": 1}
+    write_checked(path, {"unit": "gold on ioi", "worker": "me", "took": 1.5, "columns": columns, "seconds": 1.25})
+
+
+def _read_unit(path: Path) -> Any:
+    return read_checked(path, "a unit of a study")
+
+
+def _table(path: Path) -> None:
+    tasks = enumerate(("ioi", "mcqa", "addition"))
+    rows = [table.row(family="x", seed=0, task=task, setting="gold", cpr=0.1 + i, forwards=7) for i, task in tasks]
+    table.frame(rows).to_csv(path, index=False)
 
 
 def _prompts(path: Path) -> None:
@@ -240,16 +250,6 @@ def _lines(data: bytes, rng: random.Random) -> bytes:
     at = rng.randrange(len(lines))
     lines[at] = json.dumps(of_value(json.loads(lines[at]), rng)).encode()
     return b"\n".join(lines)
-
-
-def _beginning(found: Any, whole: Any) -> bool:
-    """Rows that were cut off at the end are a study that has not got as far."""
-    return found.equals(whole) or found.reset_index(drop=True).equals(whole.head(len(found)).reset_index(drop=True))
-
-
-def _read_rows(path: Path) -> Any:
-    found = table.read_rows(path)
-    return found.astype(object)
 
 
 FORMATS: dict[str, Format] = {
@@ -276,7 +276,8 @@ FORMATS: dict[str, Format] = {
     "MIB edges, pt": Format(lambda p: _edges().to_mib(p), dfa.EdgeScores.from_mib, ".pt", ours=False, content=of_pt),
     "released": Format(_released, dfa.Alignment.from_released, ".pt", ours=False, content=of_pt),
     "study.json": Format(_description, study._description, content=of_json),
-    "tables": Format(_rows, _read_rows, ".csv", same=_beginning, content=of_rows),
+    "units": Format(_unit, _read_unit, ".json", same=lambda a, b: repr(a) == repr(b), content=of_json),
+    "tables": Format(_table, table.read, ".csv", ours=False, content=of_rows),
     "prompts": Format(_prompts, FileTask.read, ".jsonl", ours=False, content=_lines),
 }  # fmt: skip
 

@@ -16,7 +16,9 @@ import torch
 import dfa_lens as dfa
 from dfa_lens.data.files import checked_name, file_name, write_atomically
 from dfa_lens.errors import DfaError
-from dfa_lens.experiments import study, table
+from dfa_lens.experiments import progress, study, table
+from dfa_lens.experiments.folder import Folder
+from dfa_lens.experiments.units import Plan
 
 PIECES = (
     "..", "/", "\\", "a", "b.csv", "~", "$HOME", "\0", "\n", "\r", "\x1b[2J", "CON", "nul.txt", ".", " ", "=1+1", "@x", "-rf", "é", "名",
@@ -49,10 +51,12 @@ def run(tries: int, seed: int = 0) -> dict[str, Any]:
                         made = study.Study(
                             (models,), {}, study.sources({"a": "ioi"}), study.QUICK, "cpu", torch.float32
                         )
-                        plan = study._Plan(made, models, 0, ("a",), inside)
-                        assert plan.path is not None
-                        table.append(plan.path, table.row(family=name, seed=0, task="a", setting="gold", cpr=0.5))
-                        if set(table.read(plan.path)["family"]) != {name}:
+                        plan = Plan.of(made, [0], ["a"])
+                        progress.note(plan, Folder(inside))
+                        for unit in plan.units:
+                            Folder(inside).finish(unit.key, {"columns": {"cpr": 0.5}, "seconds": 0.0})
+                        progress.write_table(Folder(inside))
+                        if set(table.read(inside / "table.csv")["family"]) != {name}:
                             counts["names that share a file"] += 1
                     elif what == "task":
                         checked_name(name, "task")
@@ -73,8 +77,8 @@ def run(tries: int, seed: int = 0) -> dict[str, Any]:
                     counts["raw errors"] += 1
                     examples.setdefault(type(error).__name__, f"{what} {name[:40]!r}: {error!s:.100}")
                 finally:
-                    for path in inside.glob("*-0.csv"):
-                        path.unlink()
+                    for path in (inside / "plan.json", inside / "table.csv"):
+                        path.unlink(missing_ok=True)
         outside = {path for path in _everything(base) if not path.startswith("deep/er/study")} - {"deep", "deep/er"}
         counts["files outside"] += len(outside)
     finally:

@@ -1,6 +1,7 @@
-"""How fluid a large heatmap is: Llama-3.2-1B to Llama-3.1-8B sizes (528 and 1056 nodes), in a headless Chromium.
+"""How fluid figures are in a headless Chromium: a large heatmap, Llama-3.2-1B to Llama-3.1-8B sizes (528 and 1056 nodes),
+and a report.
 
-    python tests/benchmarks/browser.py
+    python tests/benchmarks/browser.py [report/index.html]
 
 Prints the size of the file, the time from loading to the first drawn cell (in a fresh browser most of it is the
 compilation of plotly.js), and the median and the longest of 20 slider
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import shutil
 import statistics
+import sys
 import tempfile
 from pathlib import Path
 
@@ -72,6 +74,13 @@ def main() -> None:
         print(
             f"first cell drawn {first:.0f} ms after loading began in a fresh browser, {again:.0f} ms on loading again"
         )
+        for page in sys.argv[1:]:
+            browser.get("about:blank")
+            browser.get(Path(page).resolve().as_uri())
+            first = browser.execute_async_script(FIRST)
+            browser.get(Path(page).resolve().as_uri())
+            again = browser.execute_async_script(FIRST)
+            print(f"{page}: {Path(page).stat().st_size / 1e6:.2f} MB, first cell {first:.0f} ms, again {again:.0f} ms")
         print(f"slider step: median {statistics.median(times):.0f} ms, longest {max(times):.0f} ms")
 
 

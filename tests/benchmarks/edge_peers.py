@@ -19,30 +19,14 @@ from functools import partial
 from typing import Any, get_args
 
 import torch
+from peers import FLAGS, logit_difference, texts
 from speed import SMALL, Bench, build
 
 import dfa_lens as dfa
 from dfa_lens.attribution.edges import StepPoints
 
-FLAGS = ("use_attn_result", "use_split_qkv_input", "use_hook_mlp_in", "ungroup_grouped_query_attention")
 #: our method → theirs, and the steps
 METHODS = {"eap": ("EAP", 1), "eap-ig-inputs": ("EAP-IG-inputs", 5)}
-
-
-def logit_difference(logits: Any, _: Any, lengths: Any, labels: Any) -> torch.Tensor:
-    """What is explained, as such programs want it: a loss, so with the other sign."""
-    last = logits[torch.arange(len(logits)), lengths - 1]
-    return -(last.gather(1, labels[:, :1]) - last.gather(1, labels[:, 1:])).mean()
-
-
-def texts(pairs: dfa.PromptPairs, tokenizer: Any) -> list[tuple[str, str]]:
-    """The prompts as strings; the other program puts the begin token before each."""
-    sides = ((pairs.clean, pairs.lengths), (pairs.corrupt, pairs.corrupt_lengths))
-    found = [
-        [tokenizer.decode(row[1:length]) for row, length in zip(tokens, lengths, strict=True)]
-        for tokens, lengths in sides
-    ]
-    return list(zip(*found, strict=True))
 
 
 def main() -> None:

@@ -55,7 +55,11 @@ class View:
 
 @dataclass(frozen=True)
 class Block:
-    """The parts of one block; ``reads``: of "q", "k" and "v" the module that makes them, and where in its output."""
+    """The parts of one block.
+
+    ``reads``: of "q", "k" and "v" the module that makes them, and where in its output. ``factors``: the same of what
+    neurons are made of, "hook_pre" and, in a gated MLP, "hook_pre_linear".
+    """
 
     module: Any
     ln1: Any
@@ -68,6 +72,7 @@ class Block:
     mlp_out: Any
     neurons: Any
     reads: Mapping[str, tuple[Any, View]]
+    factors: Mapping[str, tuple[Any, View | None]]
 
 
 @dataclass(frozen=True)
@@ -88,6 +93,9 @@ class Family:
         How one projection lays them out: all queries, all keys, all values ("blocks"), or the three head by head.
     mlp, neurons:
         The MLP, and the projection in it that neurons write by.
+    gate, up:
+        The projection in it that a neuron's nonlinearity reads, and the one that it is multiplied with; None for no
+        such product, or where one projection makes both, one after the other.
 
     Examples
     --------
@@ -106,6 +114,8 @@ class Family:
     fused: Literal["blocks", "heads"] = "blocks"
     mlp: str = "mlp"
     neurons: str = "down_proj"
+    gate: str = "gate_proj"
+    up: str | None = "up_proj"
 
     def block(self, module: Any, n_heads: int, n_key_value_heads: int) -> Block:
         """The parts of a block.
@@ -134,7 +144,21 @@ class Family:
             mlp_out=_part(module, self.ln2_post) if self.ln2_post and mlp is not None else mlp,
             neurons=getattr(mlp, self.neurons, None),
             reads=self._reads(attention, n_heads, n_key_value_heads),
+            factors=self._factors(mlp),
         )
+
+    def _factors(self, mlp: Any) -> dict[str, tuple[Any, View | None]]:
+        """What neurons are made of; nothing where the sizes do not say it."""
+        gate = getattr(mlp, self.gate, None)
+        size, n = features(gate, "out"), features(getattr(mlp, self.neurons, None), "in")
+        if self.up is not None:
+            up = getattr(mlp, self.up, None)
+            return {"hook_pre": (gate, None), "hook_pre_linear": (up, None)} if size and features(up, "out") else {}
+        if not n or size not in (n, 2 * n):
+            return {}
+        if size == n:
+            return {"hook_pre": (gate, None)}
+        return {name: (gate, View(n, (i * n, (i + 1) * n))) for i, name in enumerate(("hook_pre", "hook_pre_linear"))}
 
     def _reads(self, attention: Any, n_heads: int, n_key_value_heads: int) -> dict[str, tuple[Any, View]]:
         """Where queries, keys and values are; nothing where the sizes do not say it."""
@@ -160,10 +184,20 @@ class Family:
 
 
 _POST = ("post_attention_layernorm", "post_feedforward_layernorm")
-LLAMA, PHI = Family(), Family(qkv=("qkv_proj",))
+LLAMA, PHI = Family(), Family(qkv=("qkv_proj",), gate="gate_up_proj", up=None)
 GEMMA, OLMO = Family("input_layernorm", "pre_feedforward_layernorm", *_POST), Family("self_attn", "mlp", *_POST)
-GPT2 = Family("ln_1", "ln_2", attention="attn", output="c_proj", qkv=("c_attn",), neurons="c_proj")
-NEOX = Family(attention="attention", output="dense", qkv=("query_key_value",), fused="heads", neurons="dense_4h_to_h")
+GPT2 = Family(
+    "ln_1", "ln_2", attention="attn", output="c_proj", qkv=("c_attn",), neurons="c_proj", gate="c_fc", up=None
+)
+NEOX = Family(
+    attention="attention",
+    output="dense",
+    qkv=("query_key_value",),
+    fused="heads",
+    neurons="dense_4h_to_h",
+    gate="dense_h_to_4h",
+    up=None,
+)
 
 FAMILIES: Registry[Family] = Registry(
     "family of models",

@@ -68,6 +68,17 @@ class LensBackend(Backend):
     def _register(self, name: str, point: Any) -> None:
         """Let TransformerLens know of a hook point, or (None) forget it."""
 
+    def norms(self) -> list[tuple[Any, FinalNorm]]:
+        """Both classes of models have a hook point in theirs."""
+        return [(each, self._norm(each)) for each in self.model.modules() if hasattr(each, "hook_normalized")]
+
+    def final_norm(self) -> FinalNorm:  # noqa: D102
+        return self._norm(self.model.ln_final)
+
+    @abstractmethod
+    def _norm(self, module: Any) -> FinalNorm:
+        """A norm's numbers; a TypeError or AttributeError if it is none that we know."""
+
 
 class BridgeBackend(HuggingFaceBackend, LensBackend):
     """TransformerBridge: a Hugging Face model with hook points in it."""
@@ -97,13 +108,13 @@ class BridgeBackend(HuggingFaceBackend, LensBackend):
         attention = self.blocks[layer].attn
         return getattr(attention, f"W_{letter.upper()}"), getattr(attention, f"b_{letter.upper()}")
 
-    def final_norm(self) -> FinalNorm:  # noqa: D102
-        norm = self.model.ln_final.original_component
+    def _norm(self, module: Any) -> FinalNorm:
+        norm = module.original_component
         kind = type(norm).__name__
         if "RMSNorm" not in kind and kind != "LayerNorm":
-            raise TypeError(f"the final norm is a {kind}")
+            raise TypeError(f"there is a norm that is a {kind}")
         weight = norm.weight
-        if getattr(self.model.ln_final.config, "rmsnorm_uses_offset", False):
+        if getattr(module.config, "rmsnorm_uses_offset", False):
             weight = 1.0 + weight
         eps = getattr(norm, "variance_epsilon", None)
         bias = getattr(norm, "bias", None)
@@ -189,14 +200,12 @@ class HookedBackend(LensBackend):
             raise TypeError(f"the norm before them is a {name}, no RMS norm")
         return (norm.w if name == "RMSNorm" else None), float(norm.eps)
 
-    def final_norm(self) -> FinalNorm:  # noqa: D102
-        norm = self.model.ln_final
-        kind = type(norm).__name__
+    def _norm(self, module: Any) -> FinalNorm:
+        kind = type(module).__name__
         if kind not in ("RMSNorm", "RMSNormPre", "LayerNorm", "LayerNormPre"):
-            raise TypeError(f"the final norm is a {kind}")
-        weight = None if kind.endswith("Pre") else norm.w
-        bias = getattr(norm, "b", None)
-        return FinalNorm(weight, bias, float(norm.eps), kind.startswith("Layer"))
+            raise TypeError(f"there is a norm that is a {kind}")
+        weight = None if kind.endswith("Pre") else module.w
+        return FinalNorm(weight, getattr(module, "b", None), float(module.eps), kind.startswith("Layer"))
 
     def unembedding_columns(  # noqa: D102
         self, tokens: Int[Tensor, " row"]

@@ -20,6 +20,7 @@ from dfa_lens.errors import HookError
 from dfa_lens.models import kept, private
 from dfa_lens.models.backend.families import View, affine, take_apart
 from dfa_lens.models.backend.protocol import AddedPoint, FinalNorm, HuggingFaceBackend
+from dfa_lens.models.offload import brought
 
 
 @dataclass(frozen=True, eq=False)
@@ -188,6 +189,7 @@ class PlainModel:
                 here["hook_resid_mid"] = here[reader] = Point(block.ln2, "input")
             if block.neurons is not None:
                 here["mlp.hook_post"] = Point(block.neurons, "input")
+                here |= {f"mlp.{name}": Point(module, "output", view) for name, (module, view) in block.factors.items()}
             points |= {f"blocks.{layer}.{name}": point for name, point in here.items()}
         return points | {name: entry.point for name, entry in kept.remembered_of(self).added.items()}
 
@@ -300,26 +302,37 @@ class PlainBackend(HuggingFaceBackend):
     def final_norm(self) -> FinalNorm:  # noqa: D102
         return self._norm(self.model.parts.norm)
 
+    def norms(self) -> list[tuple[Any, FinalNorm]]:
+        """Told by their names."""
+        modules = self.model.original_model.modules()
+        return [(each, self._norm(each)) for each in modules if type(each).__name__.endswith("Norm")]
+
     def _norm(self, norm: Any) -> FinalNorm:
         """A norm's numbers; of an RMS norm what it makes of ones: some multiply by the weight, some by 1 + it."""
         kind = type(norm).__name__
         eps = next((getattr(norm, name) for name in ("variance_epsilon", "eps") if hasattr(norm, name)), None)
         if kind == "LayerNorm":
-            return FinalNorm(norm.weight, norm.bias, float(norm.eps), True)
+            with brought(norm):
+                return FinalNorm(norm.weight.clone(), norm.bias.clone(), float(norm.eps), True)
         if "RMSNorm" not in kind or eps is None:
             raise TypeError(f"the norm is a {kind}")
         with torch.no_grad():
-            ones = norm(torch.ones(self.model.cfg.d_model, dtype=torch.float32, device=norm.weight.device))
+            ones = norm(torch.ones(norm.weight.shape, dtype=torch.float32, device=self._place(norm.weight)))
         return FinalNorm(ones * (1 + float(eps)) ** 0.5, None, float(eps), False)
 
     def unembedding_columns(  # noqa: D102
         self, tokens: Int[Tensor, " row"]
     ) -> tuple[Float[Tensor, "row d_model"], Float[Tensor, " row"] | None]:
         module = self.model.parts.unembedding
-        if not module.weight.is_floating_point() or module.weight.device.type == "meta":
-            raise TypeError("the unembedding is quantised or offloaded")
-        own, bias = tokens.to(module.weight.device), getattr(module, "bias", None)
-        return module.weight[own], None if bias is None else bias[own]
+        if not module.weight.is_floating_point():
+            raise TypeError("the unembedding is quantised")
+        with brought(module):
+            own, bias = tokens.to(module.weight.device), getattr(module, "bias", None)
+            return module.weight[own].clone(), None if bias is None else bias[own].clone()
+
+    def _place(self, weight: Tensor) -> torch.device:
+        """Where a weight is, or is brought to."""
+        return self.device if weight.device.type == "meta" else weight.device
 
     def _with_cache(self, cache: Any) -> AbstractContextManager[dict[str, Any]]:
         return nullcontext({private.cache_argument(self.model.original_model): cache, "use_cache": True})

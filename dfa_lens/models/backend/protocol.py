@@ -103,6 +103,8 @@ class Backend(ABC):
     name: ClassVar[str]
     #: Whether hook points are a part of the model.
     has_points: ClassVar[bool] = True
+    #: What keeps a pass from filling a key-value cache, which a block that runs once more would fill twice.
+    without_cache: ClassVar[Mapping[str, Any]] = {}
 
     def __init__(self, model: Any) -> None:
         self.model = model
@@ -216,6 +218,10 @@ class Backend(ABC):
         """The norm before the unembedding; a TypeError or AttributeError if it is none that we know."""
 
     @abstractmethod
+    def norms(self) -> list[tuple[Any, FinalNorm]]:
+        """All norms, as modules that take a stream and return it normed, with their numbers; errors as there."""
+
+    @abstractmethod
     def unembedding_columns(
         self, tokens: Int[Tensor, " row"]
     ) -> tuple[Float[Tensor, "row d_model"], Float[Tensor, " row"] | None]:
@@ -263,6 +269,8 @@ class AddedPoint(NamedTuple):
 
 class HuggingFaceBackend(Backend):
     """Models that run Hugging Face's modules, wrapped or not."""
+
+    without_cache: ClassVar[Mapping[str, Any]] = {"use_cache": False}
 
     def refusal(self, name: str) -> str | None:  # noqa: D102
         if name.endswith("hook_resid_mid"):

@@ -1,32 +1,209 @@
-// Colours follow the reader's setting, the button changes them; figures in a closed part are drawn when it opens.
-const scheme = window.matchMedia('(prefers-color-scheme: dark)').matches ? 'dark' : 'light';
-const paint = (graph, which) => {
-  const dark = which === 'dark';
-  const change = {'paper_bgcolor': dark ? '#16181c' : '#ffffff', 'font.color': dark ? '#e6e6e6' : '#222222'};
-  if (graph.layout.plot_bgcolor === '#ffffff' || graph.layout.plot_bgcolor === 'white' ||
-      graph.layout.plot_bgcolor === '#16181c') {
-    change['plot_bgcolor'] = change['paper_bgcolor'];
+// The page at work: figures are unpacked and drawn when their task is chosen; the address says what is shown; tables sort,
+// filter, and turn into cards where they are wider than the page; colours follow the reader's setting, a button changes them.
+const DARK = {
+  '#ffffff': '#16181c', white: '#16181c', '#222222': '#e6e6e6', '#000000': '#e6e6e6', '#e4e4e4': '#2b2f36',
+  '#eeeeee': '#33373f', 'rgba(255,255,255,0.8)': 'rgba(22,24,28,0.8)',
+};
+const LIGHT = Object.fromEntries(Object.entries(DARK).map(([light, dark]) => [dark, light]));
+const by = id => document.getElementById(id);
+const dark = () => document.documentElement.dataset.scheme === 'dark';
+
+// --- figures
+
+const unpack = async script => {
+  const text = atob(script.textContent);
+  const bytes = new Uint8Array(text.length);
+  for (let i = 0; i < text.length; i++) { bytes[i] = text.charCodeAt(i); }
+  return new Response(new Blob([bytes]).stream().pipeThrough(new DecompressionStream('gzip'))).text();
+};
+const loaded = async () => {
+  if (window.Plotly) { return; }
+  const script = document.createElement('script');
+  script.textContent = await unpack(by('plotly'));
+  document.head.append(script);
+};
+// What changes a figure's colours; those of traces by trace, null where none changes.
+const painted = graph => {
+  const to = dark() ? DARK : LIGHT;
+  const {layout} = graph;
+  const paper = dark() ? '#16181c' : '#ffffff', ink = dark() ? '#e6e6e6' : '#222222';
+  const change = {paper_bgcolor: paper, 'font.color': ink};
+  if (to[layout.plot_bgcolor]) { change.plot_bgcolor = to[layout.plot_bgcolor]; }
+  Object.keys(layout).filter(key => /^[xy]axis/.test(key)).forEach(key => {
+    if (to[layout[key].gridcolor]) { change[`${key}.gridcolor`] = to[layout[key].gridcolor]; }
+  });
+  (layout.sliders || []).forEach((_, i) => {
+    Object.assign(change, {
+      [`sliders[${i}].currentvalue.font.color`]: ink, [`sliders[${i}].bgcolor`]: dark() ? '#59606c' : '#f8fafc',
+    });
+  });
+  (layout.updatemenus || []).forEach((_, i) => {
+    Object.assign(change, {[`updatemenus[${i}].bgcolor`]: paper, [`updatemenus[${i}].font.color`]: ink});
+  });
+  const traces = graph.data.map(trace => ({
+    ...(trace.line && to[trace.line.color] ? {'line.color': to[trace.line.color]} : {}),
+    ...(trace.type === 'bar' && to[trace.marker.color] ? {'marker.color': to[trace.marker.color]} : {}),
+    ...((trace.name || '').endsWith(' outside')
+      ? {colorscale: trace.colorscale.map(([at, color]) => [at, to[color] || color])} : {}),
+  }));
+  return [change, traces];
+};
+const paint = async graph => {
+  const [change, traces] = painted(graph);
+  await Plotly.relayout(graph, change);
+  for (const [i, one] of traces.entries()) {
+    if (Object.keys(one).length) {
+      await Plotly.restyle(graph, Object.fromEntries(Object.entries(one).map(([key, value]) => [key, [value]])), [i]);
+    }
   }
-  Object.keys(graph.layout).filter(key => /^[xy]axis/.test(key)).forEach(key => {
-    if (graph.layout[key].gridcolor) { change[key + '.gridcolor'] = dark ? '#33373f' : '#eeeeee'; }
-  });
-  (graph.layout.sliders || []).forEach((_, i) => {
-    change[`sliders[${i}].currentvalue.font.color`] = change['font.color'];
-  });
-  Plotly.relayout(graph, change);
+};
+const figures = {}; // by section, its figures by name
+const figuresOf = async id => {
+  figures[id] = figures[id] || JSON.parse(await unpack(document.querySelector(`script[data-of="${CSS.escape(id)}"]`)));
+  await loaded();
+  return figures[id];
+};
+const draw = async (place, {data, layout, reacts}) => {
+  if (place.firstElementChild) { Plotly.Plots.resize(place.firstElementChild); return; }
+  const graph = document.createElement('div');
+  graph.className = 'plotly-graph-div';
+  graph.style.height = `${layout.height || 450}px`;
+  place.append(graph);
+  await Plotly.newPlot(graph, data, layout, CONFIG);
+  if (dark()) { await paint(graph); }
+  reacts.forEach(([name, given]) => reactions[name](graph, given));
 };
 const show = which => {
   document.documentElement.dataset.scheme = which;
-  document.querySelectorAll('.plotly-graph-div').forEach(graph => { if (graph.layout) { paint(graph, which); } });
+  document.querySelectorAll('.plotly-graph-div').forEach(graph => { if (graph.layout) { paint(graph); } });
 };
-document.addEventListener('DOMContentLoaded', () => {
-  if (scheme === 'dark') { show('dark'); }
-  document.getElementById('scheme').addEventListener('click', () =>
-    show(document.documentElement.dataset.scheme === 'dark' ? 'light' : 'dark'));
-  document.querySelectorAll('details').forEach(part => part.addEventListener('toggle', () =>
-    part.querySelectorAll('.plotly-graph-div').forEach(graph => Plotly.Plots.resize(graph))));
+
+// --- what is shown, and the address: #family=llama3&task=ioi&setting=zero-shot&size=20, or #edges=NAME
+
+const sections = [...document.querySelectorAll('section')];
+let current = null;
+const params = text => new URLSearchParams(text.replace(/^#/, ''));
+const wanted = () => {
+  const asked = params(location.hash);
+  const fits = section => [...params(section.dataset.link)].every(([key, value]) => asked.get(key) === value);
+  const task = section => asked.has('task') && params(section.dataset.link).get('task') === asked.get('task');
+  return sections.find(fits) || sections.find(task);
+};
+const note = (key, value) => {
+  const now = params(current.dataset.link);
+  const before = params(location.hash);
+  ['setting', 'size'].forEach(name => { if (before.get(name)) { now.set(name, before.get(name)); } });
+  now.set(key, value);
+  history.replaceState(null, '', `#${now}`);
+};
+const slide = (graph, size) => {
+  const slider = graph.layout.sliders && graph.layout.sliders[0];
+  if (!slider) { return; }
+  if (size !== null) {
+    const number = slider.steps.findIndex(step => step.label.startsWith(`${size} of `));
+    if (number >= 0) {
+      Plotly.restyle(graph, ...slider.steps[number].args);
+      Plotly.relayout(graph, {'sliders[0].active': number});
+    }
+  }
+  if (!graph.dataset.noted) {
+    graph.dataset.noted = 'yes';
+    graph.on('plotly_sliderchange', ({step}) => note('size', parseInt(step.label, 10)));
+  }
+};
+const drawSetting = async () => {
+  const section = current, name = by('setting').value;
+  const places = [...section.querySelectorAll('figure[data-setting]')];
+  places.forEach(place => { place.hidden = place.dataset.setting !== name; });
+  const place = places.find(each => !each.hidden);
+  if (!place) { return; }
+  await draw(place, (await figuresOf(section.id))[name]);
+  slide(place.firstElementChild, params(location.hash).get('size'));
+};
+const go = async section => {
+  current = section;
+  sections.forEach(each => { each.hidden = each !== section; });
+  by('task').value = section.dataset.link;
+  const names = [...section.querySelectorAll('figure[data-setting]')].map(place => place.dataset.setting);
+  by('setting').replaceChildren(...names.map(name => new Option(name, name)));
+  by('settings').hidden = names.length < 2;
+  const asked = params(location.hash).get('setting');
+  by('setting').value = names.includes(asked) ? asked : names.includes('zero-shot') ? 'zero-shot' : names[0];
+  const found = await figuresOf(section.id);
+  await drawSetting();
+  for (const place of section.querySelectorAll(':scope > figure:not([data-setting])')) {
+    await draw(place, found[place.dataset.figure]);
+  }
+};
+const follow = async () => {
+  const section = wanted();
+  if (section && section !== current) { await go(section); } else if (section) {
+    const asked = params(location.hash).get('setting');
+    if (asked && [...by('setting').options].some(option => option.value === asked)) { by('setting').value = asked; }
+    await drawSetting();
+  }
+};
+
+// --- tables
+
+const sort = (table, column, button) => {
+  const down = button.dataset.order === 'up';
+  table.querySelectorAll('th button').forEach(each => { delete each.dataset.order; });
+  button.dataset.order = down ? 'down' : 'up';
+  const body = table.tBodies[0];
+  const value = row => {
+    const text = row.cells[column].dataset.value;
+    return text === '' || Number.isNaN(Number(text)) ? text : Number(text);
+  };
+  const order = (a, b) => {
+    const [x, y] = [value(a), value(b)];
+    if (x === '' || y === '') { return x === y ? 0 : x === '' ? 1 : -1; }
+    return (down ? -1 : 1) * (typeof x === 'number' && typeof y === 'number' ? x - y : String(x).localeCompare(String(y)));
+  };
+  [...body.rows].sort(order).forEach(row => body.append(row));
+};
+const fitTable = holder => { // cards where columns would be hidden
+  holder.classList.remove('cards');
+  holder.classList.toggle('cards', holder.querySelector('table').offsetWidth > holder.clientWidth + 1);
+};
+document.querySelectorAll('.table').forEach(holder => {
+  const table = holder.querySelector('table');
+  table.querySelectorAll('th button').forEach((button, column) =>
+    button.addEventListener('click', () => sort(table, column, button)));
+  holder.querySelector('input').addEventListener('input', ({target: {value}}) => {
+    const words = value.toLowerCase().split(/\s+/);
+    [...table.tBodies[0].rows].forEach(row => {
+      row.hidden = !words.every(word => row.textContent.toLowerCase().includes(word));
+    });
+  });
+  let width = 0;
+  new ResizeObserver(() => {
+    if (holder.clientWidth !== width) { width = holder.clientWidth; fitTable(holder); }
+  }).observe(holder);
 });
+
+// --- the beginning
+
+(async () => {
+  if (window.matchMedia('(prefers-color-scheme: dark)').matches) { document.documentElement.dataset.scheme = 'dark'; }
+  by('scheme').addEventListener('click', () => show(dark() ? 'light' : 'dark'));
+  if (!window.DecompressionStream) { by('old').hidden = false; return; }
+  if (sections.length) {
+    by('task').addEventListener('change', () => { location.hash = by('task').value; });
+    by('setting').addEventListener('change', () => { note('setting', by('setting').value); drawSetting(); });
+    window.addEventListener('hashchange', follow);
+    sections.forEach(section => section.querySelectorAll('details').forEach(part => part.addEventListener('toggle', async () => {
+      if (!part.open) { return; }
+      part.querySelectorAll('.table').forEach(fitTable);
+      const found = await figuresOf(section.id);
+      for (const place of part.querySelectorAll('figure')) { await draw(place, found[place.dataset.figure]); }
+    })));
+    await go(wanted() || sections[0]);
+  }
+  if (by('summary')) { await draw(by('summary'), (await figuresOf('summary')).summary); }
+  document.documentElement.dataset.drawn = 'yes';
+})();
 window.addEventListener('beforeprint', () => {
   show('light');
-  document.querySelectorAll('details').forEach(part => { part.open = true; });
+  document.querySelectorAll('section:not([hidden]) details').forEach(part => { part.open = true; });
 });

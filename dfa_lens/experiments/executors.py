@@ -1,0 +1,101 @@
+"""Where workers run: what a study asks of an executor, and the processes that it takes by default.
+
+Those end with the one that started them, at once and in whatever way that ends.
+
+Importing this module imports no torch: a worker watches its parent from its first moments.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import BrokenExecutor, Future, ProcessPoolExecutor, as_completed
+from contextlib import contextmanager, suppress
+from multiprocessing.connection import Connection
+from typing import Any, Protocol, TypeVar, runtime_checkable
+
+from dfa_lens.errors import DfaError
+
+Given = TypeVar("Given")
+Made = TypeVar("Made")
+
+
+@runtime_checkable
+class Executor(Protocol):
+    """The part of :class:`concurrent.futures.Executor` that a study needs.
+
+    ``submit`` gives something with ``done()`` and ``result()``, and ``cancel()`` where there is one: what
+    :class:`concurrent.futures.ProcessPoolExecutor`, submitit's executors and ``dask.distributed``'s
+    ``client.get_executor()`` give.
+    """
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any: ...  # noqa: D102
+
+
+class Here:
+    """An executor that does everything at once, in this thread."""
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        """Call it."""
+        future: Future[Any] = Future()
+        future.set_result(fn(*args, **kwargs))
+        return future
+
+
+@contextmanager
+def processes(workers: int) -> Iterator[ProcessPoolExecutor]:
+    """Processes of this machine, each with its share of the processor's cores.
+
+    An error or an interrupt ends all of them at once, also what they are doing. They ignore Ctrl-C, which the terminal
+    sends to all of a group: this process decides.
+    """
+    context = multiprocessing.get_context("spawn")  # a fork of a process with threads, as torch has them, may hang
+    # nobody ever writes: that the other end is gone is the message
+    here, there = context.Pipe(duplex=False)
+    threads = max(1, (os.cpu_count() or 1) // workers)
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_begin, initargs=(here, threads))
+    try:
+        yield pool
+        pool.shutdown()
+    finally:
+        there.close()
+        pool.shutdown(wait=True, cancel_futures=True)
+        here.close()
+
+
+def each(work: Callable[[Given], Made], items: Sequence[Given], workers: int) -> Generator[Made, None, None]:
+    """What ``work``, a function at module level, makes of every item, in the order in which it is done.
+
+    Raises
+    ------
+    DfaError
+        If a process was killed from outside.
+    """
+    if min(workers, len(items)) <= 1:
+        yield from map(work, items)
+        return
+    try:
+        with processes(min(workers, len(items))) as pool:
+            for done in as_completed([pool.submit(work, item) for item in items]):
+                yield done.result()
+    except BrokenExecutor as error:
+        raise DfaError(
+            "A process was killed (is memory short?). What it had finished is kept: run the same again."
+        ) from error
+
+
+def _begin(parent: Any, threads: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+    import torch
+
+    torch.set_num_threads(threads)
+
+
+def _end_with(parent: Connection) -> None:
+    with suppress(EOFError, OSError):
+        parent.recv()
+    os._exit(1)
