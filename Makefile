@@ -7,6 +7,7 @@
 #   make wheel   build a wheel, install it into an empty environment and run the quick demo from there
 #   make bench-real-pair   circuits carried from SmolLM2-135M to Qwen2.5-Coder-0.5B (0.6 GB from PyPI; hours on a CPU)
 #   make attack  damaged files, interruptions and killed studies by the thousand (docs/reliability.md)
+#   make test-slurm  a study on a SLURM of one node that is set up for it (as root, on Debian: slurmctld, slurmd, munge)
 #   make test-latest the tests on the newest release of everything, TransformerLens 3 and 4, in fresh environments
 #   make lock    the newest releases that pass the tests, into requirements/, from which all others but test-latest install
 PYTHON ?= python3
@@ -84,6 +85,12 @@ bench-real-pair: $(VENV)/.installed
 .PHONY: attack
 attack: $(VENV)/.installed
 	OMP_NUM_THREADS=1 PYTHONPATH=tests $(RUN) attack $(ARGS)
+
+# Jobs are cancelled and workers killed, and the table must be that of a run without SLURM. As root:
+#   apt-get install --no-install-recommends slurmctld slurmd slurm-client munge
+.PHONY: test-slurm
+test-slurm: $(VENV)/.installed
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -W ignore tools/slurm.py
 
 LATEST_tl3 := 'transformer-lens<4'
 LATEST_tl4 := 'transformer-lens>=4'

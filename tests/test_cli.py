@@ -345,6 +345,8 @@ def test_links_stay_and_devices_are_refused(files, tmp_path):
         ("report --edges a=s.safetensors -o x.html", "The scores of 'a' are of nodes"),
         ("report --source s.safetensors --target t.safetensors -o x.csv", "A report can't be written as .csv"),
         ("study -o out --workers 0", "at least 1, not 0"),
+        ("study status none", "There is no file none/plan.json"),
+        ("study resume none", "none has no study that was begun with --config"),
         ("study", "needs a folder, --out, or a file that says all of it, --config"),
         ("study --config none.toml", "There is no file none.toml"),
         ("study -o out --config none.toml", "give no other options beside it"),
@@ -382,6 +384,36 @@ def test_a_pair_of_models_of_ones_own():
     assert shipped == "llama3" and own.name == "mine"
     assert own.source().cfg.n_layers == 6
     assert reading.model_pairs(None, None, "cpu", "float32") is None
+
+
+def test_a_study_from_a_file(tmp_path, monkeypatch):
+    """Forecast, run, seen, collected and gone on with."""
+    monkeypatch.chdir(tmp_path)
+    text = 'settings = ["random-w"]\nfamilies = ["llama3"]\nseeds = [0]\ntest_tasks = ["ioi"]\nout = "results"\n'
+    Path("study.toml").write_text(text + "[budget]\ntrain = 2\ntest = 2\nsteps = 1\ncurve_points = 2\n")
+    assert "4 units (2 attribution, 2 row)" in invoke("study --config study.toml --dry-run").stdout
+    assert not Path("results").exists()
+    assert "table.csv written" in invoke("study --config study.toml").stdout
+    assert "row: 2 of 2 done" in invoke("study status results").stdout
+    assert json.loads(invoke("study status results --json").stdout)["done"] == {"attribution": 2, "row": 2}
+    next(Path("results/units").glob("*.json")).unlink()
+    assert "table.csv written" in invoke("study resume results").stdout
+    invoke("study collect results -o table.parquet")
+    import pandas as pd
+
+    table = dfa.study.read("results/table.csv")
+    pd.testing.assert_frame_equal(pd.read_parquet("table.parquet"), table, check_dtype=False)
+    assert invoke("study collect results").stdout == Path("results/table.csv").read_text()
+    assert ".tsv" in refused("study collect results -o table.tsv")
+    Path("study.toml").write_text(text.replace("results", "others"))
+    assert "now says another folder" in refused("study resume results")
+    Path("results/config.json").unlink()
+    assert "was begun with --config: to go on, give the same command" in refused("study resume results")
+    Path("study.toml").write_text(text + '[executor]\nkind = "slurm"\nmemory = 1\ntime = 5\n')
+    monkeypatch.setenv("PATH", "")
+    assert "There is no SLURM on this machine" in refused("study --config study.toml")
+    Path("study.toml").write_text(text + "[executor]\nkind = 'local'\nmemory = 1\ntime = 5\noptions = { part = 3 }\n")
+    assert "submitit refuses the executor's options" in refused("study --config study.toml")
 
 
 def test_threads_go_by_the_size_of_the_work(monkeypatch):

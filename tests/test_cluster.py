@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
+import signal
 import socket
+import threading
 import time
 from collections import Counter
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -383,3 +388,37 @@ def test_ten_thousand_rows_are_collected(tmp_path):
         folder.finish(row.key, {"columns": {"cpr": int(row.key) / 3}, "seconds": 1.234})
     found = units.collect(rows, folder)
     assert found["cpr"].tolist() == [i / 3 for i in range(50)] and (found["recovery"][1:] == 1).all()
+
+
+def test_jobs_of_submitit(models, tmp_path, monkeypatch):
+    """Two real jobs, one of which is killed while it is at something: the same table, and nothing twice."""
+    import submitit
+
+    tests = str(Path(__file__).parent)
+    monkeypatch.setenv(
+        "PYTHONPATH", os.pathsep.join([tests, str(Path(tests).parent), os.environ.get("PYTHONPATH", "")])
+    )
+    settings, told = {"permuted": SOME["permuted"]}, []
+    expected = study(settings=settings, seeds=(0, 1), test_tasks=["a"])
+    out = tmp_path / "out"
+
+    def kill():
+        while True:
+            for key, worker in Folder(out).claims().items():
+                with contextlib.suppress(OSError, ValueError):
+                    os.kill(json.loads((out / "workers" / f"{worker}.json").read_text())["pid"], signal.SIGKILL)
+                    return killed.append(key)
+            time.sleep(0.01)
+
+    killed: list[str] = []
+    threading.Thread(target=kill, daemon=True).start()
+    executor = submitit.AutoExecutor(tmp_path / "logs", cluster="local")
+    executor.update_parameters(timeout_min=10)
+    found = study(
+        out, settings=settings, seeds=(0, 1), test_tasks=["a"], executor=executor, workers=2, on_unit=told.append
+    )
+    same(found, expected)
+    assert len(killed) == 1 and len(list((tmp_path / "logs").glob("*_submitted.pkl"))) == 3
+    assert Counter(unit["unit"] for unit in told) == {
+        unit.label: 1 for unit in plan_of(settings, seeds=(0, 1), test_tasks=["a"]).units
+    }

@@ -5,7 +5,7 @@ import torch
 
 import dfa_lens as dfa
 from dfa_lens.errors import DfaError, FileError
-from dfa_lens.experiments.config import Config
+from dfa_lens.experiments.config import Config, Resources
 from dfa_lens.experiments.experiment import FULL, QUICK, Attribution, Budget, ModelPair
 from dfa_lens.experiments.settings import SETTINGS
 from dfa_lens.tasks.own import FileTask
@@ -40,6 +40,11 @@ ioi = "ioi"
 like = "zero-shot, released"
 regime = "near-distribution"
 
+[executor]
+kind = "slurm"
+memory = 32
+options = { slurm_partition = "gpu" }
+
 [setting.short]
 recipe = { steps = 5, temperature = [1.0, 0.5], form = "low-rank" }
 """
@@ -53,7 +58,9 @@ def read(folder, text):
 
 def test_what_a_file_says_is_what_a_study_is_told(tmp_path):
     (tmp_path / "sums.csv").write_text("clean,corrupt,answer,wrong,split\n1+1=,1+2=,2,3,train\n")
-    run = read(tmp_path, WHOLE).run
+    config = read(tmp_path, WHOLE)
+    run = config.run
+    assert config.resources == Resources("slurm", memory=32, options={"slurm_partition": "gpu"})
     assert run["out"] == tmp_path / "results" and run["seeds"] == [3, 4] and run["test_tasks"] == ["sums"]
     assert run["budget"] == Budget(QUICK.train, QUICK.test, 7, QUICK.curve_points, QUICK.batch_size)
     assert run["attribution"] == Attribution("nap", mlp_gradient="input") and run["protocol"] == "mib"
@@ -100,6 +107,9 @@ def test_a_checkpoint_folder_beside_the_file_is_found(tmp_path):
         ("seeds = [true]", "seeds must be a list, each a whole number"),
         ("budget = 3", "budget must be a table, not 3"),
         ("[budget]\ntrain = 0", "budget.train must be at least 1, not 0"),
+        ("[executor]\nkind = 'slrum'", r"Unknown kind in .*\[executor\] 'slrum'.*Did you mean 'slurm'"),
+        ("[executor]\npartition = 'gpu'", r"Unknown key in .*\[executor\] 'partition'"),
+        ("retries = -1", "retries must be 0 or more, not -1"),
         ("workers = 0", "workers must be at least 1, not 0"),
         ("[attribution]\nmethod = 'nop'", r"\[attribution\]: .*'nop'"),
         ("[attribution]\naccumulate = 'some'", r"Unknown accumulate in .*\[attribution\] 'some'"),

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import json
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+import typer.core
 
 from dfa_lens.cli import options as option
 from dfa_lens.cli import reading
 from dfa_lens.cli.app import app
-from dfa_lens.cli.writing import records, say
-from dfa_lens.data.files import write_atomically
-from dfa_lens.errors import DfaError, unknown
+from dfa_lens.cli.writing import records, require_suffix, say, written
+from dfa_lens.data.files import read_json, writable, write_atomically
+from dfa_lens.errors import DfaError, FileError, unknown
+
+if TYPE_CHECKING:
+    from dfa_lens.experiments.config import Config
 
 
 @app.command(epilog="Example: dfa-lens demo --quick --family llama3 --out report")
@@ -64,12 +69,26 @@ def demo(
     )
 
 
-@app.command(epilog="Example: dfa-lens study --quick --setting zero-shot --setting uniform-s --out study")
+class _Studies(typer.core.TyperGroup):
+    """``dfa-lens study`` runs one, unless the next word says what else to do."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        return super().parse_args(ctx, args if args[:1] and args[0] in self.commands else ["run", *args])
+
+
+studies = typer.Typer(cls=_Studies, rich_markup_mode=None, context_settings={"help_option_names": ["-h", "--help"]})
+app.add_typer(studies, name="study", help="Compare settings (regimes, controls, methods) in one tidy table.")
+
+
+@studies.command("run", epilog="Example: dfa-lens study --quick --setting zero-shot --setting uniform-s --out study")
 def study(
     out: option.MaybeFolderOption = None,
     config: Annotated[
-        Path | None, typer.Option(help="A TOML file that says all of the study; then nothing else but --json.")
+        Path | None, typer.Option(help="A TOML file that says all of the study; then nothing else but the next.")
     ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only say what it will need: units, hours, memory, disk.")
+    ] = False,
     setting: Annotated[
         list[str] | None,
         typer.Option(
@@ -94,18 +113,16 @@ def study(
 ) -> None:
     """Compare settings (regimes, controls, methods) over tasks, families and seeds; one tidy table.
 
-    The folder keeps the rows; what is there already is not run again.
+    The folder keeps what is done, and that is not run again. See also dfa-lens study status, resume and collect.
     """
     from dfa_lens.experiments import study as module
     from dfa_lens.experiments.config import NAMED, Config
-    from dfa_lens.experiments.table import means, over
 
-    run: dict[str, Any]
     if config is not None:
         given = [each for each in (out, setting, family, models, task, seed, pairs) if each is not None]
         if given:
             raise DfaError("--config says all of a study: give no other options beside it.")
-        run = dict(Config.read(config).run)
+        found = Config.read(config)
     else:
         if out is None:
             raise DfaError("A study needs a folder, --out, or a file that says all of it, --config.")
@@ -113,7 +130,7 @@ def study(
             if name not in NAMED:
                 raise unknown("setting", name, NAMED)
         budget = module.QUICK if quick else module.FULL
-        run = {
+        run: dict[str, Any] = {
             "families": reading.model_pairs(family, models, device, dtype),
             "settings": {name: NAMED[name] for name in setting} if setting else None,
             "seeds": seed or (0, 1, 2),
@@ -126,13 +143,103 @@ def study(
             "dtype": option.dtype_of(dtype),
             "collection": collection,
         }
-    table, out = module.run(**run, progress=option.bars(quiet)), run["out"]
-    write_atomically(out / "table.csv", table.to_csv(index=False).encode())
+        found = Config(run)
+    if dry_run:
+        _forecast(found, as_json)
+    else:
+        _run(found, config, as_json, quiet)
+
+
+def _forecast(config: Config, as_json: bool) -> None:
+    from dfa_lens.experiments.forecast import forecast
+    from dfa_lens.experiments.study import planned
+
+    elsewhere = ("out", "workers", "retries")
+    found = forecast(planned(**{key: value for key, value in config.run.items() if key not in elsewhere}))
+    workers = config.run.get("workers", 1)
+    hours = found.seconds / 3600 / workers
+    shared = f"\n{workers} workers: about {hours:.2g} hours" if workers > 1 else ""
+    say(f"{found}{shared}", {**asdict(found), "workers": workers, "hours": hours}, as_json=as_json)
+
+
+def _run(config: Config, path: Path | None, as_json: bool, quiet: bool) -> None:
+    from dfa_lens.experiments import study as module
+    from dfa_lens.experiments.table import means, over
+
+    out, options = Path(config.run["out"]), dict(config.run)
+    if path is not None:
+        write_atomically(
+            writable(out, folder=True) / "config.json", json.dumps({"config": str(path.absolute())}).encode()
+        )
+    if config.resources.kind != "processes":
+        options["executor"] = _jobs(config)
+    table = module.run(**options, progress=option.bars(quiet))
     say(
         f"{means(table).round(3).to_string()}\n(mean and std: over {over(table)})\n{out / 'table.csv'} written.",
         {"table": str(out / "table.csv"), "rows": records(table) if as_json else []},
         as_json=as_json,
     )
+
+
+def _jobs(config: Config) -> Any:
+    """Submitit's executor; memory and time by estimate where the file does not say."""
+    from dfa_lens.experiments.executors import jobs
+    from dfa_lens.experiments.forecast import forecast
+    from dfa_lens.experiments.study import planned
+
+    folder, resources = Path(config.run["out"]) / "logs", config.resources
+    jobs(resources, folder, 1, 1)  # that there is no SLURM is said before models are loaded
+    memory, minutes = 1.0, 1.0
+    if resources.memory is None or resources.time is None:
+        elsewhere = ("out", "workers", "retries")
+        found = forecast(planned(**{key: value for key, value in config.run.items() if key not in elsewhere}))
+        memory, minutes = found.request(config.run.get("workers", 1))
+    return jobs(resources, folder, memory, minutes)
+
+
+FolderArgument = Annotated[Path, typer.Argument(help="The folder of a study.")]
+
+
+@studies.command(epilog="Example: dfa-lens study status study")
+def status(folder: FolderArgument, as_json: option.JsonOption = False) -> None:
+    """Say what is done, at work and failed, and how long the rest will take."""
+    from dfa_lens.experiments import progress
+
+    found = progress.status(folder)
+    say(str(found), asdict(found), as_json=as_json)
+
+
+@studies.command(epilog="Example: dfa-lens study resume study")
+def resume(folder: FolderArgument, quiet: option.QuietOption = False, as_json: option.JsonOption = False) -> None:
+    """Go on with a study that was begun with --config."""
+    from dfa_lens.experiments.config import Config
+
+    if not (folder / "config.json").exists():
+        raise FileError(f"{folder} has no study that was begun with --config: to go on, give the same command again.")
+    path = Path(str(read_json(folder / "config.json", "the place of a study's config").get("config", "")))
+    config = Config.read(path)
+    if Path(config.run["out"]).resolve() != folder.resolve():
+        raise DfaError(f"{path}, by which {folder} was begun, now says another folder: {config.run['out']}.")
+    _run(config, path, as_json, quiet)
+
+
+@studies.command(epilog="Example: dfa-lens study collect study --out table.parquet")
+def collect(
+    folder: FolderArgument,
+    out: Annotated[
+        Path, typer.Option("--out", "-o", help="The table: .csv or .parquet.", callback=option._writable)
+    ] = Path("-"),
+    as_json: option.JsonOption = False,
+) -> None:
+    """Write the table of all that is done, also while workers are at it."""
+    from dfa_lens.experiments import progress
+
+    suffix = require_suffix(out, "A table", (".csv", ".parquet"))
+    table = progress.collected(folder)
+    with written(out, as_json) as place:
+        data = table.to_parquet(index=False) if suffix == ".parquet" else table.to_csv(index=False).encode()
+        write_atomically(place, data)
+    say(f"{len(table)} rows; {out} written.", {"out": str(out), "rows": len(table)}, as_json=as_json, out=out)
 
 
 @app.command(epilog="Example: dfa-lens paper --write-configs configs --out tables")

@@ -13,9 +13,9 @@ from __future__ import annotations
 import functools
 import tomllib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 from dfa_lens import zoo
 from dfa_lens.data.curve import Protocol
@@ -32,8 +32,35 @@ from dfa_lens.transfer.recipe import Recipe
 
 Made = TypeVar("Made")
 
+Kind = Literal["processes", "local", "slurm"]
+"""Where workers run: processes of this machine, submitit's jobs on this machine, or jobs of SLURM by submitit."""
+
 #: The settings that a config may name.
 NAMED: dict[str, Setting] = {**SETTINGS, **FUNCTIONAL}
+
+
+@dataclass(frozen=True)
+class Resources:
+    """Where workers run, and what each of them is given.
+
+    Attributes
+    ----------
+    kind:
+        See :data:`Kind`.
+    gpus, cpus:
+        Of each worker.
+    memory, time:
+        Of each worker, in GB and minutes; None: by estimate (:func:`~dfa_lens.experiments.forecast.forecast`).
+    options:
+        More for submitit's ``update_parameters``: ``slurm_partition``, ``slurm_account``, …
+    """
+
+    kind: Kind = "processes"
+    gpus: int = 0
+    cpus: int = 1
+    memory: float | None = None
+    time: int | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -43,10 +70,13 @@ class Config:
     Attributes
     ----------
     run:
-        The arguments of :func:`dfa_lens.study.run`.
+        The arguments of :func:`dfa_lens.study.run`, but for the executor.
+    resources:
+        The executor.
     """
 
     run: Mapping[str, Any]
+    resources: Resources = field(default_factory=Resources)
 
     @classmethod
     def read(cls, path: str | Path) -> Config:
@@ -56,7 +86,8 @@ class Config:
         the file's own folder.
 
         - ``out``: the folder; ``families``, ``settings`` (names of ``dfa.study.SETTINGS`` and ``FUNCTIONAL``),
-          ``seeds``, ``test_tasks``, ``collection``, ``device``, ``dtype``, ``protocol``, ``workers``.
+          ``seeds``, ``test_tasks``, ``collection``, ``device``, ``dtype``, ``protocol``, ``workers``,
+          ``retries``.
         - ``[budget]``: the fields of :class:`~dfa_lens.experiments.experiment.Budget`; ``quick = true`` starts from
           the quick one.
         - ``[attribution]``: the fields of :class:`~dfa_lens.experiments.experiment.Attribution`.
@@ -65,6 +96,7 @@ class Config:
         - ``[tasks]``: name = one of our tasks, or a file of prompts.
         - ``[setting.NAME]``: a setting of one's own: ``like`` (a named one to start from), ``regime``, ``control``,
           ``method``, ``ridge``, and ``recipe``, a table with fields of :class:`~dfa_lens.transfer.recipe.Recipe`.
+        - ``[executor]``: the fields of :class:`Resources`, with ``[executor.options]``.
 
         Raises
         ------
@@ -104,7 +136,8 @@ _TOP: dict[str, Any] = {
     "dtype": str,
     "protocol": str,
     "workers": int,
-    **dict.fromkeys(("budget", "attribution", "models", "tasks", "setting"), dict),
+    "retries": int,
+    **dict.fromkeys(("budget", "attribution", "models", "tasks", "setting", "executor"), dict),
 }
 _BUDGET = {**{each.name: int for each in fields(Budget)}, "quick": bool}
 _ATTRIBUTION = {"method": str, "steps": int, "mlp_gradient": str, "accumulate": str}
@@ -115,9 +148,11 @@ _RECIPE = {
 }  # what a text can say; the recipe itself checks the values
 
 
+_EXECUTOR = {"kind": str, "gpus": int, "cpus": int, "memory": float, "time": int, "options": dict}
 #: Values that are one of a few texts.
 _CHOICES: dict[str, Any] = {
     "protocol": get_args(Protocol),
+    "kind": get_args(Kind),
     "regime": get_args(Regime),
     "control": get_args(Control),
     "mlp_gradient": ("output", "input"),
@@ -133,11 +168,13 @@ class _Reader:
 
     def config(self, content: dict[str, Any]) -> Config:
         self._check(content, _TOP, "")
-        plain = ("seeds", "test_tasks", "collection", "protocol", "workers")
+        plain = ("seeds", "test_tasks", "collection", "protocol", "workers", "retries")
         run = {name: content[name] for name in plain if name in content}
         run |= {"device": content.get("device", "cpu"), "dtype": self._dtype(content.get("dtype", "float32"))}
         if content.get("workers", 1) < 1:
             raise self._wrong("workers", "at least 1", content["workers"])
+        if content.get("retries", 0) < 0:
+            raise self._wrong("retries", "0 or more", content["retries"])
         run["out"] = self._beside(content.get("out", "study"))
         run["budget"] = self._budget(content.get("budget", {}))
         run["attribution"] = self._made("attribution", Attribution, content.get("attribution", {}), _ATTRIBUTION)
@@ -151,7 +188,7 @@ class _Reader:
         ] or None
         run["settings"] = self._settings(content)
         run["tasks"] = self._tasks(content.get("tasks", {}))
-        return Config(run)
+        return Config(run, self._made("executor", Resources, content.get("executor", {}), _EXECUTOR))
 
     def _budget(self, found: dict[str, Any]) -> Budget:
         self._check(found, _BUDGET, "budget")

@@ -14,7 +14,7 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from dfa_lens.errors import DfaError, short
+from dfa_lens.errors import DfaError
 from dfa_lens.experiments.executors import Executor, Here
 from dfa_lens.experiments.folder import Folder
 from dfa_lens.experiments.units import Plan
@@ -115,6 +115,8 @@ class _Driver:
     on_step: OnStep | None
     run: str = field(default_factory=lambda: uuid.uuid4().hex[:12])
     futures: dict[str, Any] = field(default_factory=dict)  #: of workers that are not known to have ended
+    begun: set[str] = field(default_factory=set)  #: names of those that were there once
+    gone: list[Any] = field(default_factory=list)  #: of workers that have ended, whatever their executor says
     started: int = 0
     barren: int = 0
     seen: set[str] = field(default_factory=set)
@@ -126,6 +128,8 @@ class _Driver:
         """See what has been done, let go of what nobody is at, start workers; whether anything is left."""
         begun = time.perf_counter()
         self._bury()
+        if self.barren > 2 * BARREN:
+            raise DfaError(f"{self.barren} workers in a row ended before they had done anything; why is not known.")
         self._let_go()
         state = State.of(self.plan, self.folder, self.retries)
         self._tell(state.finished, bar)
@@ -156,9 +160,18 @@ class _Driver:
         self.started += 1
 
     def _bury(self) -> None:
-        """Workers that have ended: what was wrong, if they all do."""
+        """Workers that have ended: what was wrong, if they all do.
+
+        One that had begun and is no more has ended, whatever its executor knows of it: submitit asks SLURM's accounting
+        about jobs, which not every cluster has.
+        """
+        alive = self.folder.alive() if self.futures else set()
+        self.begun |= alive & self.futures.keys()
         for name, future in list(self.futures.items()):
             if not future.done():
+                if name in self.begun - alive:
+                    self.barren += 1
+                    self.gone.append(self.futures.pop(name))
                 continue
             del self.futures[name]
             try:
@@ -170,7 +183,7 @@ class _Driver:
                 if self.barren >= BARREN:
                     raise DfaError(
                         f"{self.barren} workers in a row ended before they had done anything; the last one: "
-                        f"{type(error).__name__}: {short(' '.join(str(error).split()), 500)}"
+                        f"{type(error).__name__}: {' '.join(str(error).split())[-500:]}"
                     ) from error
 
     def _let_go(self) -> None:
@@ -213,13 +226,13 @@ class _Driver:
 
     def end(self, wait: float) -> None:
         """Let all workers end, and cancel those that have not after so many seconds."""
-        if not self.futures:
+        if not self.futures and not self.gone:
             return
         self.folder.stop(self.run)
         over = time.monotonic() + wait
         while time.monotonic() < over and not all(future.done() for future in self.futures.values()):
             time.sleep(0.05)
-        for future in self.futures.values():
+        for future in [*self.futures.values(), *self.gone]:
             if not future.done() and hasattr(future, "cancel"):
                 with suppress(Exception):
                     future.cancel()

@@ -7,17 +7,23 @@ Importing this module imports no torch: a worker watches its parent from its fir
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import os
+import shutil
 import signal
 import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import BrokenExecutor, Future, ProcessPoolExecutor, as_completed
 from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection
-from typing import Any, Protocol, TypeVar, runtime_checkable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
 
-from dfa_lens.errors import DfaError
+from dfa_lens.errors import DfaError, short
+
+if TYPE_CHECKING:
+    from dfa_lens.experiments.config import Resources
 
 Given = TypeVar("Given")
 Made = TypeVar("Made")
@@ -99,3 +105,38 @@ def _end_with(parent: Connection) -> None:
     with suppress(EOFError, OSError):
         parent.recv()
     os._exit(1)
+
+
+def jobs(resources: Resources, folder: Path, memory: float, minutes: float) -> Executor:
+    """Submitit's executor.
+
+    Parameters
+    ----------
+    folder:
+        Of its logs.
+    memory, minutes:
+        What is asked for where the resources do not say.
+
+    Raises
+    ------
+    DfaError
+        If submitit is missing, or SLURM.
+    """
+    try:
+        import submitit
+    except ImportError:
+        raise DfaError("Jobs need submitit: pip install 'dfa-lens[cluster]'.") from None
+    if resources.kind == "slurm" and shutil.which("sbatch") is None:
+        raise DfaError('There is no SLURM on this machine (no sbatch): take kind = "local", or another machine.')
+    executor = submitit.AutoExecutor(folder, cluster=resources.kind)
+    asked: dict[str, Any] = {
+        "timeout_min": math.ceil(resources.time or minutes),
+        "mem_gb": math.ceil(resources.memory or memory),
+        "cpus_per_task": resources.cpus,
+        "gpus_per_node": resources.gpus,
+    }
+    try:
+        executor.update_parameters(**asked, **resources.options)
+    except (NameError, TypeError, ValueError) as error:  # submitit's own, for what it does not know
+        raise DfaError(f"submitit refuses the executor's options: {short(' '.join(str(error).split()))}") from error
+    return executor

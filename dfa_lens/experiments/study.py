@@ -153,19 +153,21 @@ def run(
     >>> table["setting"].tolist()
     ['gold', 'zero-shot']
     """
-    study = Study(
-        tuple(ModelPair.of(family) for family in (families or zoo.pairs())),
-        dict(SETTINGS if settings is None else settings),
-        sources(tasks, collection),
-        budget,
-        device,
-        dtype,
-        attribution,
-        protocol,
+    plan = planned(
+        families,
+        settings,
+        seeds=seeds,
+        test_tasks=test_tasks,
+        tasks=tasks,
+        budget=budget,
+        device=device,
+        dtype=dtype,
+        collection=collection,
+        attribution=attribution,
+        protocol=protocol,
     )
     if executor is not None and out is None:
         raise DfaError("Workers elsewhere need a folder that they see, too: give out=.")
-    plan = Plan.of(study, tuple(dict.fromkeys(seeds)), study.tested(test_tasks))
     options: dict[str, Any] = {"workers": min(workers, len(plan.units)), "retries": retries, "progress": progress}
     with ExitStack() as stack:
         if out is None:
@@ -173,7 +175,7 @@ def run(
         else:
             folder = Folder(writable(out, folder=True).resolve())
             stack.enter_context(_held(folder.path))
-            _check_folder(folder.path, study)
+            _check_folder(folder.path, plan.study)
         progress_of.note(plan, folder)
         if executor is None:
             executor = stack.enter_context(processes(workers)) if options["workers"] > 1 else Here()
@@ -184,6 +186,42 @@ def run(
     if failures:
         raise _failed(failures, len(plan.units), found, out)
     return found
+
+
+def planned(
+    families: Sequence[str | ModelPair] | None = None,
+    settings: Mapping[str, Setting] | None = None,
+    *,
+    seeds: Sequence[int] = (0, 1, 2),
+    test_tasks: Sequence[str] | None = None,
+    tasks: Mapping[str, str | TaskSource] | None = None,
+    budget: Budget = FULL,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    collection: str = "offline",
+    attribution: Attribution = ATTRIBUTION,
+    protocol: Protocol = "nodes",
+) -> Plan:
+    """The units of a study, of which nothing is run: arguments as for :func:`run`.
+
+    Examples
+    --------
+    >>> from dfa_lens.experiments.study import SETTINGS, planned
+    >>> plan = planned(["llama3"], {"zero-shot": SETTINGS["zero-shot"]}, seeds=(0,), test_tasks=["ioi"])
+    >>> [unit.label for unit in plan.units if unit.kind == "fit"]
+    ['fit of zero-shot on mcqa addition subtraction arc-easy arc-challenge, llama3, seed 0']
+    """
+    study = Study(
+        tuple(ModelPair.of(family) for family in (families or zoo.pairs())),
+        dict(SETTINGS if settings is None else settings),
+        sources(tasks, collection),
+        budget,
+        device,
+        dtype,
+        attribution,
+        protocol,
+    )
+    return Plan.of(study, tuple(dict.fromkeys(seeds)), study.tested(test_tasks))
 
 
 def _failed(failures: Sequence[Mapping[str, Any]], units: int, found: Any, out: str | Path | None) -> StudyError:

@@ -57,7 +57,7 @@ def other_pairs(tokenizer: Any, *, split: str, n: int, seed: int) -> Any:
     return random_pairs(n, 6, seed=seed + 100)
 
 
-def study(out: str, workers: int = 2) -> Any:
+def study(out: str, workers: int = 2, **options: Any) -> Any:
     """A small study with a setting that trains and two that do not."""
     from dfa_lens.experiments.study import Budget, ModelPair, Setting, run
 
@@ -69,7 +69,7 @@ def study(out: str, workers: int = 2) -> Any:
     budget = Budget(train=2, test=2, steps=2, curve_points=2, batch_size=2)
     tasks = {"a": pairs, "b": other_pairs}
     names = [ModelPair("tiny", source, target)]
-    return run(names, settings, seeds=SEEDS, tasks=tasks, budget=budget, out=out, workers=workers)
+    return run(names, settings, seeds=SEEDS, tasks=tasks, budget=budget, out=out, workers=workers, **options)
 
 
 def _command(out: Path) -> list[str]:
