@@ -20,6 +20,7 @@ from .data.nodes import Node as Node
 from .data.nodes import NodeSet as NodeSet
 from .data.pairs import PromptPairs as PromptPairs
 from .data.scores import NodeScores as NodeScores
+from .data.spans import Schema as Schema
 from .errors import DfaError as DfaError
 from .estimate import Estimate as Estimate
 from .estimate import estimate as estimate
@@ -33,6 +34,7 @@ from .evaluation.rehearsal import Rehearsal as Rehearsal
 from .evaluation.rehearsal import rehearse as rehearse
 from .experiments import study as study
 from .experiments.carry import carry as carry
+from .models import ablations as ablations
 from .models import hooks as hooks
 from .models.hooks import prepared as prepared
 from .models.loading import load_model as load_model

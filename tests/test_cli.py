@@ -78,7 +78,7 @@ def test_a_report_of_own_results(tmp_path, monkeypatch):
         (f"{both} --curve one=w.safetensors", "is no table of a curve"),
         (f"{both} --study x", "either --study, or files of scores"),
         ("--source a.safetensors --source b.safetensors --target c", "are given as TASK=FILE"),
-        (f"--study {tmp_path}", "is not a table of a study"),
+        (f"--study {tmp_path}", "is not the folder of a study"),
     ):
         assert message in refused(f"report {arguments} -o x.html")
     from dfa_lens.experiments.table import frame, row

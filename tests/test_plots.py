@@ -521,7 +521,7 @@ def test_the_overlap_of_circuits_is_counted_by_hand():
     p = hypergeom(24, 6, 6).sf(4)
     assert figure.to_frame()["p"].min() == pytest.approx(p)
     texts = {(note.x, note.y): note.text for note in figure.layout.annotations}
-    assert texts["a", "&lt;b"] == "0.71*" and texts["a", "c"] == "0.00"
+    assert texts["a", "&lt;b"] == ".71*" and texts["a", "c"] == ".00"
     with pytest.raises(dfa.DfaError):
         dfa.plots.circuit_overlap({"a": circuits["a"]})
 

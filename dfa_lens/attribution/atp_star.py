@@ -18,7 +18,7 @@ from torch import Tensor
 
 from dfa_lens.attribution.method import Batch, Method, Sums
 from dfa_lens.data.nodes import INPUT_POINT, NodeSet, Site
-from dfa_lens.errors import DfaError, ModelError
+from dfa_lens.errors import DfaError, ModelError, NodeError
 from dfa_lens.models.backend import HookFunction
 from dfa_lens.models.hooks import Activations
 from dfa_lens.models.memory import Footprint
@@ -106,6 +106,8 @@ class AtpStar(Method):
     @staticmethod
     def _add_heads(batch: Batch, site: Site, delta: Tensor, found: Tensor, gradient: Tensor) -> None:
         """Of queries or keys: the heads of z that read each of them."""
+        if site.spans:
+            raise NodeError(f"'atp-star' has no scores of queries and keys at spans ({site.point!r}).")
         heads = (delta.float() * gradient.float()).sum((1, 3), dtype=torch.float64).cpu()
         if site.axis is None:
             found[:, list(site.positions)] += heads.sum(1, keepdim=True)

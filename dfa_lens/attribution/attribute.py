@@ -23,8 +23,9 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -37,12 +38,14 @@ from dfa_lens.attribution.method import Measurement, Method, Sums
 from dfa_lens.attribution.paths import NapIgActivations
 from dfa_lens.data import metrics
 from dfa_lens.data.arguments import expect
+from dfa_lens.data.curve import Direction
 from dfa_lens.data.nodes import NodeSet
 from dfa_lens.data.pairs import PromptPairs
 from dfa_lens.data.registry import Registry
 from dfa_lens.data.scores import NodeScores
 from dfa_lens.errors import DfaError, unknown
-from dfa_lens.models import backend, memory
+from dfa_lens.models import ablations, backend, memory
+from dfa_lens.models.ablations import Ablation
 from dfa_lens.models.backend import HookedModel
 from dfa_lens.models.memory import Footprint, Need
 from dfa_lens.models.runner import Runner
@@ -97,6 +100,8 @@ def attribute(
     tolerance: float = 0.02,
     share_prefix: bool = True,
     seed: int = 0,
+    ablation: str | Ablation = "corrupt",
+    direction: Direction = "noising",
 ) -> NodeScores:
     """Score every node by how much its clean activation helps the metric.
 
@@ -116,8 +121,8 @@ def attribute(
     nodes:
         Which nodes; default: all attention heads and MLP blocks.
     metric:
-        A name of :data:`~dfa_lens.data.metrics.METRICS`, or a function of (logits [batch, vocab], pairs) that returns
-        [batch].
+        A name of :data:`~dfa_lens.data.metrics.METRICS`, a :class:`~dfa_lens.data.metrics.Metric`, or a function of
+        (logits [batch, vocab], pairs) that returns [batch].
     batch_size:
         Examples a pass; integration steps and ablated nodes share a pass where there is room in it. "auto" takes what
         fits into free memory, and half of that after an out-of-memory error. Changes memory and time, never the
@@ -137,6 +142,14 @@ def attribute(
         done (see :meth:`~dfa_lens.models.runner.Runner.shared_length`). Changes time, the scores by rounding only.
     seed:
         Of the methods that draw random numbers; torch's own random state is neither read nor changed.
+    ablation:
+        What stands in the place of a node, instead of its activation in the corrupt run: a name of
+        :data:`~dfa_lens.models.ablations.ABLATIONS` or an object of that module. Δ is then A_clean less that, and the
+        path of ``nap-ig-inputs`` begins at the embedding's.
+    direction:
+        "noising" breaks one node of the clean run, as above. "denoising" repairs one node of the corrupt run:
+        ``exact`` is then m(corrupt with this node at its clean activation) - m(corrupt), and the gradients are those
+        at the corrupt run and on the way to it. Positive scores help in either case.
 
     Returns
     -------
@@ -149,7 +162,9 @@ def attribute(
     Raises
     ------
     DfaError
-        If a name is misspelt, ``steps`` is below 1, or the metric is not finite.
+        If a name is misspelt, ``steps`` is below 1, the metric is not finite, or has no gradient and the
+        method takes some; or with ``direction="denoising"``, if
+        the ablation is another than the corrupt run, or the metric looks at the clean run.
     PromptError, NodeError, HookError
         If pairs or nodes do not fit the model.
 
@@ -178,6 +193,14 @@ def attribute(
             if name == "nap-ig-activations"
             else "mlp_gradient says which gradient to take; 'exact' takes none."
         )
+    if own.differentiates:
+        metrics.require_gradient(metric, name)
+    instead = ablations.resolve(ablation)
+    if direction not in get_args(Direction):
+        raise unknown("direction", direction, get_args(Direction))
+    if direction == "denoising":
+        pairs = _turned(pairs, instead, metric)
+    sign = -1 if direction == "denoising" else 1
     runner = Runner(model)
     nodes = nodes if nodes is not None else NodeSet.heads_and_mlps(model)
     runner.require(pairs)
@@ -204,6 +227,7 @@ def attribute(
                 seed=seed,
                 examples=len(pairs),
                 only_new=only_new,
+                reference=instead.reference(runner, nodes, pairs, batch_size=size),
             )
             return own.mean(measurement, pairs)
 
@@ -222,13 +246,18 @@ def attribute(
         for option, mode, usual in (("mlp_gradient", mlp_gradient, "output"), ("accumulate", accumulate, "own")):
             if mode != usual:
                 meta[option] = mode
-        meta["metric_clean"], meta["metric_corrupt"] = found.values["clean"], found.values["corrupt"]
+        meta |= ablations.described(instead)
+        values = dict(found.values)
+        if direction == "denoising":
+            meta["direction"] = direction
+            values["clean"], values["corrupt"] = values["corrupt"], values["clean"]
+        meta["metric_clean"], meta["metric_corrupt"] = values["clean"], values["corrupt"]
         if found.whole:
-            expected, explained = (sum(each) for each in zip(*found.whole.values(), strict=True))
+            expected, explained = (sign * sum(each) for each in zip(*found.whole.values(), strict=True))
             gap = sum(abs(one - other) for one, other in found.whole.values())
             residual = gap / max(sum(abs(one) for one, _ in found.whole.values()), 1e-12)
             meta["completeness"] = {"expected": expected, "explained": explained, "residual": residual}
-        return NodeScores(found.scores.float(), nodes, meta)
+        return NodeScores(sign * found.scores.float(), nodes, meta)
 
     def scored(size: int) -> NodeScores:
         if steps == "auto" and own.integrates:
@@ -256,6 +285,29 @@ def _advice(method: str) -> str:
     if method == "nap-ig-inputs":
         return "more steps help on some tasks and make it worse on others; compare with nap-ig-activations or exact"
     return "take more steps, or steps='auto'"
+
+
+def _turned(pairs: PromptPairs, ablation: Ablation, metric: str | Callable[..., Tensor]) -> PromptPairs:
+    """The pairs with clean and corrupt prompts exchanged, and the same answers: what is broken is then repaired."""
+    if not isinstance(ablation, ablations.Corrupt):
+        raise DfaError(
+            "direction='denoising' repairs one node of the corrupt run: it goes with ablation='corrupt', not with "
+            f"{ablation.name!r}."
+        )
+    if metrics.needs_clean(metric):
+        raise DfaError(
+            f"direction='denoising' begins at the corrupt run, and the metric {metrics.name_of(metric)!r} compares "
+            "with the clean one: take another metric."
+        )
+    return replace(
+        pairs,
+        clean=pairs.corrupt,
+        corrupt=pairs.clean,
+        lengths=pairs.corrupt_lengths,
+        corrupt_lengths=pairs.lengths,
+        choices=None,
+        corrupt_choices=None,
+    )
 
 
 def _until_settled(sums: Callable[..., Sums], made: Callable[[int, Sums], NodeScores], tolerance: float) -> NodeScores:

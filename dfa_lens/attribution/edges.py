@@ -114,7 +114,7 @@ def attribute_edges(
     Raises
     ------
     DfaError
-        If a name is misspelt, ``steps`` is below 1, or the metric is not finite.
+        If a name is misspelt, ``steps`` is below 1, or the metric is not finite or has no gradient.
     EdgeError
         If ``edges`` are those of another model.
     ModelError
@@ -138,6 +138,8 @@ def attribute_edges(
         raise DfaError(f"steps must be a whole number of at least 1, not {steps!r}.")
     if step_points not in get_args(StepPoints):
         raise unknown("step_points", step_points, get_args(StepPoints))
+    if method != "exact":
+        metrics.require_gradient(metric, method)
     chosen = EdgeSet.of_model(model, readers=readers) if edges is None else _of_this_model(edges, model)
     runner = Runner(model)
     runner.require(pairs)

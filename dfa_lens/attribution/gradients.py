@@ -94,8 +94,14 @@ class Nap(Method):
             batch.done(len(some))
         totals /= n_places
         values_of = {"clean": clean_value, "corrupt": batch.total(corrupt_logits, clean_logits)}
-        whole = {"embedding": (clean_value - values_of["corrupt"], input_score / n_places)}
-        return Sums(totals, values_of, whole if self.integrates else {})
+        if not self.integrates:
+            return Sums(totals, values_of)
+        begin = values_of["corrupt"]
+        if batch.reference is not None:  # the path begins where the embedding alone is at its reference
+            with torch.no_grad():
+                logits = batch.run([(INPUT_POINT, lambda now: corrupt_embed)])
+            begin = batch.total(logits, clean_logits)
+        return Sums(totals, values_of, {"embedding": (clean_value - begin, input_score / n_places)})
 
     def _check(self, batch: Batch) -> None:
         if not self.rules.changes:

@@ -15,6 +15,8 @@ from torch import Tensor
 from dfa_lens.data.metrics import Metric
 from dfa_lens.data.nodes import NodeSet, Site
 from dfa_lens.data.pairs import PromptPairs
+from dfa_lens.errors import PromptError
+from dfa_lens.models.ablations import Reference
 from dfa_lens.models.hooks import Activations
 from dfa_lens.models.memory import Footprint, Need
 from dfa_lens.models.paired_run import PairedRun
@@ -76,6 +78,8 @@ class Measurement:
         How many there are in all batches.
     only_new:
         Only the integration steps that half as many would not have taken.
+    reference:
+        What stands in the place of a node that is left out, where that is not its activation in the corrupt run.
     """
 
     runner: Runner
@@ -91,6 +95,7 @@ class Measurement:
     seed: int = 0
     examples: int = 0
     only_new: bool = False
+    reference: Reference | None = None
 
     @property
     def fractions(self) -> list[float]:
@@ -163,7 +168,8 @@ class Batch(PairedRun):
         own = measurement
         self.rows = torch.arange(len(pairs)) if rows is None else rows
         two = torch.stack([pairs.answer, pairs.wrong], 1) if own.two_columns else None
-        super().__init__(own.runner, pairs, own.nodes, share_prefix=own.share_prefix, columns=two)
+        more: dict[str, Any] = {"share_prefix": own.share_prefix, "reference": own.reference}
+        super().__init__(own.runner, pairs, own.nodes, columns=two, **more)
         self.measurement, self.labels = own, pairs
         self.room = max(1, own.batch_size // len(pairs))  # how often the batch fits into one pass
         if own.two_columns:
@@ -212,7 +218,9 @@ class Batch(PairedRun):
         gradient of anything read at the last real token is exactly zero there.
         """
         product = delta.float() * summed(gradient.float(), len(delta))
-        if site.axis is None:
+        if site.spans:
+            part = self._over_spans(site, product).sum(0)
+        elif site.axis is None:
             part = product.sum(dtype=torch.float64)[None]
         else:
             others = [axis for axis in range(product.ndim) if axis != site.axis]
@@ -225,6 +233,8 @@ class Batch(PairedRun):
     def each(self, site: Site, delta: Tensor, gradient: Tensor) -> Float[Tensor, "pair node"]:
         """Δ·gradient of every example, summed over positions and width, for the nodes of a site; in float64."""
         product = delta.float() * gradient.float()
+        if site.spans:
+            return self._over_spans(site, product).cpu()
         others = [axis for axis in range(1, product.ndim) if axis != site.axis]
         part = product.sum(others, dtype=torch.float64) if others else product.double()
         if site.axis is None:
@@ -232,6 +242,19 @@ class Batch(PairedRun):
         if site.by_position:
             part = torch.nn.functional.pad(part, (0, (site.size or 0) - part.shape[1]))
         return part[:, list(site.slices)].cpu()
+
+    def _over_spans(self, site: Site, product: Tensor) -> Float[Tensor, "pair node"]:
+        """Σ over the tokens of each node's span, and over width, of every example; in float64."""
+        spans = self.spans()
+        if spans is None:
+            raise PromptError("Nodes at spans need prompt pairs that know theirs: apply a dfa.Schema to them.")
+        others = [axis for axis in range(2, product.ndim) if axis != site.axis]
+        each = product.sum(others, dtype=torch.float64) if others else product.double()
+        each = each.reshape(*product.shape[:2], -1)  # [pair, token, slice]
+        sums = each.new_zeros(len(each), len(spans.names) + 1, each.shape[2])
+        labels = torch.where(spans.labels < 0, len(spans.names), spans.labels).to(each.device)
+        sums.scatter_add_(1, labels[:, :, None].expand_as(each), each)
+        return sums[:, [spans.number(name) for name in site.spans], list(site.slices)]
 
     def done(self, times: int = 1) -> None:
         """Say that every example has gone through so many more units of work."""

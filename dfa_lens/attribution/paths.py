@@ -24,7 +24,7 @@ class NapIgActivations(Method):
     checkpointing: ClassVar[bool] = True
 
     def passes(self, nodes: NodeSet, steps: int) -> tuple[int, int]:  # noqa: D102
-        whole = sum(len(site.positions) == (site.size or 1) for site in nodes.sites)
+        whole = sum(site.whole for site in nodes.sites)
         return 2 + len(nodes.sites) * steps + whole, len(nodes.sites) * steps
 
     def units(self, nodes: NodeSet, steps: int) -> int:  # noqa: D102
@@ -50,7 +50,7 @@ class NapIgActivations(Method):
             before = totals.clone()
             for fractions in batch.chunks(places):
                 self._path(batch, site, fractions, corrupt[site.point], deltas[site.point], clean_logits, totals)
-            if len(site.positions) == (site.size or 1):  # the whole group is scored: its scores must add up
+            if site.whole:  # the whole group is scored: its scores must add up
                 group = NodeSet(nodes[position] for position in site.positions)
                 off = torch.zeros(1, len(group), dtype=torch.float32)
                 effect = clean_value - float(batch.ablated(group, off, corrupt, clean_logits).sum())

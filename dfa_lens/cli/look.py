@@ -67,18 +67,14 @@ def report(
 
 def _table(study: Path) -> Any:
     """The table of a study: written at its end, or the rows that there are so far."""
-    import pandas as pd
-
-    from dfa_lens.experiments import table
+    from dfa_lens.experiments import progress, table
 
     if not study.is_dir():
         return table.read(study)
-    if (study / "table.csv").exists():
-        return table.read(study / "table.csv")
-    parts = [table.read(path) for path in sorted(study.glob("*.csv"))]
-    if not parts:
-        raise DfaError(f"{study} holds no table of a study.")
-    return pd.concat(parts, ignore_index=True)
+    if not (study / "study.json").exists() and not (study / "table.csv").exists():
+        raise DfaError(f"{study} is not the folder of a study: it has no study.json and no table.csv.")
+    written_at_end = study / "table.csv"
+    return table.read(written_at_end) if written_at_end.exists() else progress.collected(study)
 
 
 def _results(

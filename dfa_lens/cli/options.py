@@ -87,6 +87,13 @@ ModelPairOption = Annotated[
     list[str] | None,
     typer.Option("--models", help="NAME=SOURCE,TARGET, a pair of models of your own, as --model takes them."),
 ]
+AblationOption = Annotated[
+    str,
+    typer.Option(
+        help="What stands in the place of nodes that are left out: corrupt, zero, mean, mean-positional or optimal; "
+        "the last three are taken from the prompt pairs at hand."
+    ),
+]
 CollectionOption = Annotated[str, typer.Option(help="Where the tasks come from: offline, or mib (Hugging Face hub).")]
 DeviceOption = Annotated[str, typer.Option(help="cpu, cuda, …")]
 DtypeOption = Annotated[str, typer.Option(help="float32, bfloat16, float16 or float64: of the weights.")]

@@ -66,6 +66,11 @@ def attribute(
     step_points: Annotated[
         str, typer.Option(help="Of edges: to-clean (k = 1 … steps) or from-corrupt (0 … steps - 1).")
     ] = "to-clean",
+    ablation: option.AblationOption = "corrupt",
+    direction: Annotated[
+        str,
+        typer.Option(help="Of nodes: noising breaks a node of the clean run, denoising repairs one of the corrupt."),
+    ] = "noising",
     split: option.SplitOption = "train",
     examples: option.ExamplesOption = 64,
     seed: option.SeedOption = 0,
@@ -86,6 +91,8 @@ def attribute(
         raise DfaError("--readers and --step-points are options of edges: add --edges.")
     if edges and nodes:
         raise DfaError("--nodes chooses nodes; of edges all are scored.")
+    if edges and (ablation, direction) != ("corrupt", "noising"):
+        raise DfaError("--ablation and --direction are options of nodes: edges carry corrupt activations.")
     suffix = suffix_of_scores(out, edges)
     if edges and readers == "grouped" and suffix in reading.MIB_SUFFIXES:
         raise DfaError(f"MIB's graph files ({suffix}) hold per-head readers: add --readers per-head.")
@@ -105,6 +112,7 @@ def attribute(
         )
     else:
         chosen = reading.nodes(loaded, nodes)
+        common |= {"ablation": ablation, "direction": direction}
         scores = dfa.attribute(loaded, prompts, method=method or "nap-ig-inputs", nodes=chosen, **common)
     save_scores(scores, out, suffix, as_json)
     say_scores(scores, out, as_json)
@@ -126,6 +134,7 @@ def fit(
         ),
     ] = "full",
     objective: Annotated[str, typer.Option(help="sparse, target-size or matryoshka.")] = "sparse",
+    ablation: option.AblationOption = "corrupt",
     examples: option.ExamplesOption = 64,
     seed: option.SeedOption = 0,
     pairs: option.NamedPairsOption = None,
@@ -142,7 +151,13 @@ def fit(
 
     require_suffix(out, "An alignment", (".safetensors",))
     recipe = dfa.Recipe(
-        form=form, objective=objective, sparsity_weight=sparsity_weight, steps=steps, batch_size=batch_size, seed=seed
+        form=form,
+        objective=objective,
+        sparsity_weight=sparsity_weight,
+        steps=steps,
+        batch_size=batch_size,
+        seed=seed,
+        ablation=ablation,
     )
     loaded = {task: reading.scores(path) for task, path in reading.named(scores, "Scores").items()}
     own = reading.own_tasks(pairs)
@@ -203,6 +218,10 @@ def evaluate(
     protocol: Annotated[str, typer.Option(help="nodes or mib.")] = "nodes",
     ranking: Annotated[str, typer.Option(help="signed (for CPR) or absolute (for CMD).")] = "signed",
     selection: Annotated[str, typer.Option(help="Of edges: top, or greedy, the best that lead to the logits.")] = "top",
+    ablation: option.AblationOption = "corrupt",
+    direction: Annotated[
+        str, typer.Option(help="Of nodes: denoising keeps the best and leaves the others out, noising the reverse.")
+    ] = "denoising",
     faithful: Annotated[float, typer.Option(help="Of nodes: name the smallest circuit that is so faithful.")] = 0.9,
     split: option.SplitOption = "test",
     examples: option.ExamplesOption = 64,
@@ -231,13 +250,16 @@ def evaluate(
         protocol=protocol,  # type: ignore[arg-type]
         ranking=ranking,  # type: ignore[arg-type]
         selection=selection,  # type: ignore[arg-type]
+        ablation=ablation,
+        direction=direction,  # type: ignore[arg-type]
         batch_size=option.batch_size_of(batch_size),
         progress=option.bars(quiet),
     )
     if out is not None:
         with written(out, as_json) as path:
             write_atomically(path, curve.to_frame().to_csv(index=False).encode())
-    reached = curve.ranked is not None and bool((curve.faithfulness >= faithful).any())
+    named = curve.ranked is not None and curve.direction == "denoising"
+    reached = named and bool((curve.faithfulness >= faithful).any())
     circuit = curve.smallest(faithful) if reached else None
     facts: dict[str, Any] = {
         "cpr": curve.cpr,

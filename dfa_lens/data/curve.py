@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -15,7 +15,7 @@ from dfa_lens.data.circuit import Circuit
 from dfa_lens.data.content import ByContent
 from dfa_lens.data.scores import NodeScores, Ranking
 from dfa_lens.data.statistics import UNDEFINED, Interval, enough, resampled
-from dfa_lens.errors import FaithfulnessError
+from dfa_lens.errors import FaithfulnessError, unknown
 
 Protocol = Literal["nodes", "mib"]
 """What is ranked, and at which sizes.
@@ -26,6 +26,22 @@ Protocol = Literal["nodes", "mib"]
 - ``mib``: what MIB's released code does. The embedding is ranked as one more node, ``input`` (of edges: its edges like
   the rest), and the sizes are ten fixed fractions. While ``input`` is outside the circuit no clean information enters
   and f = 0. Scores without an ``input`` (all transferred ones) give it 0.
+"""
+
+Curve = Literal["faithfulness", "distance", "metric"]
+Axis = Literal["linear", "log"]
+
+Direction = Literal["denoising", "noising"]
+"""What is broken and what runs.
+
+Of a circuit:
+
+- ``denoising``: its nodes run, all others are at their reference (their corrupt activations, by default). High f: the
+  circuit suffices.
+- ``noising``: its nodes are at their reference and all others run. Low f: the model can't do without the circuit. The
+  curve then falls from 1, and less area is better.
+
+Of a single node, in attribution: ``noising`` breaks it in the clean run, ``denoising`` repairs it in the corrupt one.
 """
 
 MIB_FRACTIONS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
@@ -62,6 +78,12 @@ class FaithfulnessCurve(ByContent):
         Of nodes: the scores by which they were ranked, which :meth:`smallest` names the circuit by.
     kl_per_example:
         [size, example] what ``kl`` is the mean of, for paired tests over examples; None if it was not kept.
+    ablation:
+        What stood in the place of nodes that were left out; ``corrupt_values`` are the metric with all of them and the
+        embedding out.
+    direction:
+        See :data:`Direction`. With "noising" ``sizes`` count the nodes that were destroyed, f begins at 1, and the
+        "empty circuit" destroys nothing: floors are those of a ranking whose nodes do not matter.
 
     Raises
     ------
@@ -92,12 +114,16 @@ class FaithfulnessCurve(ByContent):
     live_sizes: Int[np.ndarray, " size"] | None = None
     ranked: NodeScores | None = field(default=None, compare=False)
     kl_per_example: Float[np.ndarray, "size example"] | None = None
+    ablation: str = "corrupt"
+    direction: Direction = "denoising"
 
     def __post_init__(self) -> None:
         if self.empty_values is None:
             object.__setattr__(self, "empty_values", self._known_empty())
 
     def _known_empty(self) -> Float[np.ndarray, " example"]:
+        if self.direction == "noising":  # nothing is destroyed
+            return self.clean_values
         if self.protocol == "mib":  # without the embedding no clean information enters
             return self.corrupt_values
         if 0 not in self.sizes:
@@ -127,6 +153,47 @@ class FaithfulnessCurve(ByContent):
     def mean_kl(self) -> float:
         """Area under the KL to the clean answer distribution: lower is better."""
         return area(self.fractions, self.kl)
+
+    def area(self, of: Curve = "faithfulness", *, axis: Axis = "linear", normalised: bool = False) -> float:
+        """The area under the curve by trapezoids, in other ways than CPR and CMD take it.
+
+        Parameters
+        ----------
+        of:
+            "faithfulness" is what CPR is of, "distance" (``|1 - f|``) what CMD is of; "metric" is the mean metric of
+            the circuits itself, in its own units, not divided by the gap between clean and corrupt.
+        axis:
+            "linear" in the kept fraction, or "log": over its natural logarithm, as MIB's released code has it with
+            ``log_scale=True``, which gives small circuits most of the weight. Size 0 has no logarithm and is left out.
+        normalised:
+            Divide by the length of the axis: the mean height, which areas on different grids have in common.
+
+        Raises
+        ------
+        FaithfulnessError
+            If a name is unknown, or a logarithmic axis has fewer than two sizes above 0.
+
+        Examples
+        --------
+        >>> import dfa_lens as dfa
+        >>> model = dfa.zoo.load("llama3-tiny-source")
+        >>> pairs = dfa.tasks.load("ioi", model.tokenizer, n=8)
+        >>> curve = dfa.faithfulness_curve(model, pairs, dfa.attribute(model, pairs, method="nap"), sizes=[0, 27, 54])
+        >>> curve.area() == curve.cpr, curve.area("distance") == curve.cmd
+        (True, True)
+        """
+        for name, given, known in (("of", of, Curve), ("axis", axis, Axis)):
+            if given not in get_args(known):
+                raise unknown(name, given, get_args(known), FaithfulnessError)
+        f = self.faithfulness
+        values = {"faithfulness": f, "distance": np.abs(1 - f), "metric": self.per_example.mean(1)}[of]
+        places = self.fractions
+        if axis == "log":
+            values, places = values[places > 0], np.log(places[places > 0])
+            if len(places) < 2:
+                raise FaithfulnessError("A logarithmic axis needs at least two sizes above 0.")
+        found = area(places, values)
+        return found / float(places[-1] - places[0]) if normalised else found
 
     @property
     def empty_faithfulness(self) -> float:
@@ -261,6 +328,7 @@ class FaithfulnessCurve(ByContent):
         >>> len(curve.smallest(f=0.9))
         27
         """
+        self._require_denoising("The smallest faithful circuit is")
         if self.ranked is None:
             raise FaithfulnessError(
                 f"A curve of {self.unit} without their scores can't name a circuit; smallest_size says how large it is."
@@ -288,6 +356,7 @@ class FaithfulnessCurve(ByContent):
         FaithfulnessError
             If no size reaches ``f``.
         """
+        self._require_denoising("The smallest faithful size is")
         reached = self.faithfulness >= f
         if not reached.any():
             raise FaithfulnessError(
@@ -313,8 +382,13 @@ class FaithfulnessCurve(ByContent):
         if sizes[0] > 0:
             sizes, f = [0, *sizes], [self.empty_faithfulness, *f]
         if sizes[-1] < self.n_nodes:
+            self._require_denoising("Beyond the largest size that was run, f is known")
             sizes, f = [*sizes, self.n_nodes], [*f, 1.0]
         return float(np.interp(k, sizes, f))
+
+    def _require_denoising(self, what: str) -> None:
+        if self.direction == "noising":
+            raise FaithfulnessError(f"{what} of a curve with direction='denoising'; this one destroys its circuits.")
 
     def to_frame(self) -> Any:
         """A pandas table, a row per size: fraction, size, faithfulness, kl; of edges also live_size."""
@@ -330,8 +404,10 @@ class FaithfulnessCurve(ByContent):
         return html.shown(repr(self), table.iloc[rows])
 
     def __repr__(self) -> str:
+        more = "" if self.ablation == "corrupt" else f", {self.ablation}"
+        more += "" if self.direction == "denoising" else ", noising"
         return (
-            f"FaithfulnessCurve({self.protocol}, CPR {self.cpr:.3f}, CMD {self.cmd:.3f}, floor {self.floor:.3f}, "
+            f"FaithfulnessCurve({self.protocol}{more}, CPR {self.cpr:.3f}, CMD {self.cmd:.3f}, floor {self.floor:.3f}, "
             f"{len(self.sizes)} sizes of {self.n_nodes} {self.unit}, {len(self.clean_values)} examples)"
         )
 

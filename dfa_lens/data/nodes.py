@@ -85,6 +85,41 @@ class Node:
             )
 
 
+@dataclass(frozen=True, slots=True)
+class SpanNode(Node):
+    """A node at the tokens of one span: a head at the subject, whatever its position in each prompt.
+
+    Attributes
+    ----------
+    span:
+        The span's name, in the :class:`~dfa_lens.data.spans.Schema` of the prompts.
+
+    Raises
+    ------
+    NodeError
+        If the span has no name, or the node is cut along an axis of positions.
+
+    Examples
+    --------
+    >>> import dfa_lens as dfa
+    >>> dfa.NodeSet.for_sizes(1, 2).at_spans(["subject", "answer"]).names
+    ('a0.h0@subject', 'a0.h0@answer', 'a0.h1@subject', 'a0.h1@answer', 'm0@subject', 'm0@answer')
+    """
+
+    span: str = ""
+
+    def __post_init__(self) -> None:
+        Node.__post_init__(self)
+        if not isinstance(self.span, str) or not self.span.isprintable() or not self.span:
+            raise NodeError(f"A node's span is the name of one, not {short(repr(self.span))}.")
+        if self.axis == 1:
+            raise NodeError(f"Node {short(self.name)!r} is cut along axis 1, which is that of the tokens of a span.")
+
+
+#: The embedding as a node, where it is one.
+INPUT = Node("input", INPUT_POINT, "input", -1)
+
+
 @dataclass(frozen=True)
 class Site:
     """The nodes that share one hook point: they are recorded, gated and ablated together.
@@ -107,11 +142,19 @@ class Site:
     positions: tuple[int, ...]
 
     by_position: bool = False  #: the slices are positions of the prompt; a shorter prompt has fewer
+    spans: tuple[
+        str, ...
+    ] = ()  #: the span of every node, where they are nodes at spans; ``slices`` is then 0 for whole ones
 
     @cached_property
     def covers_all(self) -> bool:
         """Whether every slice of the activation is a node of the set, in order."""
-        return self.axis is None or self.slices == tuple(range(self.size or 0))
+        return not self.spans and (self.axis is None or self.slices == tuple(range(self.size or 0)))
+
+    @cached_property
+    def whole(self) -> bool:
+        """Whether the nodes are all of the activation together, in any order."""
+        return not self.spans and len(self.positions) == (self.size or 1)
 
     @cached_property
     def span(self) -> slice | None:
@@ -192,7 +235,7 @@ class NodeSet(ByContent, Sequence[Node]):
                 raise NodeError(f"The number of {what} is an integer of at least 1, not {short(repr(number))}.")
         nodes: list[Node] = []
         if with_input:
-            nodes.append(Node("input", INPUT_POINT, "input", -1))
+            nodes.append(INPUT)
         for layer in range(n_layers):
             nodes += [
                 Node(f"a{layer}.h{head}", HEAD_POINT.format(layer=layer), "head", layer, 2, head, n_heads)
@@ -282,7 +325,7 @@ class NodeSet(ByContent, Sequence[Node]):
             If they are not the records of a node set.
         """
         try:
-            return cls(Node(**record) for record in records)
+            return cls((SpanNode if "span" in record else Node)(**record) for record in records)
         except TypeError as error:
             raise NodeError(f"Not a list of nodes: {short(error)}.") from None
 
@@ -312,6 +355,10 @@ class NodeSet(ByContent, Sequence[Node]):
         for point, positions in by_point.items():
             first = self._nodes[positions[0]]
             members = [self._nodes[p] for p in positions]
+            spans = tuple(node.span for node in members if isinstance(node, SpanNode))
+            if spans:
+                sites.append(self._site_of_spans(point, members, spans, tuple(positions)))
+                continue
             whole = [node for node in members if node.axis is None]
             slices = tuple(node.index for node in members if node.index is not None)
             if (whole and len(members) > 1) or len(set(slices)) < len(members) - len(whole):
@@ -321,6 +368,46 @@ class NodeSet(ByContent, Sequence[Node]):
             by_position = first.kind == "position"
             sites.append(Site(point, first.layer, first.axis, first.size, slices, tuple(positions), by_position))
         return tuple(sites)
+
+    @staticmethod
+    def _site_of_spans(point: str, members: Sequence[Node], spans: tuple[str, ...], positions: tuple[int, ...]) -> Site:
+        first = members[0]
+        if len(spans) < len(members):
+            raise NodeError(f"At hook point {point!r} some nodes are at spans and others at all tokens.")
+        if any((node.axis, node.size) != (first.axis, first.size) for node in members):
+            raise NodeError(f"Nodes at hook point {point!r} cut it along different axes or into different sizes.")
+        slices = tuple(node.index or 0 for node in members)
+        if len(set(zip(slices, spans, strict=True))) < len(members):
+            raise NodeError(f"Nodes at hook point {point!r} overlap: {', '.join(n.name for n in members[:4])}.")
+        return Site(point, first.layer, first.axis, first.size, slices, positions, spans=spans)
+
+    def at_spans(self, spans: Iterable[str]) -> NodeSet:
+        """Every node at every one of some spans, a node's spans one after the other.
+
+        Parameters
+        ----------
+        spans:
+            Names, those of a :class:`~dfa_lens.data.spans.Schema`. Run such nodes on pairs that it was applied to.
+
+        Raises
+        ------
+        NodeError
+            If there are no spans, or a node is one at a span or a position already.
+
+        Examples
+        --------
+        >>> import dfa_lens as dfa
+        >>> dfa.NodeSet.for_sizes(2, 2)["m*"].at_spans(["subject", "answer"]).names
+        ('m0@subject', 'm0@answer', 'm1@subject', 'm1@answer')
+        """
+        names = list(spans)
+        if any(isinstance(node, SpanNode) or node.kind == "position" for node in self._nodes):
+            raise NodeError("Nodes that are at spans or positions already can't be put at spans.")
+        return NodeSet(
+            SpanNode(f"{node.name}@{span}", node.point, node.kind, node.layer, node.axis, node.index, node.size, span)
+            for node in self._nodes
+            for span in names
+        )
 
     @property
     def points(self) -> tuple[str, ...]:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from dfa_lens.data import selection, tokenization
 from dfa_lens.data.content import ByContent
+from dfa_lens.data.spans import Spans
 from dfa_lens.errors import PromptError, PromptIndexError, short, unknown
 
 LengthPolicy = Literal["drop", "error", "pad-left-aligned"]
@@ -98,6 +99,8 @@ class PromptPairs(ByContent):
     corrupt_lengths: Int[Tensor, " pair"] = None  # type: ignore[assignment]
     choices: Int[Tensor, "pair choice"] | None = None
     corrupt_choices: Int[Tensor, "pair corrupt_choice"] | None = None
+    #: which span every token is in, see :class:`~dfa_lens.data.spans.Schema`
+    spans: Spans | None = None
 
     def __post_init__(self) -> None:
         for name in COLUMNS:
@@ -162,6 +165,15 @@ class PromptPairs(ByContent):
             if name == "choices" and not (chosen == right[:, None]).any(1).all():
                 first = int((~(chosen == right[:, None]).any(1)).nonzero()[0])
                 raise PromptError(f"The answer of pair {first} is not among its choices.")
+        if self.spans is not None and self.spans.labels.shape != self.clean.shape:
+            raise PromptError(
+                f"The spans are of tokens {list(self.spans.labels.shape)}, and the prompts have "
+                f"{list(self.clean.shape)}: [pair, pos] of both must be equal."
+            )
+
+    def _content(self) -> tuple[Any, ...]:
+        # without spans, pairs go by the same fingerprint as before there were any
+        return super()._content()[: None if self.spans is not None else -1]
 
     @property
     def longest(self) -> Int[Tensor, " pair"]:
@@ -403,6 +415,7 @@ class PromptPairs(ByContent):
             wrong=torch.cat([part.wrong for part in parts]),
             lengths=torch.cat([part.lengths for part in parts]),
             corrupt_lengths=torch.cat([part.corrupt_lengths for part in parts]),
+            spans=_all_spans(parts, width),
             choices=_stacked([part.choices for part in parts]),
             corrupt_choices=_stacked([part.corrupt_choices for part in parts]),
             dropped=dict(sum((Counter(part.dropped) for part in parts), Counter())),
@@ -436,9 +449,106 @@ class PromptPairs(ByContent):
             wrong=self.wrong[index],
             lengths=self.lengths[index],
             corrupt_lengths=self.corrupt_lengths[index],
+            spans=None if self.spans is None else self.spans.take(index, width),
             choices=None if self.choices is None else self.choices[index],
             corrupt_choices=None if self.corrupt_choices is None else self.corrupt_choices[index],
         )
+
+    def spelled_out(self, answers: Sequence[str | Sequence[int]]) -> tuple[PromptPairs, Int[Tensor, " row"]]:
+        """A pair for every token of answers of several tokens, behind those before it (teacher forcing).
+
+        log P of a whole answer is the sum of log P of its tokens, each after the prompt and the tokens before. So with
+        the metric "log-probability" a curve's faithfulness (a ratio of sums) on these pairs is that of whole answers;
+        scores and means are, too, but for one factor, the number of tokens over that of answers. Intervals resample
+        tokens, not answers, and are too narrow.
+
+        Parameters
+        ----------
+        answers:
+            For every pair, token ids or, where there is a tokenizer, a text; the same is put behind the corrupt prompt.
+
+        Returns
+        -------
+        PromptPairs, Int[Tensor, "row"]
+            The pairs, one answer after the other, and which of these pairs each is of. Their wrong answers only fill
+            the place: any token that differs.
+
+        Raises
+        ------
+        PromptError
+            If there are more or fewer answers than pairs, or one has no tokens.
+
+        Examples
+        --------
+        >>> import dfa_lens as dfa
+        >>> model = dfa.zoo.load("llama3-tiny-source")
+        >>> pairs = dfa.tasks.load("ioi", model.tokenizer, n=2)
+        >>> spelled, of = pairs.spelled_out([" the drink", " a book today"])
+        >>> len(spelled), of.tolist()
+        (5, [0, 0, 1, 1, 1])
+        >>> dfa.attribute(model, spelled, metric="log-probability", method="nap").values.shape
+        torch.Size([54])
+        """
+        if len(answers) != len(self):
+            raise PromptError(f"{len(self)} pairs need {len(self)} answers, not {len(answers)}.")
+        clean, corrupt, answer, wrong, of = [], [], [], [], []
+        for i, given in enumerate(answers):
+            if isinstance(given, str):
+                tokenization.check_tokenizer(self.tokenizer, [given])
+                tokens = tokenization.tokens(self.tokenizer, [given], special=False)[0]
+            else:
+                tokens = _ids(f"the answer of pair {i}", given)
+            if not tokens:
+                raise PromptError(f"The answer of pair {i} has no tokens.")
+            first = self.clean[i, : self.lengths[i]].tolist()
+            second = self.corrupt[i, : self.corrupt_lengths[i]].tolist()
+            other = (int(self.wrong[i]), int(self.answer[i]))
+            for j, token in enumerate(tokens):
+                clean.append(first + tokens[:j])
+                corrupt.append(second + tokens[:j])
+                answer.append(token)
+                wrong.append(next(each for each in other if each != token))
+                of.append(i)
+        made = self.from_tokens(
+            clean, corrupt, answer, wrong, different_lengths="pad-left-aligned", tokenizer=self.tokenizer
+        )
+        if self.spans is not None:  # what is behind the prompt is in none
+            made = replace(made, spans=self.spans.take(torch.tensor(of), made.clean.shape[1]))
+        return made, torch.tensor(of)
+
+    def with_random_answers(self, seed: int = 0) -> PromptPairs:
+        """The same prompts with answers that have nothing to do with them: a control, as MIB's ``control=True``.
+
+        Answer and wrong answer of each pair are drawn from those of the other pairs, neither of them one of its own.
+        What scores well here does so whatever is asked.
+
+        Raises
+        ------
+        PromptError
+            If there are fewer than four different answers to draw from.
+
+        Examples
+        --------
+        >>> import dfa_lens as dfa
+        >>> model = dfa.zoo.load("llama3-tiny-source")
+        >>> pairs = dfa.tasks.load("addition", model.tokenizer, n=16)
+        >>> control = pairs.with_random_answers(seed=0)
+        >>> bool((control.answer == pairs.answer).any())
+        False
+        """
+        pool = torch.cat([self.answer, self.wrong]).unique()
+        if len(pool) < 4:
+            raise PromptError(
+                f"Random answers are drawn from those of the pairs: at least four different ones are needed, not "
+                f"{len(pool)}."
+            )
+        generator = torch.Generator().manual_seed(seed)
+        drawn = []
+        for i in range(len(self)):
+            others = pool[(pool != self.answer[i]) & (pool != self.wrong[i])]
+            drawn.append(others[torch.randperm(len(others), generator=generator)[:2]])
+        answer, wrong = torch.stack(drawn, 1)
+        return replace(self, answer=answer, wrong=wrong, choices=None, corrupt_choices=None)
 
     def shuffle(self, seed: int = 0) -> PromptPairs:
         """The pairs in random order. The global random state is neither read nor changed."""
@@ -503,6 +613,16 @@ class PromptPairs(ByContent):
         low, high = int(self.lengths.min()), int(self.lengths.max())
         tokens = f"{high} tokens" if low == high else f"{low} to {high} tokens"
         return f"PromptPairs({len(self)} pair{'s' * (len(self) != 1)}, {tokens})"
+
+
+def _all_spans(parts: Sequence[PromptPairs], width: int) -> Spans | None:
+    """The spans of all parts, where they have the same; none where none have."""
+    given = [part.spans for part in parts if part.spans is not None]
+    if not given:
+        return None
+    if len(given) < len(parts) or any(each.names != given[0].names for each in given):
+        raise PromptError("Some of the pairs have other spans than the others: apply one schema to all.")
+    return Spans(given[0].names, torch.cat([each.take(torch.arange(len(each.labels)), width).labels for each in given]))
 
 
 def _first_tokens(tokenizer: Any, name: str, offered: Mapping[int, Any]) -> Int[Tensor, "pair choice"]:

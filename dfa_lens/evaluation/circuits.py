@@ -31,7 +31,8 @@ from dfa_lens.data.statistics import UNDEFINED, Interval, enough, resampled
 from dfa_lens.errors import CircuitError, PromptError
 from dfa_lens.evaluation.node_circuits import need_of_curve, require_model, run_circuits
 from dfa_lens.evaluation.runs import Runs, require_gap
-from dfa_lens.models import backend, memory
+from dfa_lens.models import ablations, backend, memory
+from dfa_lens.models.ablations import Ablation
 from dfa_lens.models.backend import HookedModel
 from dfa_lens.models.memory import Footprint, Need
 from dfa_lens.models.runner import Runner
@@ -152,6 +153,7 @@ def run(
     batch_size: int | Literal["auto"] = 16,
     progress: bool = False,
     share_prefix: bool = True,
+    ablation: str | Ablation = "corrupt",
 ) -> CircuitRun:
     """Run the clean prompts with every node outside the circuit at its corrupt activation.
 
@@ -163,7 +165,7 @@ def run(
         Prompts. Those by which the circuit was chosen flatter it.
     circuit:
         Where its universe has a node "input" that the circuit lacks, nothing clean enters, as in the ``mib`` protocol.
-    metric, batch_size, share_prefix:
+    metric, batch_size, share_prefix, ablation:
         As in :func:`~dfa_lens.evaluation.faithfulness.faithfulness_curve`, whose value at this size is the same number.
 
     Raises
@@ -191,6 +193,7 @@ def run(
     runner.check_points(universe.points)
     with_input = torch.tensor(["input" in circuit or "input" not in circuit.universe])
     chosen = metrics.checked(metric)
+    instead = ablations.resolve(ablation)
 
     def work(size: int) -> Runs:
         return run_circuits(
@@ -204,6 +207,7 @@ def run(
             progress=progress,
             share_prefix=share_prefix,
             keep_logits=True,
+            ablation=instead,
         )
 
     def need(footprint: Footprint, size: int) -> Need:
@@ -335,6 +339,7 @@ def _continued(pairs: PromptPairs, token: Int[Tensor, " pair"]) -> PromptPairs:
         corrupt=longer(pairs.corrupt, pairs.corrupt_lengths),
         lengths=pairs.lengths + 1,
         corrupt_lengths=pairs.corrupt_lengths + 1,
+        spans=None if pairs.spans is None else pairs.spans.take(rows, pairs.clean.shape[1] + 1),
     )
 
 

@@ -1,7 +1,8 @@
 """Faithfulness curves: how much of the model's behaviour the best k nodes keep, for every k.
 
 f_k = (m(C_k) - m(∅)) / (m(M) - m(∅)), with m(M) the clean run, m(∅) the corrupt run (embedding included) and C_k the
-clean run in which every node outside the k best is at its corrupt activation. Each m is averaged over examples before
+clean run in which every node outside the k best is at its corrupt activation, or at another reference
+(:mod:`~dfa_lens.models.ablations`), of which m(∅) is then made, too. Each m is averaged over examples before
 the division; f is never clipped, and goes above 1 when nodes that work against the answer are left out.
 
 CPR is the area under f over the kept fraction, CMD the area under ``|1 - f|`` (trapezoids, linear axis).
@@ -11,14 +12,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from dfa_lens.data import metrics
 from dfa_lens.data.arguments import expect
-from dfa_lens.data.curve import FaithfulnessCurve, Protocol
+from dfa_lens.data.curve import Direction, FaithfulnessCurve, Protocol
 from dfa_lens.data.edges import EdgeScores, Selection
 from dfa_lens.data.nodes import NodeSet
 from dfa_lens.data.pairs import PromptPairs
@@ -27,7 +28,8 @@ from dfa_lens.errors import FaithfulnessError, unknown
 from dfa_lens.evaluation.edge_circuits import CurveOfEdges
 from dfa_lens.evaluation.node_circuits import need_of_curve, require_model, run_circuits
 from dfa_lens.evaluation.runs import Runs, extra, grid
-from dfa_lens.models import backend, memory
+from dfa_lens.models import ablations, backend, memory
+from dfa_lens.models.ablations import Ablation
 from dfa_lens.models.backend import HookedModel
 from dfa_lens.models.memory import Footprint, Need
 from dfa_lens.models.runner import Runner
@@ -49,6 +51,8 @@ def faithfulness_curve(
     metric: str | Callable[..., Tensor] = "logit-difference",
     sizes_per_pass: int = 1,
     share_prefix: bool = True,
+    ablation: str | Ablation = "corrupt",
+    direction: Direction = "denoising",
 ) -> FaithfulnessCurve:
     """Keep the k best nodes or edges, corrupt the others, measure; for every k.
 
@@ -84,6 +88,13 @@ def faithfulness_curve(
         the one before.
     share_prefix:
         As in :func:`~dfa_lens.attribution.attribute.attribute`.
+    ablation:
+        What stands in the place of nodes that are left out, instead of their corrupt activations: a name of
+        :data:`~dfa_lens.models.ablations.ABLATIONS` or an object of that module. m(∅) is then the run with the
+        embedding and all nodes at it. Of edges: "corrupt" only.
+    direction:
+        See :data:`~dfa_lens.data.curve.Direction`: whether the k best are kept, or destroyed. Of edges: "denoising"
+        only.
 
     Raises
     ------
@@ -110,9 +121,17 @@ def faithfulness_curve(
         raise unknown("protocol", protocol, get_args(Protocol), FaithfulnessError)
     if sizes_per_pass < 1:
         raise FaithfulnessError(f"sizes_per_pass must be at least 1, not {sizes_per_pass}.")
+    instead = ablations.resolve(ablation)
+    if direction not in get_args(Direction):
+        raise unknown("direction", direction, get_args(Direction), FaithfulnessError)
     runner = Runner(model)
     runner.require(pairs)
     if isinstance(scores, EdgeScores):
+        if not isinstance(instead, ablations.Corrupt) or direction != "denoising":
+            raise FaithfulnessError(
+                "Circuits of edges are run with ablation='corrupt' and direction='denoising' only: "
+                "scores.to_nodes() makes scores of nodes."
+            )
         asked = CurveOfEdges(protocol, ranking, selection, sizes, fractions, metric, progress, share_prefix)
         return asked.run(runner, pairs, scores, batch_size)
     if selection != "top":
@@ -128,6 +147,8 @@ def faithfulness_curve(
     keep = torch.zeros(len(run_ks), n, dtype=torch.bool)
     for i, k in enumerate(run_ks):
         keep[i, order[:k]] = True
+    if direction == "noising":
+        keep = ~keep
     if protocol == "mib":  # the first node is the embedding
         with_input, keep = keep[:, 0], keep[:, 1:]
         nodes = ranked.nodes[1:]
@@ -149,13 +170,16 @@ def faithfulness_curve(
             sizes_per_pass=sizes_per_pass,
             progress=progress,
             share_prefix=share_prefix,
+            ablation=instead,
         )
 
     def need(footprint: Footprint, size: int) -> Need:
         return need_of_curve(footprint, len(pairs), size, len(run_ks), sizes_per_pass)
 
     runs = memory.run(work, batch_size, runner, pairs, nodes, need)
-    return replace(runs.curve(kept, ks, added=added, protocol=protocol, ranking=ranking, n=n), ranked=ranked)
+    told: dict[str, Any] = {"ablation": instead.name, "direction": direction}
+    curve = runs.curve(kept, ks, added=added, protocol=protocol, ranking=ranking, n=n, **told)
+    return replace(curve, ranked=ranked)
 
 
 def _without_input(scores: NodeScores) -> NodeScores:

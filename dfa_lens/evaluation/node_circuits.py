@@ -11,10 +11,11 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from dfa_lens.data import metrics
-from dfa_lens.data.nodes import NodeSet
+from dfa_lens.data.nodes import INPUT, NodeSet
 from dfa_lens.data.pairs import PromptPairs
 from dfa_lens.errors import ScoreError
 from dfa_lens.evaluation.runs import Runs
+from dfa_lens.models.ablations import Ablation, Corrupt
 from dfa_lens.models.hooks import Activations
 from dfa_lens.models.memory import Footprint, Need
 from dfa_lens.models.paired_run import PairedRun
@@ -34,6 +35,7 @@ def run_circuits(
     progress: bool = False,
     share_prefix: bool = True,
     keep_logits: bool = False,
+    ablation: Ablation | None = None,
 ) -> Runs:
     """Run circuits on prompt pairs.
 
@@ -47,17 +49,24 @@ def run_circuits(
         [size] whether the embedding is clean; if not, no clean information enters.
     keep_logits:
         Also keep the logits of every circuit and of the whole model at the answer.
+    ablation:
+        What stands in the place of nodes that are left out; default: their corrupt activations.
     """
     n, n_sizes = len(pairs), len(keep)
     runs = Runs.empty(n_sizes, n, d_vocab=runner.d_vocab if keep_logits else 0)
+    corrupted = ablation is None or isinstance(ablation, Corrupt)
+    if not corrupted and not with_input.all():  # the embedding is left out as any other node is
+        nodes, keep = NodeSet((INPUT, *nodes)), torch.cat([with_input[:, None], keep], 1)
+        with_input = torch.ones_like(with_input)
     circuits = _Circuits(nodes, keep, sizes_per_pass)
     with (
         runner.session(passes=n_sizes),
         torch.no_grad(),
         tqdm(total=n * n_sizes, desc="curve", unit="run", disable=not progress) as bar,
     ):
+        reference = None if ablation is None else ablation.reference(runner, nodes, pairs, batch_size=batch_size)
         for rows, batch in runner.batches(pairs, batch_size):
-            run = PairedRun(runner, batch, nodes, share_prefix=share_prefix)
+            run = PairedRun(runner, batch, nodes, share_prefix=share_prefix, reference=reference)
             _, clean_logits = run.record("clean", nodes=False, streams=circuits.restarts(run))
             corrupt, corrupt_logits = run.record("corrupt")
             runs.record_whole(rows, batch, metric, clean_logits, corrupt_logits)

@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from dfa_lens.data import metrics
-from dfa_lens.data.curve import MIB_FRACTIONS, FaithfulnessCurve, Protocol, default_sizes
+from dfa_lens.data.curve import MIB_FRACTIONS, Direction, FaithfulnessCurve, Protocol, default_sizes
 from dfa_lens.data.pairs import PromptPairs
 from dfa_lens.data.scores import Ranking
 from dfa_lens.errors import FaithfulnessError
@@ -104,7 +104,16 @@ class Runs:
             self.logits[i, rows] = logits.float().cpu()
 
     def curve(
-        self, kept: Sequence[float], ks: Sequence[int], *, added: int, protocol: Protocol, ranking: Ranking, n: int
+        self,
+        kept: Sequence[float],
+        ks: Sequence[int],
+        *,
+        added: int,
+        protocol: Protocol,
+        ranking: Ranking,
+        n: int,
+        ablation: str = "corrupt",
+        direction: Direction = "denoising",
     ) -> FaithfulnessCurve:
         """The curve of circuits of ``ks`` of ``n`` nodes, parts ``kept``; the first ``added`` circuits are not its.
 
@@ -114,6 +123,9 @@ class Runs:
             If the clean and the corrupt run have the same mean metric.
         """
         require_gap(float(self.clean.mean()), float(self.corrupt.mean()))
+        empty = self.circuits[0] if protocol == "nodes" else self.corrupt
+        if direction == "noising":  # nothing is destroyed
+            empty = self.clean
         return FaithfulnessCurve(
             fractions=np.asarray(kept, dtype=np.float64),
             sizes=np.asarray(ks),
@@ -124,8 +136,10 @@ class Runs:
             protocol=protocol,
             ranking=ranking,
             n_nodes=n,
-            empty_values=(self.circuits[0] if protocol == "nodes" else self.corrupt).numpy(),
+            empty_values=empty.numpy(),
             kl_per_example=self.kl[added:].numpy(),
+            ablation=ablation,
+            direction=direction,
         )
 
 

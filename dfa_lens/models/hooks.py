@@ -15,6 +15,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from dfa_lens.data.nodes import NodeSet, Site
+from dfa_lens.data.spans import Spans
 from dfa_lens.errors import HookError, NodeError, ScoreError, unknown
 from dfa_lens.models.backend import HookedModel, HookFunction
 from dfa_lens.models.runner import WORTH_LAYING_OUT, Runner
@@ -122,7 +123,7 @@ def check_site(site: Site, activation: Tensor) -> None:
         )
 
 
-def spread(site: Site, mask: Float[Tensor, "*batch node"], activation: Tensor) -> Tensor:
+def spread(site: Site, mask: Float[Tensor, "*batch node"], activation: Tensor, spans: Spans | None = None) -> Tensor:
     """A site's part of a mask, shaped to broadcast over the site's activation.
 
     Parameters
@@ -131,6 +132,13 @@ def spread(site: Site, mask: Float[Tensor, "*batch node"], activation: Tensor) -
         One number per node of the whole set; with a batch axis, another mask for every example.
     activation:
         [batch, pos, ...]; says device, dtype and number of axes.
+    spans:
+        Which span every token of the activation is in, for nodes at spans.
+
+    Raises
+    ------
+    HookError
+        If there are nodes at spans and no spans, or those of other tokens.
 
     Examples
     --------
@@ -140,6 +148,8 @@ def spread(site: Site, mask: Float[Tensor, "*batch node"], activation: Tensor) -
     >>> dfa.hooks.spread(nodes.sites[0], torch.ones(len(nodes)), torch.zeros(2, 5, 4, 8)).shape
     torch.Size([1, 1, 4, 1])
     """
+    if site.spans:
+        return _spread_over_spans(site, mask, activation, spans)
     index = site.span if site.span is not None else torch.tensor(site.positions, device=mask.device)
     own = mask[..., index]
     if not site.covers_all:  # slices that are not nodes of the set stay as they are computed: mask 1
@@ -153,6 +163,29 @@ def spread(site: Site, mask: Float[Tensor, "*batch node"], activation: Tensor) -
     return own.reshape(shape).to(device=activation.device, dtype=activation.dtype)
 
 
+def _spread_over_spans(site: Site, mask: Tensor, activation: Tensor, spans: Spans | None) -> Tensor:
+    """[batch, pos, 1, …]: of every token the mask of its span; 1 where it is in none that has a node."""
+    if spans is None or spans.labels.shape != activation.shape[:2]:
+        found = "none" if spans is None else f"those of tokens {list(spans.labels.shape)}"
+        raise HookError(
+            f"Nodes at spans need to know the spans of the {list(activation.shape[:2])} tokens at {site.point!r}, and "
+            f"there are {found}: apply a dfa.Schema to the prompt pairs, and hand spans=pairs.spans to hooks."
+        )
+    device = mask.device
+    rows = mask if mask.ndim == 2 else mask[None]
+    full = rows.new_ones(len(rows), site.size or 1, len(spans.names) + 1)
+    numbers = torch.tensor([spans.number(name) for name in site.spans], device=device)
+    places = (torch.arange(len(rows), device=device)[:, None], torch.tensor(site.slices, device=device), numbers)
+    full = full.index_put(places, rows[:, torch.tensor(site.positions, device=device)])
+    labels = torch.where(spans.labels < 0, len(spans.names), spans.labels).to(device)
+    n = len(activation)
+    own = full.expand(n, -1, -1).gather(2, labels[:, None].expand(-1, full.shape[1], -1))
+    shape = [n, activation.shape[1]] + [1] * (activation.ndim - 2)
+    if site.axis is not None:
+        shape[site.axis] = own.shape[1]
+    return own.transpose(1, 2).reshape(shape).to(device=activation.device, dtype=activation.dtype)
+
+
 def gate_hooks(
     nodes: NodeSet,
     mask: Float[Tensor, "*batch node"],
@@ -160,6 +193,7 @@ def gate_hooks(
     clean: Mapping[str, Tensor] | None = None,
     corrupt: Mapping[str, Tensor] | None = None,
     intervention: Intervention = "circuit",
+    spans: Spans | None = None,
 ) -> list[tuple[str, HookFunction]]:
     """The hooks of :func:`gate`: one fused multiply-add per hook point.
 
@@ -195,7 +229,7 @@ def gate_hooks(
     def make(site: Site) -> HookFunction:
         def function(now: Tensor) -> Tensor:
             check_site(site, now)
-            g = spread(site, mask, now)
+            g = spread(site, mask, now, spans)
             if intervention == "circuit":
                 return torch.lerp(other(corrupt, site, now), now, g)  # exact at g = 0 and g = 1
             if intervention == "restore":
@@ -216,6 +250,7 @@ def gate(
     clean: Mapping[str, Tensor] | None = None,
     corrupt: Mapping[str, Tensor] | None = None,
     intervention: Intervention = "circuit",
+    spans: Spans | None = None,
 ) -> Iterator[None]:
     """Gate the nodes' activations with a soft mask (differentiable in the mask).
 
@@ -229,6 +264,8 @@ def gate(
     intervention:
         See :data:`Intervention`. Run the model on the clean prompts inside the context, for ``restore`` on the
         corrupt ones.
+    spans:
+        Of the prompts, ``pairs.spans``, for nodes at spans.
 
     Raises
     ------
@@ -253,7 +290,8 @@ def gate(
     """
     runner = Runner(model)
     runner.check_points(nodes.points)
-    with runner.attach(gate_hooks(nodes, mask, clean=clean, corrupt=corrupt, intervention=intervention)):
+    others = {"clean": clean, "corrupt": corrupt}
+    with runner.attach(gate_hooks(nodes, mask, **others, intervention=intervention, spans=spans)):
         yield
 
 
@@ -262,17 +300,29 @@ def ablate(
     model: HookedModel,
     nodes: NodeSet,
     *,
-    keep: Bool[Tensor, "*batch node"] | Sequence[str],
+    keep: Bool[Tensor, "*batch node"] | Sequence[str] | None = None,
+    remove: Bool[Tensor, "*batch node"] | Sequence[str] | None = None,
     corrupt: Mapping[str, Tensor],
+    spans: Spans | None = None,
 ) -> Iterator[None]:
-    """Set every node outside ``keep`` to its activation in the corrupt run.
+    """Set every node outside ``keep``, or every node of ``remove``, to its activation in the corrupt run.
 
     Parameters
     ----------
     keep:
         The circuit: names of nodes, or True where a node is kept, [node] or [batch, node].
+    remove:
+        Instead: what is destroyed, while all other nodes run.
     corrupt:
-        Activations recorded on the corrupt prompts.
+        Activations recorded on the corrupt prompts; or what else is to stand there, from
+        :func:`dfa_lens.ablations.activations`.
+    spans:
+        As in :func:`gate`.
+
+    Raises
+    ------
+    HookError
+        If not exactly one of ``keep`` and ``remove`` is given.
 
     Examples
     --------
@@ -287,12 +337,17 @@ def ablate(
     >>> logits.shape[:2] == pairs.clean.shape
     True
     """
-    if isinstance(keep, Tensor):
-        mask = keep.float()
+    if (keep is None) == (remove is None):
+        raise HookError("Say what is kept, keep=, or what is destroyed, remove=: one of the two.")
+    chosen = keep if keep is not None else remove
+    if isinstance(chosen, Tensor):
+        mask = chosen.float()
     else:
         mask = torch.zeros(len(nodes), dtype=torch.float32)
-        mask[[nodes.position(name) for name in keep]] = 1.0
-    with gate(model, nodes, mask, corrupt=corrupt):
+        mask[[nodes.position(name) for name in chosen or ()]] = 1.0
+    if remove is not None:
+        mask = 1 - mask
+    with gate(model, nodes, mask, corrupt=corrupt, spans=spans):
         yield
 
 

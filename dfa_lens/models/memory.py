@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 from dfa_lens.data.metrics import divergence
 from dfa_lens.data.nodes import INPUT_POINT, NodeSet
 from dfa_lens.data.pairs import PromptPairs
+from dfa_lens.data.spans import Spans
 from dfa_lens.errors import DfaError, ModelError
 from dfa_lens.models import hooks, private
 from dfa_lens.models.offload import offloaded
@@ -190,7 +191,8 @@ class Footprint:
     def working_bytes(self, batch: int) -> int:
         """Most memory in use at one time during a gated pass without gradients."""
         tokens, lengths, corrupt, _ = self._recorded(batch)
-        gates = hooks.gate_hooks(self.nodes, torch.full((len(self.nodes),), 0.5, dtype=torch.float32), corrupt=corrupt)
+        half = torch.full((len(self.nodes),), 0.5, dtype=torch.float32)
+        gates = hooks.gate_hooks(self.nodes, half, corrupt=corrupt, spans=_some_spans(self.nodes, tokens))
         with self.runner.session(passes=WORTH_LAYING_OUT), torch.no_grad(), LiveBytes() as live:
             self.runner.run(tokens, lengths, gates)
         return live.peak
@@ -216,7 +218,9 @@ class Footprint:
             return now.detach().clone().requires_grad_(True)
 
         leaf = torch.full((len(nodes),), 0.5, dtype=torch.float32, requires_grad=True)
-        taps = hooks.gate_hooks(nodes, leaf, corrupt=corrupt) if gated and len(nodes) else [(point, start)]
+        taps: list[Any] = [(point, start)]
+        if gated and len(nodes):
+            taps = hooks.gate_hooks(nodes, leaf, corrupt=corrupt, spans=_some_spans(nodes, tokens))
         session = self.runner.session(passes=WORTH_LAYING_OUT, checkpointing=checkpointing)
         with session, torch.enable_grad(), saved_tensors_hooks(keep, lambda tensor: tensor):
             permanent = [*model.parameters(), *getattr(model, "buffers", list)(), *corrupt.values(), logits]
@@ -263,6 +267,12 @@ class LiveBytes(TorchDispatchMode):
     def _gone(self, address: int, size: int) -> None:
         self.seen.discard(address)
         self.now -= size
+
+
+def _some_spans(nodes: NodeSet, tokens: Tensor) -> Spans | None:
+    """All tokens in the first of the nodes' spans: where they are makes no difference to what is needed."""
+    names = tuple(dict.fromkeys(span for site in nodes.sites for span in site.spans))
+    return Spans(names, torch.zeros(tokens.shape, dtype=torch.long)) if names else None
 
 
 def _address(tensor: Tensor) -> int:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from dfa_lens.data.nodes import NodeSet
+from dfa_lens.data.nodes import INPUT_POINT, NodeSet
 from dfa_lens.data.pairs import PromptPairs
+from dfa_lens.data.spans import Spans
 from dfa_lens.models import hooks
+from dfa_lens.models.ablations import Reference
 from dfa_lens.models.backend import HookFunction
 from dfa_lens.models.hooks import Activations, Intervention
 from dfa_lens.models.passes import Prefix, Start, stream_hooks, tile
@@ -39,6 +41,9 @@ class PairedRun:
         Token ids [pair, column]: the only logits that are wanted.
     positions:
         As in :meth:`~dfa_lens.models.runner.Runner.run`.
+    reference:
+        What stands in the place of nodes that are left out, where that is not the corrupt run: :meth:`record` then
+        gives it for "corrupt", and nothing is shared, since it differs from the clean run at the beginning, too.
 
     Attributes
     ----------
@@ -62,12 +67,13 @@ class PairedRun:
         keep_before: bool = False,
         columns: Int[Tensor, "pair column"] | None = None,
         positions: Literal["answer", "all"] = "answer",
+        reference: Reference | None = None,
     ) -> None:
         self.runner, self.pairs, self.nodes = runner, pairs, nodes
-        self.columns, self.positions = columns, positions
+        self.columns, self.positions, self.reference = columns, positions, reference
         self.prefix, self.before = prefix, Activations()
         self.streams: dict[int, Tensor] = {}
-        if prefix is None and share_prefix:
+        if prefix is None and share_prefix and reference is None:
             length = runner.shared_length(pairs, nodes)
             if length:
                 taps = hooks.record_hooks(nodes, self.before) if keep_before and nodes is not None else []
@@ -80,6 +86,11 @@ class PairedRun:
     def first(self) -> int:
         """How many tokens at the beginning are not run again."""
         return 0 if self.prefix is None else self.prefix.length
+
+    def spans(self, times: int = 1) -> Spans | None:
+        """Which span every token that is run is in, of the batch repeated so often; None where the pairs have none."""
+        own = self.pairs.spans
+        return None if own is None else Spans(own.names, tile(own.labels[:, self.first :], times))
 
     def run(
         self,
@@ -125,6 +136,9 @@ class PairedRun:
     ) -> tuple[Activations, Float[Tensor, "..."]]:
         """The nodes' activations in the clean or the corrupt run, and its logits; nothing has a gradient.
 
+        With a :attr:`reference`, "corrupt" is what stands in the place of nodes that are left out, and the logits are
+        those of the run in which the embedding and all nodes are there: in either case no clean information enters.
+
         Parameters
         ----------
         nodes:
@@ -134,6 +148,8 @@ class PairedRun:
         streams:
             Blocks whose residual stream is kept in :attr:`streams`.
         """
+        if which == "corrupt" and self.reference is not None:
+            return self._at_reference(self.reference, nodes=nodes, also=also)
         into: Activations = {}
         taps = hooks.record_hooks(self.nodes, into) if nodes and self.nodes is not None else []
         if also is not None and also not in {point for point, _ in taps}:
@@ -141,6 +157,22 @@ class PairedRun:
         with torch.no_grad():
             logits = self.run([*stream_hooks(self.streams, streams), *taps], corrupt=which == "corrupt")
         return into, logits
+
+    def _at_reference(
+        self, reference: Reference, *, nodes: bool, also: str | None
+    ) -> tuple[Activations, Float[Tensor, "..."]]:
+        own = self.nodes if nodes else None
+        points = own.points if own is not None else ()
+        more = [point for point in (INPUT_POINT, also) if point is not None and point not in points]
+        found = reference.activations((*points, *more), self.pairs)
+        taps: list[tuple[str, HookFunction]] = []
+        if INPUT_POINT not in points:
+            taps.append((INPUT_POINT, lambda now: found[INPUT_POINT].to(now.device)))
+        if own is not None:
+            taps += hooks.gate_hooks(own, torch.zeros(len(own), dtype=torch.float32), corrupt=found, spans=self.spans())
+        with torch.no_grad():
+            logits = self.run(taps)
+        return {point: found[point] for point in (*points, *([also] if also else []))}, logits
 
     def gated(
         self,
@@ -172,7 +204,8 @@ class PairedRun:
             None if each is None else {point: tile(each[point], times) for point in nodes.points if point in each}
             for each in (clean, corrupt)
         ]
-        gates = hooks.gate_hooks(nodes, masks, clean=others[0], corrupt=others[1], intervention=intervention)
+        how: Any = {"clean": others[0], "corrupt": others[1], "intervention": intervention}
+        gates = hooks.gate_hooks(nodes, masks, **how, spans=self.spans(times))
         # the streams first, as they are before a gate at the same hook point
         taps = [*stream_hooks(self.streams, streams), *gates]
         return self.run(taps, corrupt=intervention == "restore", times=times, layer=layer)

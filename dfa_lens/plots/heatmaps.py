@@ -13,7 +13,7 @@ import torch
 
 from dfa_lens.data.alignment import Alignment
 from dfa_lens.data.curve import FaithfulnessCurve
-from dfa_lens.data.nodes import NodeSet
+from dfa_lens.data.nodes import NodeSet, SpanNode
 from dfa_lens.data.scores import NodeScores
 from dfa_lens.errors import ScoreError
 from dfa_lens.plots import links as linking
@@ -54,6 +54,7 @@ def _panels(nodes: NodeSet) -> list[_Panel]:
             key = {"head": "heads", "mlp": "MLP"}[node.kind]
         else:
             key = "input" if node.kind == "input" else node.point.split(".", 2)[-1]
+        key += f" @ {node.span}" if isinstance(node, SpanNode) else ""
         groups.setdefault(key, []).append(position)
     rows = tuple(sorted({node.layer for node in nodes}))
     row_of = {layer: i for i, layer in enumerate(rows)}
@@ -237,10 +238,10 @@ def _domains(panels: list[_Panel], left: float, right: float) -> list[list[float
     """
     total = sum(len(panel.columns) for panel in panels)
     widths = np.array([max(len(panel.columns), 0.08 * total) for panel in panels], dtype=float)
-    gap = 0.045 * (right - left)
+    gap = min(0.045, 0.5 / len(panels)) * (right - left)  # with nodes at many spans there are many panels
     widths *= (right - left - gap * (len(panels) - 1)) / widths.sum()
     starts = left + np.concatenate([[0], np.cumsum(widths + gap)[:-1]])
-    return [[float(start), float(start + width)] for start, width in zip(starts, widths, strict=True)]
+    return [[float(start), min(float(start + width), right)] for start, width in zip(starts, widths, strict=True)]
 
 
 def _row_name(layer: int) -> str:

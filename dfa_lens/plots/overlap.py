@@ -86,9 +86,9 @@ def circuit_overlap(
             figure.add_annotation(
                 x=labels[j],
                 y=labels[i],
-                text=f"{z[i, j]:.2f}{marks[i][j]}",
+                text=f"{z[i, j]:.2f}".removeprefix("0") + marks[i][j],
                 showarrow=False,
-                font={"color": "white" if z[i, j] > 0.55 else styling.INK},
+                font={"size": 11, "color": "white" if z[i, j] > 0.55 else styling.INK},
             )
     styling.layout(figure, title, width=width, height=height, style=style)
     figure.update_layout(

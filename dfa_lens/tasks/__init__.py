@@ -128,6 +128,7 @@ def load(
     different_lengths: LengthPolicy = "drop",
     allow_fewer: bool = False,
     path: str | Path | None = None,
+    control: bool = False,
     **options: Any,
 ) -> PromptPairs:
     """Prompt pairs of a task, made with a tokenizer.
@@ -157,6 +158,8 @@ def load(
     path:
         A folder with MIB's data set, or with all six under the names that they have on the hub ("ioi",
         "copycolors_mcqa", "arithmetic_addition", …).
+    control:
+        Random answers instead of the task's: see :meth:`~dfa_lens.data.pairs.PromptPairs.with_random_answers`.
     options:
         Offline: ``templates`` (numbers of those to use); for ioi ``distractors`` (0 to 3 sentences about others
         before the prompt); for the four-choice tasks ``n_choices`` (2 to 4); for the arithmetic tasks ``shots``
@@ -205,7 +208,8 @@ def load(
         different_lengths=different_lengths,
         first_token=collection == "mib",
     )
-    return replace(pairs, dropped=dropped)
+    made = replace(pairs, dropped=dropped)
+    return made.with_random_answers(seed) if control else made
 
 
 def require(name: str, collection: str) -> None:

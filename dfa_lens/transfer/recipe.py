@@ -20,6 +20,8 @@ from dfa_lens.data.alignment import Alignment
 from dfa_lens.data.content import ByContent, fingerprint, plain
 from dfa_lens.data.scaling import Scaling
 from dfa_lens.errors import AlignmentError, short, unknown
+from dfa_lens.models import ablations
+from dfa_lens.models.ablations import Ablation
 from dfa_lens.models.hooks import Intervention
 from dfa_lens.transfer import edge_forms, forms, objectives
 from dfa_lens.transfer.edge_forms import EdgeForm
@@ -78,6 +80,9 @@ class Recipe(ByContent):
         How far the masked run is from the clean one, see :data:`~dfa_lens.transfer.objectives.Loss`.
     gate_heads:
         False leaves attention heads ungated, as the released code does without meaning to: comparison only.
+    ablation:
+        What the mask mixes in, instead of the corrupt activation: a name of
+        :data:`~dfa_lens.models.ablations.ABLATIONS` or an object of that module.
 
     Raises
     ------
@@ -110,6 +115,7 @@ class Recipe(ByContent):
     positions: Positions = "answer"
     loss: Loss = "kl"
     gate_heads: bool = True
+    ablation: str | Ablation = "corrupt"
 
     def __post_init__(self) -> None:
         for name, valid in _CHOICES.items():
@@ -135,6 +141,11 @@ class Recipe(ByContent):
                 f"loss={self.loss!r} looks at the answer: it needs positions='answer', not {self.positions!r}."
             )
         _ = self.resolved_form, self.resolved_objective  # each with its own errors
+        if self.intervention == "restore" and not isinstance(self.resolved_ablation, ablations.Corrupt):
+            raise AlignmentError(
+                "intervention='restore' runs the corrupt prompts: it goes with ablation='corrupt', not with "
+                f"{self.resolved_ablation.name!r}."
+            )
 
     @property
     def temperatures(self) -> tuple[float, float]:
@@ -173,6 +184,8 @@ class Recipe(ByContent):
         for name, needed in (("intervention", "circuit"), ("gate_heads", True)):
             if getattr(self, name) != needed:
                 raise AlignmentError(f"With edge scores {name} must be {needed!r}, not {getattr(self, name)!r}.")
+        if not isinstance(self.resolved_ablation, ablations.Corrupt):
+            raise AlignmentError(f"With edge scores ablation must be 'corrupt', not {self.resolved_ablation.name!r}.")
         return replace(self, form=edge_forms.resolve(self.form))
 
     @cached_property
@@ -181,12 +194,19 @@ class Recipe(ByContent):
         objective = objectives.resolve(self.objective)
         return objective if self.sparsity_weight is None else objective.weighted(self.sparsity_weight)
 
+    @cached_property
+    def resolved_ablation(self) -> Ablation:
+        """The ablation itself."""
+        return ablations.resolve(self.ablation)
+
     def _content(self) -> tuple[Any, ...]:
         """What is asked for, however it is spelt."""
-        spelt = {"form", "initial", "objective", "sparsity_weight", "temperature", "anchor_weight"}
+        spelt = {"form", "initial", "objective", "sparsity_weight", "temperature", "anchor_weight", "ablation"}
         others = tuple(getattr(self, each.name) for each in fields(self) if each.name not in spelt)
         anchor_weight = None if self.anchor is None else self.anchor_weight
-        return (self.resolved_form, self.resolved_objective, self.temperatures, anchor_weight, *others)
+        # nothing of the default, so that a recipe goes by the same key as before there were others
+        more = () if isinstance(self.resolved_ablation, ablations.Corrupt) else (self.resolved_ablation,)
+        return (self.resolved_form, self.resolved_objective, self.temperatures, anchor_weight, *others, *more)
 
     def key(self) -> str:
         """What it goes by: equal for recipes that ask for the same, on every machine.
@@ -212,6 +232,7 @@ class Recipe(ByContent):
             "sparsity_weight": getattr(objective, "sparsity_weight", None),
             "temperature": list(self.temperatures),
             **{name: plain(getattr(self, name)) for name in as_it_is},
+            **ablations.described(self.resolved_ablation),
         }
         if self.anchor is not None:
             meta |= {"anchor": fingerprint(self.anchor), "anchor_weight": self.anchor_weight}
@@ -255,6 +276,7 @@ class Options(TypedDict, total=False):
     positions: Positions
     loss: Loss
     gate_heads: bool
+    ablation: str | Ablation
 
 
 Function = TypeVar("Function", bound=Callable[..., Any])

@@ -14,7 +14,8 @@ from typing_extensions import override
 from dfa_lens.data.edges import EdgeSet
 from dfa_lens.data.nodes import NodeSet
 from dfa_lens.data.pairs import PromptPairs
-from dfa_lens.models import memory
+from dfa_lens.models import ablations, memory
+from dfa_lens.models.ablations import Ablation, Reference
 from dfa_lens.models.backend import KeysValues
 from dfa_lens.models.edge_gates import run_gated
 from dfa_lens.models.hooks import Activations, Intervention
@@ -69,7 +70,7 @@ class ExampleStore:
         What is gated.
     pairs:
         Task → its training pairs.
-    intervention, positions:
+    intervention, positions, ablation:
         As in :class:`~dfa_lens.transfer.recipe.Recipe`.
     cache:
         See :data:`Cache`.
@@ -92,8 +93,11 @@ class ExampleStore:
         positions: Positions,
         cache: Cache,
         share_prefix: bool,
+        ablation: str | Ablation = "corrupt",
     ) -> None:
         self.runner, self.nodes, self.intervention, self.cache = runner, nodes, intervention, cache
+        self.ablation = ablations.resolve(ablation)
+        self._reference: Reference | None = None
         self.tasks = tuple(pairs)
         self.pairs = PromptPairs.concat(list(pairs.values()))
         if positions == "all-padded":  # padding is taken for real tokens
@@ -101,7 +105,8 @@ class ExampleStore:
             self.pairs = replace(self.pairs, lengths=full, corrupt_lengths=full)
         self.task = torch.cat([torch.full((len(each),), i) for i, each in enumerate(pairs.values())])
         self.positions: Literal["answer", "all"] = "answer" if positions == "answer" else "all"
-        self.share_prefix = share_prefix and self.positions == "answer"
+        corrupted = isinstance(self.ablation, ablations.Corrupt)
+        self.share_prefix = share_prefix and corrupted and self.positions == "answer"
         self._first = torch.zeros(len(self.pairs), dtype=torch.long)  # where each example's runs begin
         self._runs: dict[str, dict[str, _Kept]] = {}
         self._log_p: _Kept | None = None
@@ -110,6 +115,8 @@ class ExampleStore:
 
     def fill(self, batch_size: int) -> None:
         """Run everything once and keep it, unless it is to be recomputed."""
+        how: Any = {"batch_size": batch_size, "positions": self.positions}
+        self._reference = self.ablation.reference(self.runner, self.nodes, self.pairs, **how)
         if self.cache == "recompute":
             return
         layout = self.runner.layout(self.nodes.points, positions=self.positions)
@@ -203,6 +210,7 @@ class ExampleStore:
             share_prefix=self.share_prefix,
             keep_before=keep_before,
             positions=self.positions,
+            reference=self._reference,
         )
         needs = _NEEDS[self.intervention]
         runs: dict[str, Activations] = {}

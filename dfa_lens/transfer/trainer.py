@@ -178,8 +178,8 @@ def fit(
     options:
         Fields of :class:`~dfa_lens.transfer.recipe.Recipe`, where each is described; they replace those of ``recipe``:
         ``form`` (what is trained), ``objective``, ``sparsity_weight`` (λ) and ``loss`` (what is minimised),
-        ``intervention``, ``positions`` and ``gate_heads`` (what a mask does, and where that is measured), ``lr``,
-        ``steps``, ``batch_size``, ``temperature`` and ``shuffle`` (how), ``scaling`` (of the scores), ``seed``,
+        ``intervention``, ``ablation``, ``positions`` and ``gate_heads`` (what a mask does, and where that is measured),
+        ``lr``, ``steps``, ``batch_size``, ``temperature`` and ``shuffle`` (how), ``scaling`` (of the scores), ``seed``,
         ``initial`` and ``initial_scale`` (where W starts), ``anchor`` and ``anchor_weight`` (what it stays near).
 
     Returns
@@ -401,7 +401,8 @@ def _alike(runs: Iterable[Training]) -> list[list[Training]]:
     found: dict[Any, list[Training]] = {}
     for run in runs:
         recipe = run.recipe
-        found.setdefault((recipe.intervention, recipe.positions, recipe.loss, recipe.gate_heads), []).append(run)
+        shared = (recipe.intervention, recipe.positions, recipe.loss, recipe.gate_heads, recipe.resolved_ablation)
+        found.setdefault(shared, []).append(run)
     return list(found.values())
 
 
@@ -468,7 +469,8 @@ class _Loss:
         gated = nodes if recipe.gate_heads else nodes.where(lambda node: node.kind != "head")
         runner.check_points(gated.points)
         self.columns = torch.tensor([nodes.position(name) for name in gated.names], device=runner.device)
-        self.store = ExampleStore(runner, gated, pairs, intervention=recipe.intervention, **shared)
+        shared |= {"intervention": recipe.intervention, "ablation": recipe.resolved_ablation}
+        self.store = ExampleStore(runner, gated, pairs, **shared)
 
     def of(
         self, rows: Int[Tensor, " example"], gates: Float[Tensor, "example node"]

@@ -30,26 +30,29 @@ class View:
         From where to where along the whole axis; None for all of it.
     inner:
         From where to where within each head; None for all of it.
+    whole:
+        That part as it is, not cut into heads.
     """
 
     width: int
     part: tuple[int, int] | None = None
     inner: tuple[int, int] | None = None
+    whole: bool = False
 
-    def take(self, whole: Float[Tensor, "*rows all"]) -> Float[Tensor, "*rows head d_head"]:
-        """The heads of a tensor."""
+    def take(self, whole: Float[Tensor, "*rows all"]) -> Float[Tensor, "..."]:
+        """The heads of a tensor, [rows, head, d_head]."""
         own = whole if self.part is None else whole[..., slice(*self.part)]
+        if self.whole:
+            return own
         heads = own.unflatten(-1, (-1, self.width))
         return heads if self.inner is None else heads[..., slice(*self.inner)]
 
-    def put(
-        self, whole: Float[Tensor, "*rows all"], heads: Float[Tensor, "*rows head d_head"]
-    ) -> Float[Tensor, "*rows all"]:
+    def put(self, whole: Float[Tensor, "*rows all"], heads: Float[Tensor, "..."]) -> Float[Tensor, "*rows all"]:
         """The tensor with other heads; the old one is not written to."""
         own = whole if self.part is None else whole[..., slice(*self.part)]
         if self.inner is not None:
             heads = torch.slice_scatter(own.unflatten(-1, (-1, self.width)), heads, -1, *self.inner)
-        own = heads.flatten(-2)
+        own = heads if self.whole else heads.flatten(-2)
         return own if self.part is None else torch.slice_scatter(whole, own, -1, *self.part)
 
 
@@ -158,7 +161,10 @@ class Family:
             return {}
         if size == n:
             return {"hook_pre": (gate, None)}
-        return {name: (gate, View(n, (i * n, (i + 1) * n))) for i, name in enumerate(("hook_pre", "hook_pre_linear"))}
+        return {
+            name: (gate, View(n, (i * n, (i + 1) * n), whole=True))
+            for i, name in enumerate(("hook_pre", "hook_pre_linear"))
+        }
 
     def _reads(self, attention: Any, n_heads: int, n_key_value_heads: int) -> dict[str, tuple[Any, View]]:
         """Where queries, keys and values are; nothing where the sizes do not say it."""
