@@ -313,6 +313,10 @@ def test_the_study_runs_with_tiny_models(mode, method, pair, tiny, tmp_path):
     cell = made.loc[(paper.METHODS[method], "DFA (Zero-Shot)"), "Arith +"]
     row = table[table["setting"] == "zero-shot"]
     assert cell == pytest.approx(float(row["cpr"].iloc[0]), abs=1e-4)
+    drawn = pd.read_csv(tmp_path / "out" / "figure-2a.csv")
+    line = drawn[drawn["setting"] == "zero-shot"]
+    assert np.trapezoid(line["faithfulness"], line["fraction"]) == pytest.approx(float(row["cpr"].iloc[0]), abs=1e-4)
+    assert pd.read_csv(tmp_path / "out" / "figure-5a1.csv")["panel"].unique().tolist() == ["Arith +"]
     # gone on with: nothing is run again
     before = (tmp_path / mode / method / "table.csv").read_bytes()
     invoke(f"paper --config {tmp_path / mode / (method + '.toml')} --out {tmp_path / 'out'}")

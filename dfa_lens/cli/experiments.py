@@ -283,9 +283,9 @@ def paper(
         files = [str(path) for path in paper_configs.write(write_configs)]
         say(f"{', '.join(files)} written.", {"configs": files}, as_json=as_json)
         return
-    rows = reading.studies(study or (), reading.run_configs(config or ()))
+    rows, curves = reading.studies(study or (), reading.run_configs(config or ()))
     known = None if published is None else numbers.from_release(published)
-    page = write_paper(rows, out, published=known, recipe=recipe)
+    page = write_paper(rows, out, published=known, recipe=recipe, curves=curves)
     found = {kind: sorted(map(str, out.glob(f"{kind}-*.csv"))) for kind in ("table", "figure")}
     say(
         f"{page} written: {len(found['table'])} tables as CSV, TeX and HTML, and {len(found['figure'])} figures as CSV "

@@ -204,8 +204,8 @@ def _table(path: Path) -> Any:
         raise FileError(f"{path} is not a table of scores of nodes: {error}") from error
 
 
-def run_configs(given: Sequence[Path]) -> dict[str, Any]:
-    """Attribution method → the table of the study that a config describes, run or gone on with; of folders, of all."""
+def run_configs(given: Sequence[Path]) -> dict[str, Path]:
+    """Attribution method → the folder of the study that a config describes, run or gone on with; of folders, of all."""
     from dfa_lens.data.files import write_atomically
     from dfa_lens.experiments import study
     from dfa_lens.experiments.config import Config
@@ -220,15 +220,16 @@ def run_configs(given: Sequence[Path]) -> dict[str, Any]:
         raise DfaError(f"Two of the configs score by {double!r}: make tables of one of them at a time.")
     found = {}
     for method, run in zip(methods, read, strict=True):
-        found[method] = study.run(**run, progress=True)
-        write_atomically(run["out"] / "table.csv", found[method].to_csv(index=False).encode())
+        table = study.run(**run, progress=True)
+        found[method] = run["out"]
+        write_atomically(found[method] / "table.csv", table.to_csv(index=False).encode())
     return found
 
 
-def studies(given: Sequence[str], known: Mapping[str, Any]) -> Any:
+def studies(given: Sequence[str], known: Mapping[str, Path]) -> tuple[Any, Any]:
     """One table of all studies, each a folder with its ``table.csv`` or such a file; METHOD=PATH names its attribution.
 
-    ``known``: tables that are there already, by attribution method.
+    And one of their curves, which only folders have; None without any. ``known``: folders by attribution method.
 
     Raises
     ------
@@ -237,18 +238,23 @@ def studies(given: Sequence[str], known: Mapping[str, Any]) -> Any:
     """
     import pandas as pd
 
-    from dfa_lens.experiments import table
+    from dfa_lens.experiments import progress, table
     from dfa_lens.experiments.paper import METHODS
 
-    found = {method: each.assign(attribution=method) for method, each in known.items()}
-    if not given and not found:
+    places = dict(known)
+    if not given and not places:
         raise DfaError("Give a study that was run, --study, or one to run, --config.")
     for value in given:
         name, separator, path = value.partition("=")
         method, place = (name, Path(path)) if separator else ("nap-ig-inputs", Path(value))
         if method not in METHODS:
             raise unknown("attribution method", method, METHODS)
-        if method in found:
+        if method in places:
             raise DfaError(f"Two studies are given for {method!r}: name the attribution of each, METHOD=PATH.")
-        found[method] = table.read(place / "table.csv" if place.is_dir() else place).assign(attribution=method)
-    return pd.concat(found.values(), ignore_index=True)
+        places[method] = place
+    rows, curves = [], []
+    for method, place in places.items():
+        rows.append(table.read(place / "table.csv" if place.is_dir() else place).assign(attribution=method))
+        if (place / "plan.json").is_file():
+            curves.append(progress.curves(place).assign(attribution=method))
+    return pd.concat(rows, ignore_index=True), pd.concat(curves, ignore_index=True) if curves else None

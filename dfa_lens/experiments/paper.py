@@ -192,6 +192,47 @@ class Numbers:
         return [pair for pair in PAIRS if pair in found] + sorted(found - set(PAIRS))
 
 
+def chosen(study: Any, *, recipe: str | None = None, attribution: str = "nap-ig-inputs") -> Any:
+    """The rows of a study that the paper shows, with a column ``key``: gold, the regime or the control (see ``ours``).
+
+    ``study`` is the table of rows, or one of curves (:func:`dfa_lens.experiments.progress.curves`).
+
+    Raises
+    ------
+    DfaError
+        As :func:`ours` does.
+
+    Examples
+    --------
+    >>> from dfa_lens.experiments import paper
+    >>> from dfa_lens.experiments.table import frame, row
+    >>> common = {"family": "llama3-1b-to-3b", "seed": 0, "task": "ioi", "regime": "zero-shot"}
+    >>> study = frame([row(**common, setting="mine", cpr=0.4, method="default")])
+    >>> paper.chosen(study)["key"].tolist()
+    ['zero-shot']
+    """
+    needed = ("family", "seed", "task", "setting", "regime", "method", "control", "trained_on")
+    missing = [name for name in needed if name not in getattr(study, "columns", ())]
+    if missing:
+        raise DfaError(f"This is no table of a study: it has no column {missing[0]!r}.")
+    study = study if "attribution" in study else study.assign(attribution=attribution)
+    gold = study[study["setting"] == GOLD]
+    rest = study[study["setting"] != GOLD]
+    trained = rest[~rest["control"].isin(["random-w", "depth-mean", "regression"])]
+    ways = list(dict.fromkeys(trained["method"]))
+    if recipe is None and len(ways) > 1:
+        raise DfaError(f"W was trained in several ways, {', '.join(map(repr, ways))}: say which with recipe=.")
+    if recipe is not None and recipe not in ways:
+        raise unknown("recipe", recipe, ways, DfaError)
+    own = rest[(rest["method"] == recipe) | rest["control"].isin(["random-w", "depth-mean"])] if recipe else rest
+    regimes = own[(own["control"] == "") & own["regime"].isin([*REGIMES, "one-task"])]
+    controls = own[(own["control"] != "") & (own["regime"] == "zero-shot")]
+    import pandas as pd
+
+    parts = gold.assign(key=GOLD), regimes.assign(key=regimes["regime"]), controls.assign(key=controls["control"])
+    return pd.concat(parts, ignore_index=True)
+
+
 def ours(study: Any, *, recipe: str | None = None, attribution: str = "nap-ig-inputs") -> Numbers:
     """The numbers of a study: means over its seeds.
 
@@ -220,27 +261,13 @@ def ours(study: Any, *, recipe: str | None = None, attribution: str = "nap-ig-in
     >>> round(paper.ours(study).of("nap-ig-inputs", "llama3-1b-to-3b", "best", "ioi"), 2)
     0.45
     """
-    needed = ("family", "seed", "task", "setting", "regime", "method", "control", "trained_on", "cpr")
-    missing = [name for name in needed if name not in getattr(study, "columns", ())]
-    if missing:
-        raise DfaError(f"This is no table of a study: it has no column {missing[0]!r}.")
-    study = study if "attribution" in study else study.assign(attribution=attribution)
+    own = chosen(study, recipe=recipe, attribution=attribution)
+    if "cpr" not in own:
+        raise DfaError("This is no table of a study: it has no column 'cpr'.")
     keys = ["attribution", "family"]
-    gold = study[study["setting"] == GOLD]
-    rest = study[study["setting"] != GOLD]
-    trained = rest[~rest["control"].isin(["random-w", "depth-mean", "regression"])]
-    ways = list(dict.fromkeys(trained["method"]))
-    if recipe is None and len(ways) > 1:
-        raise DfaError(f"W was trained in several ways, {', '.join(map(repr, ways))}: say which with recipe=.")
-    if recipe is not None and recipe not in ways:
-        raise unknown("recipe", recipe, ways, DfaError)
-    own = rest[(rest["method"] == recipe) | rest["control"].isin(["random-w", "depth-mean"])] if recipe else rest
-    regimes = own[(own["control"] == "") & own["regime"].isin(REGIMES)].assign(key=lambda rows: rows["regime"])
-    controls = own[(own["control"] != "") & (own["regime"] == "zero-shot")].assign(key=lambda rows: rows["control"])
-    cpr: dict[tuple[str, str, str, str], float] = {}
-    for part in (gold.assign(key=GOLD), regimes, controls):
-        cpr |= {tuple(at): float(value) for at, value in part.groupby([*keys, "key", "task"])["cpr"].mean().items()}
-    single = own[(own["control"] == "") & own["regime"].isin(["one-task", "in-distribution"])]
+    shown = own[own["key"] != "one-task"].groupby([*keys, "key", "task"])["cpr"].mean()
+    cpr = {tuple(at): float(value) for at, value in shown.items()}
+    single = own[own["key"].isin(["one-task", "in-distribution"])]
     one_task = single.groupby([*keys, "trained_on", "task"])["cpr"].mean()
     return Numbers(cpr, {tuple(at): float(value) for at, value in one_task.items()})
 

@@ -11,7 +11,7 @@ from dfa_lens.data.files import write_atomically
 from dfa_lens.errors import FileError
 from dfa_lens.experiments.drive import Pace, duration
 from dfa_lens.experiments.folder import Folder, read_checked, write_checked
-from dfa_lens.experiments.units import Plan, Row, collect
+from dfa_lens.experiments.units import Plan, Row, collect, collect_curves
 
 
 @dataclass(frozen=True)
@@ -77,6 +77,36 @@ def collected(path: str | Path) -> Any:
     return collect([Row(**row) for row in _plan(folder)["rows"].values()], folder)
 
 
+def curves(path: str | Path) -> Any:
+    """The faithfulness curves of all that is done in a folder.
+
+    Returns
+    -------
+    pandas.DataFrame
+        A line for each row of the table and circuit size: ``family``, ``seed``, ``task``, ``setting``, ``regime``,
+        ``method``, ``control``, ``trained_on``, ``fraction``, ``size``, ``faithfulness`` (means over examples), ``kl``.
+
+    Raises
+    ------
+    FileError
+        If it is not the folder of a study, or a file in it is damaged.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> from dfa_lens.experiments.progress import curves
+    >>> from dfa_lens.experiments.study import SETTINGS, Budget, run
+    >>> budget, folder = Budget(train=2, test=2, steps=1, curve_points=3), tempfile.mkdtemp()
+    >>> some = {"random-w": SETTINGS["random-w"]}
+    >>> _ = run(["llama3"], some, seeds=(0,), test_tasks=["ioi"], budget=budget, out=folder)
+    >>> found = curves(folder)
+    >>> found[found["setting"] == "gold"]["size"].tolist()
+    [0, 37, 73, 110]
+    """
+    folder = Folder(path)
+    return collect_curves([Row(**row) for row in _plan(folder)["rows"].values()], folder)
+
+
 def write_table(folder: Folder) -> None:
     """The table of all that is done, as ``table.csv``."""
     write_atomically(folder.path / "table.csv", collected(folder.path).to_csv(index=False).encode())
@@ -110,8 +140,8 @@ def status(path: str | Path) -> Status:
     for key in finished:
         pace.add(units[key][0], folder.record(key)["took"])
     return Status(
-        dict(done),
-        dict(kinds),
+        dict(sorted(done.items())),
+        dict(sorted(kinds.items())),
         tuple(units[key][1] for key in claims if key in units),
         workers,
         tuple(notes[-1] for key, notes in folder.failures().items() if key not in finished),

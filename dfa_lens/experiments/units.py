@@ -275,6 +275,7 @@ def do(unit: Unit, plan: Plan, experiment: Experiment) -> dict[str, Any]:
         del measured["recovery"]  # gold's row has what it lacks
         return {
             "columns": {**measured, "forwards": outcome.forwards, **experiment.diagnose(outcome)},
+            "curve": outcome.curve.to_frame().to_dict("list"),
             "seconds": outcome.seconds,
         }
     return {"seconds": experiment.seconds.get(unit.key, 0.0)}
@@ -302,3 +303,20 @@ def collect(rows: Sequence[Row], folder: Folder) -> Any:
         found.append(table.row(**row.labels, **columns, recovery=recovery, seconds=seconds))
     made = table.frame(found)
     return made.sort_values(["family", "seed"], kind="stable", ignore_index=True)
+
+
+def collect_curves(rows: Sequence[Row], folder: Folder) -> Any:
+    """The curves of what is done of some rows: a line for each row and circuit size."""
+    import pandas as pd
+
+    finished = folder.finished()
+    labels = ("family", "seed", "task", "setting", "regime", "method", "control", "trained_on")
+    parts = [
+        pd.DataFrame(folder.record(row.key)["curve"]).assign(**{name: row.labels[name] for name in labels})
+        for row in rows
+        if row.key in finished
+    ]
+    if not parts:
+        return pd.DataFrame(columns=[*labels, "fraction", "size", "faithfulness", "kl"])
+    found = pd.concat(parts, ignore_index=True)
+    return found[[*labels, *(name for name in found.columns if name not in labels)]]

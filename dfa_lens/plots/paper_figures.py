@@ -19,7 +19,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from plotly.offline import get_plotlyjs
 from plotly.subplots import make_subplots
 
-from dfa_lens.data.curve import FaithfulnessCurve
+from dfa_lens.data.curve import FaithfulnessCurve, area
 from dfa_lens.data.files import writable, write_atomically
 from dfa_lens.errors import DfaError, FaithfulnessError
 from dfa_lens.experiments import paper as tables
@@ -45,7 +45,7 @@ def paper(
     published: Any = None,
     recipe: str | None = None,
     attribution: str = "nap-ig-inputs",
-    curves: Mapping[str, Mapping[str, Mapping[str, FaithfulnessCurve]]] | None = None,
+    curves: Any = None,
 ) -> Path:
     """Write the paper's tables and figures of a study: CSV, TeX and HTML for each table, and one page with all.
 
@@ -59,7 +59,8 @@ def paper(
     published:
         The numbers beside ours, as :mod:`dfa_lens.experiments.published` gives them; default: those of the package.
     curves:
-        Figures 2 and 5, or more of the kind: title → panel → label → curve.
+        For figures 2 and 5: the table of curves of :func:`dfa_lens.experiments.progress.curves`, or of several studies
+        with a column ``attribution``, as ``study``.
 
     Returns
     -------
@@ -92,8 +93,8 @@ def paper(
             f"dfa_lens.experiments.paper.PAIRS, {', '.join(tables.SMALL_TO_LARGE[:2])}, …"
         )
     figures = _figures(own, theirs)
-    for title, panels in (curves or {}).items():
-        figures[title] = paper_curves(panels, title=title)
+    if curves is not None:
+        figures = _curves(tables.chosen(curves, recipe=recipe, attribution=attribution)) | figures
     for known, table in made:
         for kind, text in (
             ("csv", tables.to_csv(table)),
@@ -101,8 +102,8 @@ def paper(
             ("html", tables.to_html(table)),
         ):
             write_atomically(folder / f"table-{known.name}.{kind}", text.encode())
-    for i, (title, figure) in enumerate(figures.items()):
-        name = f"figure-{title.split()[1].rstrip('.:,')}" if title.startswith("Figure ") else f"curves-{i}"
+    for title, figure in figures.items():
+        name = f"figure-{title.split()[1].rstrip('.')}"
         write_atomically(folder / f"{name}.csv", figure.to_frame().to_csv(index=False).encode())
         write_atomically(folder / f"{name}.html", figure.to_html(include_plotlyjs=True).encode())
     page = _TEMPLATES.get_template("paper.html.j2").render(
@@ -125,6 +126,22 @@ def _figures(own: Numbers, theirs: Numbers) -> dict[str, Picture]:
         letter = "abc"[i]
         found[f"Figure 4{letter}. Transfer from task to task, {METHODS[method]}"] = paper_matrices(own, method)
     return found
+
+
+def _curves(found: Any) -> dict[str, Picture]:
+    """Gold and zero-shot of each attribution method, by pair and by task: means over seeds, and over tasks by pair."""
+    shown = found[found["key"].isin([GOLD, "zero-shot"])]
+    made: dict[str, Picture] = {}
+    for i, (method, own) in enumerate(shown.groupby("attribution", sort=False)):
+        title = f"Figure 2{'abc'[i]}. Faithfulness by pair, {METHODS[method]}: means over tasks"
+        mean = own.groupby(["family", "key", "fraction"], sort=False)["faithfulness"].mean().reset_index()
+        made[title] = _drawn(mean.assign(panel=mean["family"].map(pair_label), setting=mean["key"]), title)
+        for j, (pair, part) in enumerate(own.groupby("family", sort=False)):
+            title = f"Figure 5{'abc'[i]}{j + 1}. Faithfulness by task, {METHODS[method]}, {pair_label(pair)}"
+            mean = part.groupby(["task", "key", "fraction"], sort=False)["faithfulness"].mean().reset_index()
+            names = [TASKS.get(task, task) for task in mean["task"]]
+            made[title] = _drawn(mean.assign(panel=names, setting=mean["key"]), title)
+    return made
 
 
 def paper_recovery(
@@ -329,38 +346,47 @@ def paper_curves(
     protocols = {curve.protocol for curve in every}
     if len(protocols) > 1:
         raise FaithfulnessError(f"Curves of different protocols don't compare: {', '.join(sorted(protocols))}.")
-    columns = min(3, len(panels))
-    rows = -(-len(panels) // columns)
-    titles = [styling.text(name) for name in panels]
-    figure = Picture(make_subplots(rows=rows, cols=columns, shared_yaxes=True, subplot_titles=titles))
-    colors = styling.line_colors(label for panel in panels.values() for label in panel)
-    seen: set[str] = set()
-    for i, panel in enumerate(panels.values()):
-        for label, curve in panel.items():
-            figure.add_trace(
-                go.Scatter(
-                    x=curve.fractions,
-                    y=curve.faithfulness,
-                    mode="lines+markers",
-                    marker={"size": 4},
-                    line={"color": colors[label], "width": 2},
-                    name=styling.text(label),
-                    legendgroup=label,
-                    showlegend=label not in seen,
-                    hovertemplate=f"<b>{styling.text(label)}</b> (CPR {curve.cpr:.3f})<br>%{{x:.1%}} kept, "
-                    "f = %{y:.3f}<extra></extra>",
-                ),
-                row=i // columns + 1,
-                col=i % columns + 1,
-            )
-            seen.add(label)
-    styling.layout(figure, title, width=width, height=height or 130 + 260 * rows, style=style)
-    figure.update_layout(legend={"orientation": "h", "y": -0.15})
-    figure.update_xaxes(tickformat=".0%", **styling.AXIS)
-    figure.update_yaxes(**styling.AXIS)
     parts = [
         curve.to_frame().assign(panel=name, setting=label, cpr=curve.cpr)
         for name, panel in panels.items()
         for label, curve in panel.items()
     ]
-    return figure.carry(pd.concat(parts, ignore_index=True))
+    return _drawn(pd.concat(parts, ignore_index=True), title, style=style, width=width, height=height)
+
+
+def _drawn(
+    found: Any, title: str | None, *, style: Style = "screen", width: int | None = None, height: int | None = None
+) -> Picture:
+    """A line for each panel and setting of a table with ``panel``, ``setting``, ``fraction``, ``faithfulness``."""
+    panels = list(dict.fromkeys(found["panel"]))
+    columns = min(3, len(panels))
+    rows = -(-len(panels) // columns)
+    titles = [styling.text(name) for name in panels]
+    figure = Picture(make_subplots(rows=rows, cols=columns, shared_yaxes=True, subplot_titles=titles))
+    colors = styling.line_colors(dict.fromkeys(found["setting"]))
+    lines: list[Any] = []
+    for (panel, setting), part in found.groupby(["panel", "setting"], sort=False):
+        i, line = panels.index(panel), part.sort_values("fraction")
+        cpr = area(line["fraction"].to_numpy(), line["faithfulness"].to_numpy())
+        figure.add_trace(
+            go.Scatter(
+                x=line["fraction"],
+                y=line["faithfulness"],
+                mode="lines+markers",
+                marker={"size": 4},
+                line={"color": colors[setting], "width": 2},
+                name=styling.text(setting),
+                legendgroup=setting,
+                showlegend=all(setting != each["setting"].iloc[0] for each in lines),
+                hovertemplate=f"<b>{styling.text(setting)}</b> (CPR {cpr:.3f})<br>%{{x:.1%}} kept, "
+                "f = %{y:.3f}<extra></extra>",
+            ),
+            row=i // columns + 1,
+            col=i % columns + 1,
+        )
+        lines.append(line.assign(cpr=cpr))
+    styling.layout(figure, title, width=width, height=height or 130 + 260 * rows, style=style)
+    figure.update_layout(legend={"orientation": "h", "y": -0.15})
+    figure.update_xaxes(tickformat=".0%", **styling.AXIS)
+    figure.update_yaxes(**styling.AXIS)
+    return figure.carry(pd.concat(lines, ignore_index=True))
