@@ -69,7 +69,7 @@ def test_row_sums_are_node_scores(backend, readers, method):
         "qwen": well_conditioned(backend, "qwen", seed=2, num_key_value_heads=1, num_hidden_layers=2),
     }
 
-    @settings(max_examples=3, deadline=None, derandomize=True, phases=[Phase.generate])
+    @settings(max_examples=2, deadline=None, derandomize=True, phases=[Phase.generate])
     @given(
         st.sampled_from(sorted(models)),
         st.integers(0, 99),
@@ -108,9 +108,8 @@ def shared_pairs():
     return pairs
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("method", [*NODE_METHODS, "exact"])
-@pytest.mark.parametrize("readers", ["grouped", "per-head"])
+@pytest.mark.parametrize(("backend", "readers"), [(BACKENDS[0], "grouped"), ("bridge", "per-head")])
 def test_short_cuts_and_tiles_change_nothing(backend, method, readers, monkeypatch):
     model, pairs = random_model(backend), shared_pairs()
     edges = dfa.EdgeSet.of_model(model, readers=readers)
@@ -202,9 +201,8 @@ def effect_by_hand(model, pairs, writer, reader):
     return metric - run(pairs.clean, **{z.replace(".", "_"): own_head})[1]
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("backend", "family"), [(BACKENDS[0], "llama"), ("bridge", "qwen")])
 @pytest.mark.parametrize("readers", ["grouped", "per-head"])
-@pytest.mark.parametrize("family", ["llama", "qwen"])
 def test_exact_is_what_edges_set_by_hand_give(backend, readers, family):
     model, pairs = random_model(backend, family=family), random_pairs(n=3, width=7, ragged=True)
     whole = dfa.EdgeSet.of_model(model, readers=readers)
