@@ -13,9 +13,9 @@ import dfa_lens as dfa
 #: What these test is the same under every TransformerLens: files, values, figures, tasks, and models without it.
 ONCE = set(
     """
-    alignment arguments cluster content edge_alignment edge_plots files functional_study grouping leaderboard mib
+    alignment arguments cluster content docs edge_alignment edge_plots files functional_study grouping leaderboard mib
     more_tasks nodes objectives package paper plain plots prompts own_tasks properties recipe rehearsal scores selection
-    similarity study study_config table tasks
+    similarity study study_config table tasks zoo
     """.split()
 )
 
