@@ -275,7 +275,7 @@ def attribute(
             f"{name} with {scores.meta['steps']} steps on {runner.name or 'this model'} leaves {residual:.0%} of the "
             f"metric's change unexplained (see meta['completeness']): {_advice(name)}.",
             IntegrationWarning,
-            stacklevel=2,
+            stacklevel=3,  # past the gate: where the user called
         )
     return scores
 
@@ -327,6 +327,6 @@ def _until_settled(sums: Callable[..., Sums], made: Callable[[int, Sums], NodeSc
         f"After {AUTO_STEPS[-1]} steps the scores still move by {change:.1%} of the largest one (tolerance "
         f"{tolerance:.1%}).",
         IntegrationWarning,
-        stacklevel=5,
+        stacklevel=6,
     )
     return scores

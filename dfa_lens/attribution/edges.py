@@ -190,7 +190,7 @@ def attribute_edges(
             f"{method} with {steps} steps on {runner.name or 'this model'} leaves {residual:.0%} of the "
             "metric's change unexplained (see meta['completeness']): take more steps.",
             IntegrationWarning,
-            stacklevel=2,
+            stacklevel=3,
         )
     return scores
 
