@@ -136,3 +136,16 @@ def test_what_is_no_toml(tmp_path):
         Config.read(tmp_path / "bytes.toml")
     with pytest.raises(FileError, match="There is no file"):
         Config.read(tmp_path / "none.toml")
+
+
+def test_workers_ask_for_a_gpu_where_the_study_runs_on_one(tmp_path, monkeypatch):
+    import submitit
+
+    from dfa_lens.experiments.executors import jobs
+
+    asked = []
+    monkeypatch.setattr(submitit.AutoExecutor, "update_parameters", lambda self, **given: asked.append(given))
+    for device, gpus in (("cuda", None), ("cpu", None), ("cuda:1", 2)):
+        jobs(Resources("local", gpus=gpus), tmp_path, 7.5, 30.2, device)
+    assert [each["gpus_per_node"] for each in asked] == [1, 0, 2]
+    assert (asked[0]["mem_gb"], asked[0]["timeout_min"], asked[0]["cpus_per_task"]) == (8, 31, 1)

@@ -194,7 +194,7 @@ def _jobs(config: Config) -> Any:
         elsewhere = ("out", "workers", "retries")
         found = forecast(planned(**{key: value for key, value in config.run.items() if key not in elsewhere}))
         memory, minutes = found.request(config.run.get("workers", 1))
-    return jobs(resources, folder, memory, minutes)
+    return jobs(resources, folder, memory, minutes, config.run.get("device", "cpu"))
 
 
 FolderArgument = Annotated[Path, typer.Argument(help="The folder of a study.")]

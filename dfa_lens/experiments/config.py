@@ -48,7 +48,7 @@ class Resources:
     kind:
         See :data:`Kind`.
     gpus, cpus:
-        Of each worker.
+        Of each worker; ``gpus`` None: one where the study's device is "cuda", else none. A unit runs on one.
     memory, time:
         Of each worker, in GB and minutes; None: by estimate (:func:`~dfa_lens.experiments.forecast.forecast`).
     options:
@@ -56,7 +56,7 @@ class Resources:
     """
 
     kind: Kind = "processes"
-    gpus: int = 0
+    gpus: int | None = None
     cpus: int = 1
     memory: float | None = None
     time: int | None = None

@@ -107,7 +107,7 @@ def _end_with(parent: Connection) -> None:
     os._exit(1)
 
 
-def jobs(resources: Resources, folder: Path, memory: float, minutes: float) -> Executor:
+def jobs(resources: Resources, folder: Path, memory: float, minutes: float, device: str = "cpu") -> Executor:
     """Submitit's executor.
 
     Parameters
@@ -116,6 +116,8 @@ def jobs(resources: Resources, folder: Path, memory: float, minutes: float) -> E
         Of its logs.
     memory, minutes:
         What is asked for where the resources do not say.
+    device:
+        Of the study.
 
     Raises
     ------
@@ -133,7 +135,7 @@ def jobs(resources: Resources, folder: Path, memory: float, minutes: float) -> E
         "timeout_min": math.ceil(resources.time or minutes),
         "mem_gb": math.ceil(resources.memory or memory),
         "cpus_per_task": resources.cpus,
-        "gpus_per_node": resources.gpus,
+        "gpus_per_node": int(device.startswith("cuda")) if resources.gpus is None else resources.gpus,
     }
     try:
         executor.update_parameters(**asked, **resources.options)
