@@ -40,13 +40,18 @@ class State:
 
 
 _states: WeakKeyDictionary[Any, State] = WeakKeyDictionary()
-_states_lock = threading.Lock()
+# an interrupt at the end of a `with` can leave a lock locked: this one does not shut out its own thread then
+_states_lock = threading.RLock()
 
 
 def remembered_of(model: Any) -> State:
     """The one state of a model; of names put on a model for the length of an operation, that of the model."""
-    with _states_lock:
-        return _states.setdefault(vars(model).get("original_model", model), State())
+    own = vars(model).get("original_model", model)
+    known = _states.get(own)
+    if known is None:
+        with _states_lock:
+            known = _states.setdefault(own, State())
+    return known
 
 
 class OwnHook:
