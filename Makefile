@@ -14,8 +14,7 @@ PYTHON ?= python3
 VENV ?= .venv
 VENV_TL4 ?= $(VENV)-tl4
 RUN := $(VENV)/bin/python -m
-# Modules are compiled when they are first imported: of most that are installed, none ever is.
-PIP := -m pip --quiet --disable-pip-version-check install --no-compile
+PIP := -m pip --quiet --disable-pip-version-check install
 
 # The one package that is not "the newest" anywhere: a bare `torch` may fetch gigabytes of CUDA libraries, and again with
 # each release. To try another: make test-latest TORCH=2.14.1
