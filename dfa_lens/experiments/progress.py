@@ -65,6 +65,10 @@ def _plan(folder: Folder) -> dict[str, Any]:
     return found
 
 
+def _rows(folder: Folder) -> list[Row]:
+    return [Row(**row) for row in _plan(folder)["rows"].values()]
+
+
 def collected(path: str | Path) -> Any:
     """The table of all that is done in a folder, see :func:`dfa_lens.study.run`; also while workers write to it.
 
@@ -74,7 +78,7 @@ def collected(path: str | Path) -> Any:
         If it is not the folder of a study, or a file in it is damaged.
     """
     folder = Folder(path)
-    return collect([Row(**row) for row in _plan(folder)["rows"].values()], folder)
+    return collect(_rows(folder), folder)
 
 
 def curves(path: str | Path) -> Any:
@@ -104,7 +108,7 @@ def curves(path: str | Path) -> Any:
     [0, 37, 73, 110]
     """
     folder = Folder(path)
-    return collect_curves([Row(**row) for row in _plan(folder)["rows"].values()], folder)
+    return collect_curves(_rows(folder), folder)
 
 
 def write_table(folder: Folder) -> None:
