@@ -17,7 +17,7 @@ from torch import Tensor
 
 from dfa_lens.data.pairs import PromptPairs
 from dfa_lens.errors import HookError, ModelError
-from dfa_lens.models.backend import FinalNorm, HookFunction
+from dfa_lens.models.backend import HookFunction, Norm
 from dfa_lens.models.runner import Runner
 
 PATTERN_POINT = "blocks.{layer}.attn.hook_pattern"
@@ -180,7 +180,7 @@ class SideBySide:
         self._points = ["attn.hook_z", "hook_mlp_out", *(["attn.hook_pattern"] if patterns else []), "hook_resid_post"]
         if patterns:
             self._require_patterns()
-        self.norm: FinalNorm | None = None
+        self.norm: Norm | None = None
         if direct:
             try:
                 self.norm = runner.backend.final_norm()
