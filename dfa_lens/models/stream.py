@@ -70,11 +70,13 @@ class Stream:
     def places(self, batch: PairedRun) -> Int[Tensor, " place"]:
         """The tokens of a batch, counted through its examples, in which anything can differ between the two runs.
 
-        From the first token that differs to the last real one of the clean prompt, but for those not run again.
+        From the first token that differs to the last real one of the clean prompt, but for those not run again. What
+        stands in the place of the corrupt run (an ablation) differs from the first token on.
         """
         pairs = batch.pairs
         position = torch.arange(pairs.clean.shape[1])
-        differs = (position >= pairs.shared[:, None]) & (position < pairs.lengths[:, None])
+        first = pairs.shared if batch.reference is None else torch.zeros_like(pairs.lengths)
+        differs = (position >= first[:, None]) & (position < pairs.lengths[:, None])
         return differs[:, batch.first :].flatten().nonzero()[:, 0].to(self.device)
 
     def tiles(self, places: Int[Tensor, " place"], columns: int) -> Iterator[Int[Tensor, " place"]]:
