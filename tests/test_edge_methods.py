@@ -171,6 +171,10 @@ def test_circuits_of_all_edges_of_some_writers_are_circuits_of_nodes(ablation, d
     np.testing.assert_allclose(curve.corrupt_values, expected.corrupt_values, atol=1e-5)
     assert (curve.ablation, curve.direction, curve.unit) == (ablation, direction, "edges")
     assert np.ptp(curve.per_example, axis=0).min() > 1e-3
+    if direction == "denoising":
+        circuit = dfa.EdgeScores(values, edges).circuit(sizes[1], with_input=True)
+        alone = dfa.circuits.run(model, pairs, circuit, ablation=ablation, batch_size=3)
+        np.testing.assert_allclose(alone.values, curve.per_example[1], atol=1e-5)
 
 
 def test_an_edge_that_nothing_clean_reaches_counts_under_an_ablation():
