@@ -124,6 +124,25 @@ def test_the_guard():
         dfa.fit_functional(scores, without, trees=2, guard=1)
 
 
+def test_the_ranking_travels_with_the_scores(taught, tmp_path):
+    """By size unless it is fitted or replaced otherwise; the scores themselves are the same, and so is the W of one."""
+    target = measured(5, 4, 60)
+    size, signed = (dfa.fit_functional(*taught, trees=10, **how) for how in ({}, {"ranking": "signed"}))
+    found, other = size.transfer(target), signed.transfer(target)
+    assert torch.equal(found.values, other.values) and bool((found.values < 0).any())
+    assert (found.ranking, other.ranking) == ("absolute", "signed")
+    assert found != other and size != signed
+    assert found.order().tolist() == found.values.abs().argsort(descending=True, stable=True).tolist()
+    assert list(other.top(3)) == list(found.top(3, ranking="signed")) != list(found.top(3))
+    signed.save(tmp_path / "f.safetensors")
+    assert dfa.FunctionalAlignment.load(tmp_path / "f.safetensors").ranking == "signed"
+    attention = dfa.fit_functional(*taught, reader="attention", steps=2)
+    own = law(taught[1]["a"])
+    assert attention.alignment(target, own, taught[1]["a"]).transfer(own).ranking == "absolute"
+    with pytest.raises(AlignmentError, match="Unknown ranking 'size'"):
+        unchecked(dfa.fit_functional)(*taught, trees=2, ranking="size")
+
+
 # --- attention -----------------------------------------------------------------------------------------------------
 
 

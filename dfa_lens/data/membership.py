@@ -62,8 +62,8 @@ class Membership(ByContent):
         self.meta: dict[str, Any] = dict(meta or {})
 
     @classmethod
-    def of(cls, scores: Sequence[NodeScores], k: int, *, ranking: Ranking = "signed") -> Membership:
-        """Over rankings as they are: transfers with several seeds, say, or several methods.
+    def of(cls, scores: Sequence[NodeScores], k: int, *, ranking: Ranking | None = None) -> Membership:
+        """Over rankings as they are: transfers with several seeds, say, or several methods. Default: each by its own.
 
         Raises
         ------
