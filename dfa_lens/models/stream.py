@@ -195,8 +195,9 @@ class Stream:
             raise ModelError(
                 f"Edges need a residual stream that is the plain sum of what embedding, heads and MLP blocks add, and "
                 f"is read through RMS norms. Here {what} differs from the sum of its parts by {off:.2g} ({size:.2g} at "
-                "most): another kind of model (norms behind attention, learned positions, scaled sums), or somebody's "
-                "hooks on it. Node scores do not need it: dfa.attribute."
+                "most): another kind of model (norms behind attention, learned positions, scaled sums), one that "
+                "rounds what its weights are multiplied with (LLM.int8), or somebody's hooks on it. Node scores do not "
+                "need it: dfa.attribute."
             )
 
 
