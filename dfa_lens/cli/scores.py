@@ -217,7 +217,10 @@ def evaluate(
     task: option.TaskOption = None,
     pairs: option.PairsOption = None,
     protocol: Annotated[str, typer.Option(help="nodes or mib.")] = "nodes",
-    ranking: Annotated[str, typer.Option(help="signed (for CPR) or absolute (for CMD).")] = "signed",
+    ranking: Annotated[
+        str | None,
+        typer.Option(help="signed (for CPR) or absolute (for CMD); default: the scores' own, or signed."),
+    ] = None,
     selection: Annotated[str, typer.Option(help="Of edges: top, or greedy, the best that lead to the logits.")] = "top",
     ablation: option.AblationOption = "corrupt",
     direction: Annotated[
