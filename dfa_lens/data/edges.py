@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -30,6 +30,9 @@ from dfa_lens.data.files import load_tensors, made_from, parse_json, save_tensor
 from dfa_lens.data.nodes import NodeSet, cfg_of
 from dfa_lens.data.scores import NodeScores, Ranking
 from dfa_lens.errors import EdgeError, ScoreError, short, unknown
+
+if TYPE_CHECKING:
+    from dfa_lens.data.edge_circuit import EdgeCircuit
 
 Readers = Literal["grouped", "per-head"]
 """How keys and values are read.
@@ -107,6 +110,9 @@ class EdgeSet(ByContent):
         (per-head readers; the default).
     chosen:
         [writer, reader] which of the edges; default: all.
+    parallel:
+        Whether attention and MLP of a layer read the same stream, as in GPT-NeoX: then no head is read by the MLP of
+        its own layer.
 
     Raises
     ------
@@ -124,6 +130,8 @@ class EdgeSet(ByContent):
     ('a0.h0<q>', 'a0.h1<q>', 'a0.kv0<k>', 'a0.kv0<v>', 'm0', 'logits')
     >>> len(edges), [str(edge) for edge in edges["a0.*", "*"]]
     (11, ['a0.h0->m0', 'a0.h0->logits', 'a0.h1->m0', 'a0.h1->logits'])
+    >>> "a0.h0->m0" in dfa.EdgeSet(1, 2, 1, parallel=True)
+    False
     """
 
     def __init__(
@@ -133,6 +141,7 @@ class EdgeSet(ByContent):
         n_kv_heads: int | None = None,
         *,
         chosen: Bool[Tensor, "writer reader"] | None = None,
+        parallel: bool = False,
     ) -> None:
         sizes = {"layers": n_layers, "heads": n_heads, "key-value heads": n_heads if n_kv_heads is None else n_kv_heads}
         for what, number in sizes.items():
@@ -141,6 +150,7 @@ class EdgeSet(ByContent):
         self.n_layers, self.n_heads, self.n_kv_heads = (int(number) for number in sizes.values())
         if self.n_heads % self.n_kv_heads:
             raise EdgeError(f"{self.n_heads} heads can't share {self.n_kv_heads} key-value heads evenly.")
+        self.parallel = bool(parallel)
         self.chosen = self.existing if chosen is None else self._checked(chosen)
 
     @classmethod
@@ -166,7 +176,8 @@ class EdgeSet(ByContent):
         cfg = cfg_of(model)
         heads = int(cfg.n_heads)
         kv = getattr(cfg, "n_key_value_heads", None) if readers == "grouped" else None
-        return cls(int(cfg.n_layers), heads, int(kv or heads))
+        parallel = bool(getattr(cfg, "parallel_attn_mlp", False))
+        return cls(int(cfg.n_layers), heads, int(kv or heads), parallel=parallel)
 
     def _checked(self, chosen: Tensor) -> Tensor:
         if not isinstance(chosen, Tensor) or chosen.dtype != torch.bool or chosen.shape != self.shape:
@@ -213,7 +224,7 @@ class EdgeSet(ByContent):
             add("q", layer, self.n_heads, before)
             add("k", layer, self.n_kv_heads, before)
             add("v", layer, self.n_kv_heads, before)
-            add("mlp", layer, 1, before + self.n_heads)
+            add("mlp", layer, 1, before if self.parallel else before + self.n_heads)
         add("logits", self.n_layers - 1, 1, len(self.nodes))
         return tuple(found)
 
@@ -272,7 +283,7 @@ class EdgeSet(ByContent):
     @property
     def all_of_model(self) -> EdgeSet:
         """All edges of a model of these sizes."""
-        return EdgeSet(self.n_layers, self.n_heads, self.n_kv_heads)
+        return EdgeSet(self.n_layers, self.n_heads, self.n_kv_heads, parallel=self.parallel)
 
     def fits(self, model: Any) -> bool:
         """Whether they are edges of this model, with grouped or per-head readers; only ``model.cfg`` is read."""
@@ -338,7 +349,55 @@ class EdgeSet(ByContent):
 
     def choose(self, chosen: Bool[Tensor, "writer reader"]) -> EdgeSet:
         """Other edges of a model of these sizes."""
-        return EdgeSet(self.n_layers, self.n_heads, self.n_kv_heads, chosen=chosen)
+        return EdgeSet(self.n_layers, self.n_heads, self.n_kv_heads, chosen=chosen, parallel=self.parallel)
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """The model's sizes, as files of edges have them."""
+        sizes = {"n_layers": self.n_layers, "n_heads": self.n_heads, "n_kv_heads": self.n_kv_heads}
+        return sizes | ({"parallel": True} if self.parallel else {})
+
+    def without_input(self) -> EdgeSet:
+        """Those of the set that do not begin at the input: what the ``nodes`` protocol of curves ranks.
+
+        Raises
+        ------
+        EdgeError
+            If there are none.
+
+        Examples
+        --------
+        >>> import dfa_lens as dfa
+        >>> len(dfa.EdgeSet(1, 2)), len(dfa.EdgeSet(1, 2).without_input())
+        (13, 5)
+        """
+        chosen = self.chosen.clone()
+        chosen[0] = False
+        return self.choose(chosen)
+
+    def mask(self, positions: Tensor) -> Bool[Tensor, "writer reader"]:
+        """[writer, reader] True at the given rows and columns, [edge, 2]: what :attr:`positions` is of.
+
+        Raises
+        ------
+        EdgeError
+            If they are no integers, or beyond the writers and readers.
+
+        Examples
+        --------
+        >>> import dfa_lens as dfa
+        >>> edges = dfa.EdgeSet(1, 2)
+        >>> bool((edges.mask(edges.positions) == edges.chosen).all())
+        True
+        """
+        if positions.ndim != 2 or positions.shape[1] != 2 or positions.dtype not in (torch.int32, torch.int64):
+            raise EdgeError(f"its edges are {positions.dtype}{list(positions.shape)}")
+        positions = positions.long()
+        if bool((positions < 0).any() | (positions >= torch.tensor(self.shape)).any()):
+            raise EdgeError("it names edges beyond its sizes")
+        chosen = torch.zeros(self.shape, dtype=torch.bool)
+        chosen[positions[:, 0], positions[:, 1]] = True
+        return chosen
 
     def sample(self, n: int, *, seed: int = 0) -> EdgeSet:
         """``n`` edges of the set at random, the same for the same seed.
@@ -416,11 +475,12 @@ class EdgeSet(ByContent):
         return self.where(writer=patterns[0], reader=patterns[1])
 
     def _content(self) -> tuple[Any, ...]:
-        return self.n_layers, self.n_heads, self.n_kv_heads, self.chosen
+        return self.n_layers, self.n_heads, self.n_kv_heads, self.parallel, self.chosen
 
     def __repr__(self) -> str:
         heads = f"{self.n_heads} heads" + (f" ({self.n_kv_heads} key-value heads)" if self.grouped else "")
-        return f"EdgeSet({len(self)} edges of {self.n_layers} layers × {heads})"
+        parallel = ", attention and MLP side by side" if self.parallel else ""
+        return f"EdgeSet({len(self)} edges of {self.n_layers} layers × {heads}{parallel})"
 
 
 def _fits(name: str, pattern: str) -> bool:
@@ -577,6 +637,50 @@ class EdgeScores(ByContent):
             for row, column in chosen.tolist()
         }
 
+    def circuit(
+        self,
+        k: int,
+        *,
+        ranking: Ranking = "signed",
+        selection: Selection = "top",
+        with_input: bool = False,
+        name: str | None = None,
+    ) -> EdgeCircuit:
+        """The ``k`` best edges as a circuit: the one that a faithfulness curve runs at size ``k``.
+
+        Parameters
+        ----------
+        k:
+            How many edges.
+        ranking, selection:
+            As for the curve.
+        with_input:
+            Whether the edges of the input are ranked with the others, as in the ``mib`` protocol. Else they are in
+            every circuit and not counted, as in the ``nodes`` protocol.
+        name:
+            What the circuit is called; default: "top k".
+
+        Raises
+        ------
+        ScoreError
+            If ``k`` is out of range.
+
+        Examples
+        --------
+        >>> import torch, dfa_lens as dfa
+        >>> scores = dfa.EdgeScores(torch.arange(15.0).reshape(3, 5), dfa.EdgeSet(1, 1))
+        >>> scores.circuit(2)
+        EdgeCircuit('top 2': 2 of 3 edges: a0.h0->logits, m0->logits)
+        """
+        from dfa_lens.data.edge_circuit import EdgeCircuit
+
+        ranked = self if with_input else EdgeScores(self.values, self.edges.without_input(), self.meta)
+        if not 0 <= k <= len(ranked):
+            raise ScoreError(f"k must be between 0 and the number of ranked edges, {len(ranked)}, not {k}.")
+        best = ranked.edges.positions[ranked.order(ranking, selection=selection)[:k]]
+        meta = {**self.meta, "k": k, "ranking": ranking, "selection": selection}
+        return EdgeCircuit(ranked.edges.mask(best), ranked.edges, name=name or f"top {k}", meta=meta)
+
     def where(self, *, writer: str = "*", reader: str = "*") -> EdgeScores:
         """The scores of the edges between the writers and readers of these names or name patterns."""
         return EdgeScores(self.values, self.edges.where(writer=writer, reader=reader), self.meta)
@@ -665,7 +769,7 @@ class EdgeScores(ByContent):
         """
         if self.edges.grouped:
             raise EdgeError(f"The readers are grouped already ({self.edges.n_kv_heads} key-value heads).")
-        whole = EdgeSet(self.edges.n_layers, self.edges.n_heads, n_kv_heads)
+        whole = EdgeSet(self.edges.n_layers, self.edges.n_heads, n_kv_heads, parallel=self.edges.parallel)
         values = torch.full(whole.shape, torch.nan, dtype=torch.float64)
         for old, new in zip(self.edges.sites, whole.sites, strict=True):
             values[:, new.columns] = self.values[:, old.columns].double().unflatten(1, (len(new), -1)).sum(2)
@@ -704,8 +808,7 @@ class EdgeScores(ByContent):
         edges, tensors = self.edges, {"scores": self.flat}
         if not torch.equal(edges.chosen, edges.existing):
             tensors["edges"] = edges.positions.to(torch.int32)
-        sizes = {"n_layers": edges.n_layers, "n_heads": edges.n_heads, "n_kv_heads": edges.n_kv_heads}
-        save_tensors(path, tensors, {"sizes": json.dumps(sizes), "meta": json.dumps(plain(self.meta))}, _FORMAT)
+        save_tensors(path, tensors, {"sizes": json.dumps(edges.sizes), "meta": json.dumps(plain(self.meta))}, _FORMAT)
 
     @classmethod
     def load(cls, path: str | Path) -> EdgeScores:
@@ -722,9 +825,9 @@ class EdgeScores(ByContent):
             flat, meta, sizes = tensors["scores"], parse_json(metadata["meta"]), parse_json(metadata["sizes"])
             if not flat.is_floating_point() or not isinstance(meta, dict) or not isinstance(sizes, dict):
                 raise ScoreError(f"the scores are {flat.dtype}, the provenance is a {type(meta).__name__}")
-            edges = _of_file(sizes, None if "edges" in tensors else flat.numel())
+            edges = edges_of_file(sizes, None if "edges" in tensors else flat.numel())
             if "edges" in tensors:
-                edges = edges.choose(_mask(edges, tensors["edges"]))
+                edges = edges.choose(edges.mask(tensors["edges"]))
             return cls.of_flat(flat, edges, meta)
 
         return made_from(path, "a file of edge scores", make)
@@ -739,8 +842,11 @@ class EdgeScores(ByContent):
         Raises
         ------
         ScoreError
-            If the readers are grouped: the format has readers of keys and values for every query head.
+            If the readers are grouped: the format has readers of keys and values for every query head. Or if attention
+            and MLP run side by side.
         """
+        if self.edges.parallel:
+            raise ScoreError("MIB's graphs of models whose attention and MLP run side by side are not written.")
         if self.edges.grouped:
             raise ScoreError(
                 "MIB's format has a reader of keys and of values for every query head, and these scores have one for "
@@ -779,24 +885,35 @@ class EdgeScores(ByContent):
 MOST_CELLS = 10**8
 
 
-def _of_file(sizes: Mapping[str, Any], n_edges: int | None) -> EdgeSet:
-    """The edges of a model of a file's sizes, which are compared with what it holds before anything of them is made."""
+def edges_of_file(sizes: Mapping[str, Any], n_edges: int | None = None, *, cells: int | None = None) -> EdgeSet:
+    """The edges of a model of a file's sizes, which are compared with what it holds before anything of them is made.
+
+    Parameters
+    ----------
+    sizes:
+        Those of :attr:`EdgeSet.sizes`, as the file has them.
+    n_edges, cells:
+        How many edges, or writers times readers, the file holds something of; None: it does not say.
+
+    Raises
+    ------
+    ScoreError
+        If there are others, or more than ``MOST_CELLS`` writers times readers.
+
+    Examples
+    --------
+    >>> from dfa_lens.data.edges import edges_of_file
+    >>> edges_of_file({"n_layers": 1, "n_heads": 2, "n_kv_heads": 1}, 11)
+    EdgeSet(11 edges of 1 layers × 2 heads (1 key-value heads))
+    """
     given = [sizes[name] for name in ("n_layers", "n_heads", "n_kv_heads")]
     layers, heads, kv_heads = (selection.integer(number) or 0 for number in given)
-    if n_edges is not None and n_edges != mib_graphs.n_edges(layers, heads, kv_heads):
+    parallel = sizes.get("parallel", False) is True
+    if n_edges is not None and n_edges != mib_graphs.n_edges(layers, heads, kv_heads) - parallel * layers * heads:
         raise ScoreError(f"it has {n_edges} scores, not those of {short(given)} layers, heads and key-value heads")
-    if (1 + layers * (heads + 1)) * (1 + layers * (heads + 2 * kv_heads + 1)) > MOST_CELLS:
+    expected = (1 + layers * (heads + 1)) * (1 + layers * (heads + 2 * kv_heads + 1))
+    if cells is not None and cells != expected:
+        raise ScoreError(f"it has {cells} cells, not those of {short(given)} layers, heads and key-value heads")
+    if expected > MOST_CELLS:
         raise ScoreError(f"its sizes are {short(given)}: more than {MOST_CELLS:.0e} writers times readers")
-    return EdgeSet(*given)
-
-
-def _mask(edges: EdgeSet, positions: Tensor) -> Bool[Tensor, "writer reader"]:
-    """The boolean matrix of saved positions."""
-    if positions.ndim != 2 or positions.shape[1] != 2 or positions.dtype not in (torch.int32, torch.int64):
-        raise ScoreError(f"its edges are {positions.dtype}{list(positions.shape)}")
-    positions = positions.long()
-    if bool((positions < 0).any() | (positions >= torch.tensor(edges.shape)).any()):
-        raise ScoreError("it names edges beyond its sizes")
-    chosen = torch.zeros(edges.shape, dtype=torch.bool)
-    chosen[positions[:, 0], positions[:, 1]] = True
-    return chosen
+    return EdgeSet(*given, parallel=parallel)
