@@ -12,9 +12,11 @@ from .data.alignment import Alignment as Alignment
 from .data.circuit import Circuit as Circuit
 from .data.curve import FaithfulnessCurve as FaithfulnessCurve
 from .data.edge_alignment import EdgeAlignment as EdgeAlignment
+from .data.edge_circuit import EdgeCircuit as EdgeCircuit
 from .data.edges import EdgeScores as EdgeScores
 from .data.edges import EdgeSet as EdgeSet
 from .data.measurements import Measurements as Measurements
+from .data.membership import EdgeMembership as EdgeMembership
 from .data.membership import Membership as Membership
 from .data.nodes import Node as Node
 from .data.nodes import NodeSet as NodeSet

@@ -111,7 +111,11 @@ def state_of(model: Any) -> dict[str, Any]:
         "grads": [p.grad is None for p in model.parameters()],
         "training": [m.training for m in model.modules()],
         "dtype": [p.dtype for p in model.parameters()],
-        "weights": sum(float(p.detach().double().sum()) for p in model.parameters() if p.device.type != "meta"),
+        "weights": sum(
+            float(p.detach().double().sum())
+            for p in model.parameters()
+            if p.device.type != "meta" and type(p) is torch.nn.Parameter  # some quantised ones can't be summed
+        ),
         "rng": torch.get_rng_state().tolist(),
         "strides": [p.stride() for p in model.parameters()],
         "forward": [name for name, m in model.named_modules() if "forward" in vars(m)],

@@ -378,7 +378,7 @@ def Prompted(model):
 
 
 class LowRank(torch.nn.Module):
-    """A linear module with an adapter, as PEFT makes it: its ``weight`` is that of the base."""
+    """A linear module with an adapter, as PEFT makes it: its ``weight`` is that of the base, and it has dropout."""
 
     def __init__(self, base):
         super().__init__()
@@ -393,7 +393,7 @@ class LowRank(torch.nn.Module):
         return self.base_layer.weight
 
     def forward(self, x):
-        return self.base_layer(x) + x @ self.A.T @ self.B.T
+        return self.base_layer(x) + torch.nn.functional.dropout(x, 0.5, self.training) @ self.A.T @ self.B.T
 
 
 class Quantised(torch.nn.Module):
@@ -419,6 +419,8 @@ def exchanged(make, merge):
             module = make(block.get_submodule(part).get_submodule(name))
             setattr(block.get_submodule(part), name, module)
             other.get_submodule(part).get_submodule(name).weight.data = merge(module).detach()
+    model.lm_head = make(model.lm_head)
+    plain.lm_head.weight = torch.nn.Parameter(merge(model.lm_head).detach())  # no longer that of the embedding
     return model, plain
 
 
@@ -432,6 +434,7 @@ def exchanged(make, merge):
 def test_adapters_and_quantised_weights_are_run_as_they_are(make, merge, unchanged):
     model, plain = exchanged(make, merge)
     dtypes = [parameter.dtype for parameter in model.parameters()]
+    model.train()  # as PEFT hands a model out
     with unchanged(PlainModel(model)):
         for function in (
             lambda each: dfa.attribute(each, PAIRS, method="nap-ig-activations", steps=2),

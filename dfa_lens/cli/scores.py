@@ -14,6 +14,9 @@ from dfa_lens.cli.writing import records, require_suffix, say, written
 from dfa_lens.data.files import write_atomically
 from dfa_lens.errors import DfaError, TaskError
 
+#: How many edges of a circuit are printed; JSON has all.
+MOST_EDGES = 20
+
 
 def save_scores(scores: Any, out: Path, suffix: str, as_json: bool) -> None:
     """Write scores, or measurements, as what the file's name says."""
@@ -222,7 +225,7 @@ def evaluate(
     direction: Annotated[
         str, typer.Option(help="Of nodes: denoising keeps the best and leaves the others out, noising the reverse.")
     ] = "denoising",
-    faithful: Annotated[float, typer.Option(help="Of nodes: name the smallest circuit that is so faithful.")] = 0.9,
+    faithful: Annotated[float, typer.Option(help="Name the smallest circuit that is so faithful.")] = 0.9,
     split: option.SplitOption = "test",
     examples: option.ExamplesOption = 64,
     seed: option.SeedOption = 0,
@@ -269,7 +272,7 @@ def evaluate(
         "floor": curve.floor,
         "cmd_floor": curve.cmd_floor,
         "examples": len(curve.clean_values),
-        "circuit": None if circuit is None else {"nodes": list(circuit.names), **circuit.meta},
+        "circuit": None if circuit is None else {circuit.unit: list(circuit.names), **circuit.meta},
     }
     lines = [
         f"CPR {curve.cpr:.3f} {facts['cpr_interval']}, CMD {curve.cmd:.3f} {facts['cmd_interval']} "
@@ -278,9 +281,11 @@ def evaluate(
     ]
     if circuit is not None:
         low, high = circuit.meta["size_interval"]
+        listed = circuit.names if circuit.unit == "nodes" else circuit.names[:MOST_EDGES]
+        more = ", …" * (len(listed) < len(circuit))
         lines.append(
-            f"smallest circuit with f ≥ {faithful:g}: {len(circuit)} of {curve.n_nodes} nodes [{low:.0f}, {high:.0f}]: "
-            + ", ".join(circuit.names)
+            f"smallest circuit with f ≥ {faithful:g}: {len(circuit)} of {curve.n_nodes} {circuit.unit} "
+            f"[{low:.0f}, {high:.0f}]: {', '.join(listed)}{more}"
         )
     text = "\n".join(lines)
     say(text, facts | {"curve": records(curve.to_frame())}, as_json=as_json, out=out)

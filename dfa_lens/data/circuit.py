@@ -1,25 +1,25 @@
 """Circuits: which nodes of a model are said to do a task. Values that are named, saved, compared and combined.
 
-What a circuit does is found out by running it: :mod:`dfa_lens.evaluation.circuits`.
+Circuits of edges are in :mod:`dfa_lens.data.edge_circuit`; the tables of several circuits, here, take either. What a
+circuit does is found out by running it: :mod:`dfa_lens.evaluation.circuits`.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Set
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
 from itertools import combinations
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Bool
 from torch import Tensor
 
 from dfa_lens.data import html, mib_nodes
-from dfa_lens.data.content import ByContent, plain
+from dfa_lens.data.chosen import Chosen, Overlap
+from dfa_lens.data.content import plain
 from dfa_lens.data.files import (
-    LONGEST_NAME,
     checked_name,
     load_tensors,
     made_from,
@@ -31,11 +31,13 @@ from dfa_lens.data.files import (
 from dfa_lens.data.nodes import NodeSet
 from dfa_lens.errors import CircuitError, FileError, short
 
+__all__ = ["Circuit", "Overlap", "compare", "overlaps", "side_by_side"]
+
 _FORMAT = "dfa_lens circuit 1"
 _JSON = "a circuit as JSON (format, name, nodes and universe)"
 
 
-class Circuit(ByContent):
+class Circuit(Chosen):
     """Some of a model's nodes, under a name. It can't be changed; two are equal (``==``) if their nodes are.
 
     ``len`` is the number of its nodes, iteration gives their names, ``in`` asks for one. Circuits over the same nodes
@@ -71,6 +73,8 @@ class Circuit(ByContent):
     (('m1',), ('a0.h1', 'a1.h0', 'm1'), 4)
     """
 
+    unit = "nodes"
+
     def __init__(
         self,
         names: Iterable[str],
@@ -104,16 +108,6 @@ class Circuit(ByContent):
         return self._universe
 
     @property
-    def name(self) -> str:
-        """What it is called."""
-        return self._name
-
-    @property
-    def meta(self) -> dict[str, Any]:
-        """Where it comes from; a copy."""
-        return dict(self._meta)
-
-    @property
     def nodes(self) -> NodeSet:
         """Its nodes as a set.
 
@@ -133,13 +127,14 @@ class Circuit(ByContent):
         return torch.tensor([name in inside for name in self._universe.names])
 
     @property
-    def fraction(self) -> float:
-        """The part of the universe that is in it."""
-        return len(self) / len(self._universe)
+    def flags(self) -> Bool[Tensor, " node"]:
+        """The same as :attr:`kept`."""
+        return self.kept
 
-    def named(self, name: str) -> Circuit:
-        """The same circuit under another name."""
-        return Circuit(self._names, self._universe, name=name, meta=self._meta)
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """The names of the universe."""
+        return self._universe.names
 
     def to_frame(self) -> Any:
         """A pandas table, a row per node of the universe: node, kind, layer, index, in_circuit."""
@@ -175,78 +170,29 @@ class Circuit(ByContent):
     def _content(self) -> tuple[Any, ...]:
         return self._names, self._universe
 
-    def __len__(self) -> int:
-        return len(self._names)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._names
-
-    def __repr__(self) -> str:
-        found = self._meta.get("faithfulness")
-        f = "" if found is None else f", f = {found:.3f}"
-        listed = ", ".join(self._names[:8]) + (", …" if len(self) > 8 else "")
-        return (
-            f"Circuit({self._name!r}: {len(self)} of {len(self._universe)} nodes{f}{': ' * bool(self._names)}{listed})"
-        )
-
     def _repr_html_(self) -> str:
         """Its nodes by layer, for notebooks."""
         return html.shown(repr(self), self.by_layer())
 
-    # --- combining -------------------------------------------------------------------------------------------
+    def summary(self) -> dict[str, Any]:
+        """Nodes, heads, MLP blocks and the mean relative depth, as :func:`compare` shows them."""
+        kinds = [node.kind for node in self._universe[list(self._names)]] if self._names else []
+        depth = dict(zip(self._universe.names, self._universe.relative_depth(), strict=True))
+        return {
+            "nodes": len(self),
+            "of": len(self._universe),
+            "fraction": self.fraction,
+            "heads": kinds.count("head"),
+            "mlps": kinds.count("mlp"),
+            "relative_depth": sum(depth[each] for each in self) / len(self) if self._names else float("nan"),
+        }
 
-    def __and__(self, other: Circuit) -> Circuit:
-        return self._combined(other, set.__and__, "and")
+    def _require(self, other: Circuit, what: str = "this circuit") -> None:
+        self.require(other._universe, what)
 
-    def __or__(self, other: Circuit) -> Circuit:
-        return self._combined(other, set.__or__, "or")
-
-    def __sub__(self, other: Circuit) -> Circuit:
-        return self._combined(other, set.__sub__, "without")
-
-    def __xor__(self, other: Circuit) -> Circuit:
-        return self._combined(other, set.__xor__, "or else")
-
-    def __invert__(self) -> Circuit:
-        rest = [name for name in self._universe.names if name not in set(self._names)]
-        return Circuit(rest, self._universe, name=_name(f"not {self._name}"), meta={"made_of": [self._name]})
-
-    def __le__(self, other: Circuit) -> bool:
-        if not isinstance(other, Circuit):
-            return NotImplemented
-        self.require(other._universe)
-        return set(self._names) <= set(other._names)
-
-    def _combined(self, other: Circuit, operation: Any, word: str) -> Circuit:
-        if not isinstance(other, Circuit):
-            return NotImplemented
-        self.require(other._universe)
-        names: Set[str] = operation(set(self._names), set(other._names))
-        meta = {"made_of": [self._name, other._name]}
-        return Circuit(names, self._universe, name=_name(f"{self._name} {word} {other._name}"), meta=meta)
-
-    def overlap(self, other: Circuit) -> Overlap:
-        """How much two circuits have in common, and how much two random ones of their sizes would.
-
-        Raises
-        ------
-        CircuitError
-            If they were chosen among different nodes.
-
-        Examples
-        --------
-        >>> import dfa_lens as dfa
-        >>> nodes = dfa.NodeSet.for_sizes(4, 4)
-        >>> first = dfa.Circuit(nodes.names[:5], nodes)
-        >>> found = first.overlap(dfa.Circuit(nodes.names[1:6], nodes))
-        >>> found.common, round(found.jaccard, 2), round(found.expected, 2), round(found.p, 4)
-        (4, 0.67, 0.15, 0.0049)
-        """
-        self.require(other._universe)
-        return Overlap(len(set(self._names) & set(other._names)), len(self), len(other), len(self._universe))
+    def _like(self, flags: Bool[Tensor, " node"], name: str, meta: Mapping[str, Any]) -> Circuit:
+        names = [each for each, inside in zip(self._universe.names, flags.tolist(), strict=True) if inside]
+        return Circuit(names, self._universe, name=name, meta=meta)
 
     # --- files -----------------------------------------------------------------------------------------------
 
@@ -363,65 +309,10 @@ class Circuit(ByContent):
         return cls(inside, universe, name=name or Path(path).stem, meta={"model": graph.model, "format": "mib"})
 
 
-def _name(text: str) -> str:
-    """A name made of names, cut where it would be too long for one."""
-    return text if len(text) <= LONGEST_NAME else f"{text[: LONGEST_NAME - 1]}…"
+AnyCircuit = TypeVar("AnyCircuit", bound=Chosen)
 
 
-@dataclass(frozen=True)
-class Overlap:
-    """What two circuits over the same nodes have in common, against chance.
-
-    By chance means: two random circuits of their sizes, whose common nodes follow the hypergeometric distribution.
-
-    Attributes
-    ----------
-    common:
-        Nodes in both.
-    first, second:
-        Nodes in either circuit.
-    n:
-        Nodes of the universe.
-    """
-
-    common: int
-    first: int
-    second: int
-    n: int
-
-    @property
-    def jaccard(self) -> float:
-        """Nodes in both over nodes in either (Jaccard 1912); 1 for two empty circuits."""
-        union = self.first + self.second - self.common
-        return self.common / union if union else 1.0
-
-    @property
-    def expected(self) -> float:
-        """The mean Jaccard index of two random circuits of these sizes."""
-        chances = self._chance()
-        low, high = (int(end) for end in chances.support())
-        return sum(
-            float(chances.pmf(i)) * Overlap(i, self.first, self.second, self.n).jaccard for i in range(low, high + 1)
-        )
-
-    @property
-    def p(self) -> float:
-        """The probability that two random circuits of these sizes have as many nodes in common, or more."""
-        return float(self._chance().sf(self.common - 1))
-
-    def _chance(self) -> Any:
-        from scipy import stats
-
-        return stats.hypergeom(self.n, self.first, self.second)
-
-    def __str__(self) -> str:
-        return (
-            f"{self.common} nodes in common of {self.first} and {self.second}; Jaccard {self.jaccard:.2f}, by chance "
-            f"{self.expected:.2f} (p = {self.p:.2g})"
-        )
-
-
-def compare(circuits: Mapping[str, Circuit]) -> Any:
+def compare(circuits: Mapping[str, AnyCircuit]) -> Any:
     """Circuits side by side, of one model or of several: how large they are, and where in the model they lie.
 
     Parameters
@@ -433,12 +324,13 @@ def compare(circuits: Mapping[str, Circuit]) -> Any:
     -------
     pandas.DataFrame
         A row per circuit: circuit, model, nodes, of (the universe), fraction, heads, mlps, relative_depth (the mean of
-        its nodes, 0 for the first layer and 1 for the last; NaN if it is empty), faithfulness (where it is known).
+        its nodes, 0 for the first layer and 1 for the last; NaN if it is empty), faithfulness (where it is known). Of
+        edges: edges, of, fraction, live_size (edges on a path from the input to the logits), and heads and mlps on one.
 
     Raises
     ------
     CircuitError
-        If there are none.
+        If there are none, or some are of nodes and some of edges.
 
     Examples
     --------
@@ -453,38 +345,25 @@ def compare(circuits: Mapping[str, Circuit]) -> Any:
     _some(circuits)
     rows = []
     for name, circuit in circuits.items():
-        kinds = [node.kind for node in circuit.universe[list(circuit.names)]] if len(circuit) else []
-        depth = dict(zip(circuit.universe.names, circuit.universe.relative_depth(), strict=True))
-        meta = circuit.meta
-        rows.append(
-            {
-                "circuit": name,
-                "model": meta.get("target", meta.get("model", "")),
-                "nodes": len(circuit),
-                "of": len(circuit.universe),
-                "fraction": circuit.fraction,
-                "heads": kinds.count("head"),
-                "mlps": kinds.count("mlp"),
-                "relative_depth": sum(depth[each] for each in circuit) / len(circuit) if len(circuit) else float("nan"),
-                "faithfulness": meta.get("faithfulness", float("nan")),
-            }
-        )
+        model = circuit.meta.get("target", circuit.meta.get("model", ""))
+        known = circuit.meta.get("faithfulness", float("nan"))
+        rows.append({"circuit": name, "model": model, **circuit.summary(), "faithfulness": known})
     return pd.DataFrame(rows)
 
 
-def side_by_side(circuits: Mapping[str, Circuit]) -> Any:
-    """Which node is in which circuit, of tasks, seeds or methods on one model.
+def side_by_side(circuits: Mapping[str, AnyCircuit]) -> Any:
+    """Which node (or edge) is in which circuit, of tasks, seeds or methods on one model.
 
     Returns
     -------
     pandas.DataFrame
-        A row per node of the universe, in its order, and a boolean column per circuit. ``table.sum(axis=1)`` counts
-        the circuits that have a node.
+        A row per node (or edge) of the universe, in its order, and a boolean column per circuit.
+        ``table.sum(axis=1)`` counts the circuits that have a node.
 
     Raises
     ------
     CircuitError
-        If there are none, or they were chosen among different nodes.
+        If there are none, or they were chosen among different nodes or edges.
 
     Examples
     --------
@@ -496,12 +375,12 @@ def side_by_side(circuits: Mapping[str, Circuit]) -> Any:
     """
     import pandas as pd
 
-    universe = _one_universe(circuits)
-    columns = {name: circuit.kept.numpy() for name, circuit in circuits.items()}
-    return pd.DataFrame(columns, index=pd.Index(universe.names, name="node"))
+    first = _one_universe(circuits)
+    columns = {name: circuit.flags.numpy() for name, circuit in circuits.items()}
+    return pd.DataFrame(columns, index=pd.Index(first.labels, name=first.unit.removesuffix("s")))
 
 
-def overlaps(circuits: Mapping[str, Circuit]) -> Any:
+def overlaps(circuits: Mapping[str, AnyCircuit]) -> Any:
     """The overlap of every two circuits of one model, against chance.
 
     Returns
@@ -513,7 +392,7 @@ def overlaps(circuits: Mapping[str, Circuit]) -> Any:
     Raises
     ------
     CircuitError
-        If there are fewer than two, or they were chosen among different nodes.
+        If there are fewer than two, or they were chosen among different nodes or edges.
 
     Examples
     --------
@@ -548,17 +427,23 @@ def overlaps(circuits: Mapping[str, Circuit]) -> Any:
     )
 
 
-def _some(circuits: Mapping[str, Circuit]) -> None:
+def _some(circuits: Mapping[str, AnyCircuit]) -> AnyCircuit:
     if not circuits:
         raise CircuitError("There are no circuits to compare.")
+    first = next(iter(circuits.values()))
     for name, circuit in circuits.items():
-        if not isinstance(circuit, Circuit):
+        if not isinstance(circuit, Chosen):
             raise CircuitError(f"{short(name)!r} is a {type(circuit).__name__}, not a Circuit.")
+        if circuit.unit != first.unit:
+            raise CircuitError(
+                f"{short(name)!r} is a circuit of {circuit.unit}, others are of {first.unit}: a table has "
+                "circuits of one kind (edge_circuit.to_nodes() makes one of nodes)."
+            )
+    return first
 
 
-def _one_universe(circuits: Mapping[str, Circuit]) -> NodeSet:
-    _some(circuits)
-    (_, first), *rest = circuits.items()
-    for name, circuit in rest:
-        circuit.require(first.universe, f"The circuit {name!r}")
-    return first.universe
+def _one_universe(circuits: Mapping[str, AnyCircuit]) -> AnyCircuit:
+    first = _some(circuits)
+    for name, circuit in circuits.items():
+        circuit._require(first, f"The circuit {name!r}")
+    return first

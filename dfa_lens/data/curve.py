@@ -13,6 +13,8 @@ from jaxtyping import Float, Int
 from dfa_lens.data import html
 from dfa_lens.data.circuit import Circuit
 from dfa_lens.data.content import ByContent
+from dfa_lens.data.edge_circuit import EdgeCircuit
+from dfa_lens.data.edges import EdgeScores, Selection
 from dfa_lens.data.scores import NodeScores, Ranking
 from dfa_lens.data.statistics import UNDEFINED, Interval, enough, resampled
 from dfa_lens.errors import FaithfulnessError, unknown
@@ -75,7 +77,7 @@ class FaithfulnessCurve(ByContent):
         [size] of edges: how many of the circuit's lie on a path of its edges from the input to the logits, those that
         are in it unranked among them. The others change nothing. None of nodes.
     ranked:
-        Of nodes: the scores by which they were ranked, which :meth:`smallest` names the circuit by.
+        The scores by which nodes or edges were ranked, which :meth:`smallest` names the circuit by.
     kl_per_example:
         [size, example] what ``kl`` is the mean of, for paired tests over examples; None if it was not kept.
     ablation:
@@ -84,6 +86,8 @@ class FaithfulnessCurve(ByContent):
     direction:
         See :data:`Direction`. With "noising" ``sizes`` count the nodes that were destroyed, f begins at 1, and the
         "empty circuit" destroys nothing: floors are those of a ranking whose nodes do not matter.
+    selection:
+        Of edges: how the k best were chosen, see :data:`~dfa_lens.data.edges.Selection`.
 
     Raises
     ------
@@ -112,10 +116,11 @@ class FaithfulnessCurve(ByContent):
     empty_values: Float[np.ndarray, " example"] = None  # type: ignore[assignment]
     unit: Literal["nodes", "edges"] = "nodes"
     live_sizes: Int[np.ndarray, " size"] | None = None
-    ranked: NodeScores | None = field(default=None, compare=False)
+    ranked: NodeScores | EdgeScores | None = field(default=None, compare=False)
     kl_per_example: Float[np.ndarray, "size example"] | None = None
     ablation: str = "corrupt"
     direction: Direction = "denoising"
+    selection: Selection = "top"
 
     def __post_init__(self) -> None:
         if self.empty_values is None:
@@ -295,7 +300,7 @@ class FaithfulnessCurve(ByContent):
         confidence: float = 0.95,
         resamples: int = 2000,
         seed: int = 0,
-    ) -> Circuit:
+    ) -> Circuit | EdgeCircuit:
         """The smallest circuit that was run whose faithfulness is at least ``f``.
 
         A curve is not always rising: a larger circuit can be below ``f`` again.
@@ -311,13 +316,14 @@ class FaithfulnessCurve(ByContent):
 
         Returns
         -------
-        Circuit
-            ``.meta`` says its ``faithfulness`` and, over resampled examples, the ``size_interval`` (a pair).
+        Circuit or EdgeCircuit
+            Of what was ranked. ``.meta`` says its ``faithfulness`` and, over resampled examples, the
+            ``size_interval`` (a pair).
 
         Raises
         ------
         FaithfulnessError
-            If no circuit that was run is so faithful; or the curve is of edges, or does not know its scores.
+            If no circuit that was run is so faithful, or the curve does not know its scores.
 
         Examples
         --------
@@ -334,14 +340,18 @@ class FaithfulnessCurve(ByContent):
                 f"A curve of {self.unit} without their scores can't name a circuit; smallest_size says how large it is."
             )
         k, interval = self.smallest_size(f, confidence=confidence, resamples=resamples, seed=seed)
-        found = self.ranked.circuit(k, ranking=self.ranking, name=name or f"smallest with f ≥ {f:g}")
+        name = name or f"smallest with f ≥ {f:g}"
         more = {
             "faithfulness": float(self.faithfulness[self.sizes.tolist().index(k)]),
             "size_interval": list(interval),
             "protocol": self.protocol,
             "examples": len(self.clean_values),
         }
-        return Circuit(found.names, found.universe, name=found.name, meta={**found.meta, **more})
+        if isinstance(self.ranked, EdgeScores):
+            edges = self.ranked.circuit(k, ranking=self.ranking, selection=self.selection, with_input=True, name=name)
+            return EdgeCircuit(edges.kept, edges.universe, name=name, meta={**edges.meta, **more})
+        nodes = self.ranked.circuit(k, ranking=self.ranking, name=name)
+        return Circuit(nodes.names, nodes.universe, name=name, meta={**nodes.meta, **more})
 
     def smallest_size(
         self, f: float = 0.9, *, confidence: float = 0.95, resamples: int = 2000, seed: int = 0

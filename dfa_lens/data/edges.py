@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -30,6 +30,9 @@ from dfa_lens.data.files import load_tensors, made_from, parse_json, save_tensor
 from dfa_lens.data.nodes import NodeSet, cfg_of
 from dfa_lens.data.scores import NodeScores, Ranking
 from dfa_lens.errors import EdgeError, ScoreError, short, unknown
+
+if TYPE_CHECKING:
+    from dfa_lens.data.edge_circuit import EdgeCircuit
 
 Readers = Literal["grouped", "per-head"]
 """How keys and values are read.
@@ -348,6 +351,48 @@ class EdgeSet(ByContent):
         """Other edges of a model of these sizes."""
         return EdgeSet(self.n_layers, self.n_heads, self.n_kv_heads, chosen=chosen, parallel=self.parallel)
 
+    def without_input(self) -> EdgeSet:
+        """Those of the set that do not begin at the input: what the ``nodes`` protocol of curves ranks.
+
+        Raises
+        ------
+        EdgeError
+            If there are none.
+
+        Examples
+        --------
+        >>> import dfa_lens as dfa
+        >>> len(dfa.EdgeSet(1, 2)), len(dfa.EdgeSet(1, 2).without_input())
+        (13, 5)
+        """
+        chosen = self.chosen.clone()
+        chosen[0] = False
+        return self.choose(chosen)
+
+    def mask(self, positions: Int[Tensor, "edge 2"]) -> Bool[Tensor, "writer reader"]:
+        """[writer, reader] True at the given rows and columns: what :attr:`positions` is of.
+
+        Raises
+        ------
+        EdgeError
+            If they are no integers, or beyond the writers and readers.
+
+        Examples
+        --------
+        >>> import dfa_lens as dfa
+        >>> edges = dfa.EdgeSet(1, 2)
+        >>> bool((edges.mask(edges.positions) == edges.chosen).all())
+        True
+        """
+        if positions.ndim != 2 or positions.shape[1] != 2 or positions.dtype not in (torch.int32, torch.int64):
+            raise EdgeError(f"its edges are {positions.dtype}{list(positions.shape)}")
+        positions = positions.long()
+        if bool((positions < 0).any() | (positions >= torch.tensor(self.shape)).any()):
+            raise EdgeError("it names edges beyond its sizes")
+        chosen = torch.zeros(self.shape, dtype=torch.bool)
+        chosen[positions[:, 0], positions[:, 1]] = True
+        return chosen
+
     def sample(self, n: int, *, seed: int = 0) -> EdgeSet:
         """``n`` edges of the set at random, the same for the same seed.
 
@@ -586,6 +631,50 @@ class EdgeScores(ByContent):
             for row, column in chosen.tolist()
         }
 
+    def circuit(
+        self,
+        k: int,
+        *,
+        ranking: Ranking = "signed",
+        selection: Selection = "top",
+        with_input: bool = False,
+        name: str | None = None,
+    ) -> EdgeCircuit:
+        """The ``k`` best edges as a circuit: the one that a faithfulness curve runs at size ``k``.
+
+        Parameters
+        ----------
+        k:
+            How many edges.
+        ranking, selection:
+            As for the curve.
+        with_input:
+            Whether the edges of the input are ranked with the others, as in the ``mib`` protocol. Else they are in
+            every circuit and not counted, as in the ``nodes`` protocol.
+        name:
+            What the circuit is called; default: "top k".
+
+        Raises
+        ------
+        ScoreError
+            If ``k`` is out of range.
+
+        Examples
+        --------
+        >>> import torch, dfa_lens as dfa
+        >>> scores = dfa.EdgeScores(torch.arange(15.0).reshape(3, 5), dfa.EdgeSet(1, 1))
+        >>> scores.circuit(2)
+        EdgeCircuit('top 2': 2 of 3 edges: a0.h0->logits, m0->logits)
+        """
+        from dfa_lens.data.edge_circuit import EdgeCircuit
+
+        ranked = self if with_input else EdgeScores(self.values, self.edges.without_input(), self.meta)
+        if not 0 <= k <= len(ranked):
+            raise ScoreError(f"k must be between 0 and the number of ranked edges, {len(ranked)}, not {k}.")
+        best = ranked.edges.positions[ranked.order(ranking, selection=selection)[:k]]
+        meta = {**self.meta, "k": k, "ranking": ranking, "selection": selection}
+        return EdgeCircuit(ranked.edges.mask(best), ranked.edges, name=name or f"top {k}", meta=meta)
+
     def where(self, *, writer: str = "*", reader: str = "*") -> EdgeScores:
         """The scores of the edges between the writers and readers of these names or name patterns."""
         return EdgeScores(self.values, self.edges.where(writer=writer, reader=reader), self.meta)
@@ -732,9 +821,9 @@ class EdgeScores(ByContent):
             flat, meta, sizes = tensors["scores"], parse_json(metadata["meta"]), parse_json(metadata["sizes"])
             if not flat.is_floating_point() or not isinstance(meta, dict) or not isinstance(sizes, dict):
                 raise ScoreError(f"the scores are {flat.dtype}, the provenance is a {type(meta).__name__}")
-            edges = _of_file(sizes, None if "edges" in tensors else flat.numel())
+            edges = edges_of_file(sizes, None if "edges" in tensors else flat.numel())
             if "edges" in tensors:
-                edges = edges.choose(_mask(edges, tensors["edges"]))
+                edges = edges.choose(edges.mask(tensors["edges"]))
             return cls.of_flat(flat, edges, meta)
 
         return made_from(path, "a file of edge scores", make)
@@ -752,8 +841,6 @@ class EdgeScores(ByContent):
             If the readers are grouped: the format has readers of keys and values for every query head. Or if attention
             and MLP run side by side.
         """
-        if self.edges.parallel:
-            raise ScoreError("MIB's graphs of models whose attention and MLP run side by side are not written.")
         if self.edges.grouped:
             raise ScoreError(
                 "MIB's format has a reader of keys and of values for every query head, and these scores have one for "
@@ -792,25 +879,35 @@ class EdgeScores(ByContent):
 MOST_CELLS = 10**8
 
 
-def _of_file(sizes: Mapping[str, Any], n_edges: int | None) -> EdgeSet:
-    """The edges of a model of a file's sizes, which are compared with what it holds before anything of them is made."""
+def edges_of_file(sizes: Mapping[str, Any], n_edges: int | None = None, *, cells: int | None = None) -> EdgeSet:
+    """The edges of a model of a file's sizes, which are compared with what it holds before anything of them is made.
+
+    Parameters
+    ----------
+    sizes:
+        ``n_layers``, ``n_heads`` and ``n_kv_heads``, as the file has them.
+    n_edges, cells:
+        How many edges, or writers times readers, the file holds something of; None: it does not say.
+
+    Raises
+    ------
+    ScoreError
+        If there are others, or more than ``MOST_CELLS`` writers times readers.
+
+    Examples
+    --------
+    >>> from dfa_lens.data.edges import edges_of_file
+    >>> edges_of_file({"n_layers": 1, "n_heads": 2, "n_kv_heads": 1}, 11)
+    EdgeSet(11 edges of 1 layers × 2 heads (1 key-value heads))
+    """
     given = [sizes[name] for name in ("n_layers", "n_heads", "n_kv_heads")]
     layers, heads, kv_heads = (selection.integer(number) or 0 for number in given)
     parallel = sizes.get("parallel", False) is True
     if n_edges is not None and n_edges != mib_graphs.n_edges(layers, heads, kv_heads) - parallel * layers * heads:
         raise ScoreError(f"it has {n_edges} scores, not those of {short(given)} layers, heads and key-value heads")
-    if (1 + layers * (heads + 1)) * (1 + layers * (heads + 2 * kv_heads + 1)) > MOST_CELLS:
+    expected = (1 + layers * (heads + 1)) * (1 + layers * (heads + 2 * kv_heads + 1))
+    if cells is not None and cells != expected:
+        raise ScoreError(f"it has {cells} cells, not those of {short(given)} layers, heads and key-value heads")
+    if expected > MOST_CELLS:
         raise ScoreError(f"its sizes are {short(given)}: more than {MOST_CELLS:.0e} writers times readers")
     return EdgeSet(*given, parallel=parallel)
-
-
-def _mask(edges: EdgeSet, positions: Tensor) -> Bool[Tensor, "writer reader"]:
-    """The boolean matrix of saved positions."""
-    if positions.ndim != 2 or positions.shape[1] != 2 or positions.dtype not in (torch.int32, torch.int64):
-        raise ScoreError(f"its edges are {positions.dtype}{list(positions.shape)}")
-    positions = positions.long()
-    if bool((positions < 0).any() | (positions >= torch.tensor(edges.shape)).any()):
-        raise ScoreError("it names edges beyond its sizes")
-    chosen = torch.zeros(edges.shape, dtype=torch.bool)
-    chosen[positions[:, 0], positions[:, 1]] = True
-    return chosen

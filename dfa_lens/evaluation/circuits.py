@@ -1,16 +1,17 @@
 """What circuits do: run one, knock it out, generate under it, and how sure it is which nodes are in it.
 
 A circuit is run as faithfulness curves run it: the clean prompt, with every node outside the circuit at its activation
-in the corrupt run. The values themselves, and what can be said of them without a model, are in
-:mod:`dfa_lens.data.circuit`.
+in the corrupt run; of edges, with every edge outside it carrying what its writer does in the corrupt run. The values
+themselves, and what can be said of them without a model, are in :mod:`dfa_lens.data.circuit` and
+:mod:`dfa_lens.data.edge_circuit`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, Literal, overload
 
 import numpy as np
 import torch
@@ -19,16 +20,20 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from dfa_lens.attribution.attribute import attribute
+from dfa_lens.attribution.edges import attribute_edges
 from dfa_lens.data import html, metrics
 from dfa_lens.data.arguments import expect
 from dfa_lens.data.circuit import Circuit, Overlap, compare, overlaps, side_by_side
 from dfa_lens.data.content import ByContent
-from dfa_lens.data.membership import Membership
+from dfa_lens.data.edge_circuit import EdgeCircuit
+from dfa_lens.data.edges import EdgeSet, Selection
+from dfa_lens.data.membership import EdgeMembership, Membership
 from dfa_lens.data.nodes import NodeSet
 from dfa_lens.data.pairs import PromptPairs
 from dfa_lens.data.scores import Ranking
 from dfa_lens.data.statistics import UNDEFINED, Interval, enough, resampled
-from dfa_lens.errors import CircuitError, PromptError
+from dfa_lens.errors import CircuitError, PromptError, unknown
+from dfa_lens.evaluation.edge_circuits import run_edge_circuit
 from dfa_lens.evaluation.node_circuits import need_of_curve, require_model, run_circuits
 from dfa_lens.evaluation.runs import Runs, require_gap
 from dfa_lens.models import ablations, backend, memory
@@ -66,7 +71,7 @@ class CircuitRun(ByContent):
         [example] KL(P_clean ‖ P_circuit) at the answer.
     """
 
-    circuit: Circuit
+    circuit: Circuit | EdgeCircuit
     logits: Float[Tensor, "example vocab"]
     clean_logits: Float[Tensor, "example vocab"]
     values: Float[np.ndarray, " example"]
@@ -147,7 +152,7 @@ class CircuitRun(ByContent):
 def run(
     model: HookedModel,
     pairs: PromptPairs,
-    circuit: Circuit,
+    circuit: Circuit | EdgeCircuit,
     *,
     metric: str | Callable[..., Tensor] = "logit-difference",
     batch_size: int | Literal["auto"] = 16,
@@ -155,7 +160,7 @@ def run(
     share_prefix: bool = True,
     ablation: str | Ablation = "corrupt",
 ) -> CircuitRun:
-    """Run the clean prompts with every node outside the circuit at its corrupt activation.
+    """Run the clean prompts with every node (or edge) outside the circuit at its corrupt activation.
 
     Parameters
     ----------
@@ -164,16 +169,20 @@ def run(
     pairs:
         Prompts. Those by which the circuit was chosen flatter it.
     circuit:
-        Where its universe has a node "input" that the circuit lacks, nothing clean enters, as in the ``mib`` protocol.
+        Of nodes or of edges. Where its universe has a node "input" that the circuit lacks, nothing clean enters, as in
+        the ``mib`` protocol.
     metric, batch_size, share_prefix, ablation:
         As in :func:`~dfa_lens.evaluation.faithfulness.faithfulness_curve`, whose value at this size is the same number.
+        Of edges ``ablation="corrupt"`` only.
 
     Raises
     ------
     CircuitError
-        If the circuit is of something else than nodes, or of the input alone.
+        If it is no circuit, one of the input alone, or one of edges with another ablation.
     NodeError, ScoreError
         If it is of another model.
+    ModelError
+        Of edges: if the model can't have them, see :func:`~dfa_lens.attribution.edges.attribute_edges`.
 
     Examples
     --------
@@ -188,32 +197,40 @@ def run(
     expect(2, "pairs", pairs, PromptPairs)
     runner = Runner(model)
     runner.require(pairs)
-    universe, keep = _gated(circuit)
-    require_model(circuit.universe, circuit.meta, model)
-    runner.check_points(universe.points)
-    with_input = torch.tensor(["input" in circuit or "input" not in circuit.universe])
-    chosen = metrics.checked(metric)
-    instead = ablations.resolve(ablation)
-
-    def work(size: int) -> Runs:
-        return run_circuits(
-            runner,
-            pairs,
-            universe,
-            keep[None],
-            with_input,
-            chosen,
-            batch_size=size,
-            progress=progress,
-            share_prefix=share_prefix,
-            keep_logits=True,
-            ablation=instead,
+    chosen, instead = metrics.checked(metric), ablations.resolve(ablation)
+    if isinstance(circuit, EdgeCircuit):
+        if not isinstance(instead, ablations.Corrupt):
+            raise CircuitError(
+                "Circuits of edges are run with ablation='corrupt' only: circuit.to_nodes() is of nodes."
+            )
+        runs = run_edge_circuit(
+            runner, pairs, circuit, chosen, batch_size, progress=progress, share_prefix=share_prefix
         )
+    else:
+        universe, keep = _gated(circuit)
+        require_model(circuit.universe, circuit.meta, model)
+        runner.check_points(universe.points)
+        with_input = torch.tensor(["input" in circuit or "input" not in circuit.universe])
 
-    def need(footprint: Footprint, size: int) -> Need:
-        return need_of_curve(footprint, len(pairs), size, 1, 1)
+        def work(size: int) -> Runs:
+            return run_circuits(
+                runner,
+                pairs,
+                universe,
+                keep[None],
+                with_input,
+                chosen,
+                batch_size=size,
+                progress=progress,
+                share_prefix=share_prefix,
+                keep_logits=True,
+                ablation=instead,
+            )
 
-    runs = memory.run(work, batch_size, runner, pairs, universe, need)
+        def need(footprint: Footprint, size: int) -> Need:
+            return need_of_curve(footprint, len(pairs), size, 1, 1)
+
+        runs = memory.run(work, batch_size, runner, pairs, universe, need)
     assert runs.logits is not None
     assert runs.clean_logits is not None
     return CircuitRun(
@@ -237,22 +254,22 @@ def _gated(circuit: Any) -> tuple[NodeSet, Tensor]:
     return circuit.universe[rest], circuit.kept[rest]
 
 
-def ablate(model: HookedModel, pairs: PromptPairs, circuit: Circuit, **options: Any) -> CircuitRun:
-    """Knock the circuit out: its nodes are at their corrupt activations, and all others run.
+def ablate(model: HookedModel, pairs: PromptPairs, circuit: Circuit | EdgeCircuit, **options: Any) -> CircuitRun:
+    """Knock the circuit out: its nodes (or edges) are at their corrupt activations, and all others run.
 
     The faithfulness of what is left says whether the rest can do without: near 0, the circuit is needed.
 
     Parameters
     ----------
     circuit:
-        What is knocked out. An "input" in its universe stays clean.
+        What is knocked out. A node "input" in its universe stays clean; edges of the input go with the others.
     options:
         As in :func:`run`.
 
     Returns
     -------
     CircuitRun
-        Of the other nodes.
+        Of the other nodes or edges.
 
     Examples
     --------
@@ -263,19 +280,20 @@ def ablate(model: HookedModel, pairs: PromptPairs, circuit: Circuit, **options: 
     >>> dfa.circuits.ablate(model, pairs, circuit).faithfulness < 0.3
     True
     """
+    if isinstance(circuit, EdgeCircuit):
+        return run(model, pairs, ~circuit, **options)
     _gated(circuit)
     rest = ~circuit
-    if "input" in circuit:
-        rest = Circuit(["input", *rest.names], rest.universe, name=rest.name, meta=rest.meta)
+    names = ["input", *rest.names] if "input" in circuit else rest.names
     model_of = {key: value for key, value in circuit.meta.items() if key in ("model", "target")}
-    rest = Circuit(rest.names, rest.universe, name=rest.name, meta={**rest.meta, **model_of})
+    rest = Circuit(names, rest.universe, name=rest.name, meta={**rest.meta, **model_of})
     return run(model, pairs, rest, **options)
 
 
 def generate(
     model: HookedModel,
     pairs: PromptPairs,
-    circuit: Circuit,
+    circuit: Circuit | EdgeCircuit,
     *,
     max_new_tokens: int = 8,
     batch_size: int | Literal["auto"] = 16,
@@ -343,18 +361,32 @@ def _continued(pairs: PromptPairs, token: Int[Tensor, " pair"]) -> PromptPairs:
     )
 
 
+@overload
+def membership(
+    model: HookedModel, pairs: PromptPairs, k: int, *, unit: Literal["nodes"] = "nodes", **options: Any
+) -> Membership: ...
+
+
+@overload
+def membership(
+    model: HookedModel, pairs: PromptPairs, k: int, *, unit: Literal["edges"], **options: Any
+) -> EdgeMembership: ...
+
+
 def membership(
     model: HookedModel,
     pairs: PromptPairs,
     k: int,
     *,
+    unit: Literal["nodes", "edges"] = "nodes",
     ranking: Ranking = "signed",
+    selection: Selection = "top",
     resamples: int = 1000,
     seed: int = 0,
     progress: bool = False,
     **options: Any,
-) -> Membership:
-    """For every node, the probability that it is among the k best when other prompts like these had been drawn.
+) -> Membership | EdgeMembership:
+    """For every node or edge, the probability that it is among the k best when other prompts like these had been drawn.
 
     Each pair is attributed by itself; then pairs are drawn with replacement, their scores averaged, and the k best
     taken (a bootstrap). Of transfers with several seeds: :meth:`Membership.of <dfa_lens.data.membership.Membership.of>`
@@ -364,10 +396,16 @@ def membership(
     ----------
     k:
         The size of the circuit.
+    unit:
+        Of what: "nodes" or "edges".
+    selection:
+        Of edges, as for the curve.
     resamples, seed:
         Of the bootstrap.
     options:
-        As in :func:`~dfa_lens.attribution.attribute.attribute`: ``method``, ``steps``, ``nodes``, ``metric``, ….
+        As in :func:`~dfa_lens.attribution.attribute.attribute`: ``method``, ``steps``, ``nodes``, ``metric``, …. Of
+        edges as in :func:`~dfa_lens.attribution.edges.attribute_edges`; those of the input are ranked only if ``edges``
+        has them.
 
     Raises
     ------
@@ -383,13 +421,30 @@ def membership(
     >>> len(found), round(float(found.probabilities.sum()), 3)
     (54, 10.0)
     """
-    nodes = options.get("nodes") or NodeSet.heads_and_mlps(model)
-    if not 0 <= k <= len(nodes):
-        raise CircuitError(f"k must be between 0 and the number of nodes, {len(nodes)}, not {k}.")
+    if unit not in ("nodes", "edges"):
+        raise unknown("unit", unit, ("nodes", "edges"), CircuitError)
+    if unit == "nodes" and selection != "top":
+        raise CircuitError("Only circuits of edges are selected otherwise than from the top: unit='edges'.")
+    if unit == "edges":
+        readers = options.pop("readers", "grouped")
+        edges = options.pop("edges", None) or EdgeSet.of_model(model, readers=readers).without_input()
+        options["edges"] = edges
+    n = len(edges) if unit == "edges" else len(options.get("nodes") or NodeSet.heads_and_mlps(model))
+    if not 0 <= k <= n:
+        raise CircuitError(f"k must be between 0 and the number of {unit}, {n}, not {k}.")
     if len(pairs) < 2:
         raise CircuitError("One prompt pair can't be resampled: give several.")
     rows = tqdm(range(len(pairs)), desc="membership", unit="pair", disable=not progress)
+    drawn: dict[str, Any] = {"ranking": ranking, "resamples": resamples, "seed": seed}
+    if unit == "edges":
+        of_edges = [attribute_edges(model, pairs[i : i + 1], **options) for i in rows]
+        found = EdgeMembership.resampled(of_edges, k, selection=selection, **drawn)
+        return EdgeMembership(found.probabilities, found.edges, k, {**_told(of_edges[0].meta), **found.meta})
     scores = [attribute(model, pairs[i : i + 1], **options) for i in rows]
-    found = Membership.resampled(scores, k, ranking=ranking, resamples=resamples, seed=seed)
-    told: dict[str, Any] = {key: scores[0].meta[key] for key in ("method", "metric", "model") if key in scores[0].meta}
-    return Membership(found.probabilities, found.nodes, k, {**told, **found.meta})
+    of_nodes = Membership.resampled(scores, k, **drawn)
+    return Membership(of_nodes.probabilities, of_nodes.nodes, k, {**_told(scores[0].meta), **of_nodes.meta})
+
+
+def _told(meta: Mapping[str, Any]) -> dict[str, Any]:
+    """What the scores of one pair say that holds of all of them."""
+    return {key: meta[key] for key in ("method", "metric", "model") if key in meta}

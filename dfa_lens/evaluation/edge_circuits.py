@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 
 from dfa_lens.data import metrics
 from dfa_lens.data.curve import FaithfulnessCurve, Protocol
+from dfa_lens.data.edge_circuit import EdgeCircuit
 from dfa_lens.data.edges import EdgeScores, EdgeSet, Selection
 from dfa_lens.data.pairs import PromptPairs
 from dfa_lens.data.scores import Ranking
@@ -43,7 +44,7 @@ class CurveOfEdges:
         self, runner: Runner, pairs: PromptPairs, scores: EdgeScores, batch_size: int | Literal["auto"]
     ) -> FaithfulnessCurve:
         """The curve."""
-        _check_model(scores, runner)
+        require_edges(scores.edges, runner)
         require_room(runner, scores.edges, pairs, batch_size, "faithfulness_curve of edges")
         ranked = self._ranked(scores)
         order, n = ranked.order(self.ranking, selection=self.selection), len(ranked)
@@ -55,7 +56,16 @@ class CurveOfEdges:
         chosen = metrics.checked(self.metric)
 
         def work(size: int) -> Runs:
-            return self._run_all(runner, pairs, scores.edges, circuits, chosen, size)
+            return run_edge_circuits(
+                runner,
+                pairs,
+                scores.edges,
+                circuits,
+                chosen,
+                batch_size=size,
+                progress=self.progress,
+                share_prefix=self.share_prefix,
+            )
 
         def need(footprint: Footprint, size: int) -> Need:
             return need_of_edge_curve(footprint, len(pairs), size, len(circuits))
@@ -63,7 +73,7 @@ class CurveOfEdges:
         runs = memory.run(work, batch_size, runner, pairs, scores.edges.nodes, need)
         curve = runs.curve(fractions, ks, added=added, protocol=self.protocol, ranking=self.ranking, n=n)
         live = torch.tensor([int(scores.edges.live(kept).sum()) for kept in circuits[added:]])
-        return replace(curve, unit="edges", live_sizes=live.numpy())
+        return replace(curve, unit="edges", live_sizes=live.numpy(), ranked=ranked, selection=self.selection)
 
     def _ranked(self, scores: EdgeScores) -> EdgeScores:
         """The scores of the edges that the protocol ranks; whatever else there is stays in every circuit."""
@@ -74,46 +84,92 @@ class CurveOfEdges:
                     f"scores of {len(scores)}. Use protocol='nodes': edges without a score are then always in it."
                 )
             return scores
-        chosen = scores.edges.chosen.clone()
-        chosen[0] = False
-        if not chosen.any():
+        if not scores.edges.chosen[1:].any():
             raise FaithfulnessError(
                 "All of the scores are of edges of the input, which are always in the circuit: use protocol='mib'."
             )
-        return EdgeScores(scores.values, scores.edges.choose(chosen), scores.meta)
+        return EdgeScores(scores.values, scores.edges.without_input(), scores.meta)
 
-    def _run_all(
-        self,
-        runner: Runner,
-        pairs: PromptPairs,
-        edges: EdgeSet,
-        circuits: list[Bool[Tensor, "writer reader"]],
-        metric: metrics.Metric,
-        batch_size: int,
-    ) -> Runs:
-        runs = Runs.empty(len(circuits), len(pairs))
-        total = len(pairs) * len(circuits)
-        with (
-            runner.session(passes=len(circuits)),
-            torch.no_grad(),
-            tqdm(total=total, desc="curve", unit="run", disable=not self.progress) as bar,
-        ):
-            stream = Stream(runner, edges)
-            for rows, batch in runner.batches(pairs, batch_size):
-                run = PairedRun(runner, batch, edges.nodes, share_prefix=self.share_prefix)
-                _, clean = run.record("clean", nodes=False)
-                corrupt, corrupt_logits = run.record("corrupt")
-                runs.record_whole(rows, batch, metric, clean, corrupt_logits)
-                for i, kept in enumerate(circuits):
-                    if torch.equal(kept, edges.existing):
-                        logits = clean
-                    elif not edges.live(kept).any():  # no clean information arrives: exactly the corrupt run
-                        logits = corrupt_logits
-                    else:
-                        logits = run_gated(stream, run, kept.to(torch.float32), corrupt)
-                    runs.record(i, rows, batch, metric, logits, clean)
-                    bar.update(len(batch))
-        return runs
+
+def run_edge_circuits(
+    runner: Runner,
+    pairs: PromptPairs,
+    edges: EdgeSet,
+    circuits: Sequence[Bool[Tensor, "writer reader"]],
+    metric: metrics.Metric,
+    *,
+    batch_size: int,
+    progress: bool = False,
+    share_prefix: bool = True,
+    keep_logits: bool = False,
+) -> Runs:
+    """Run circuits of edges on prompt pairs.
+
+    Parameters
+    ----------
+    edges:
+        Edges of the model, by whose writers and readers the circuits are written.
+    circuits:
+        Of each, which edges of the model run.
+    keep_logits:
+        Also keep the logits of every circuit and of the whole model at the answer.
+    """
+    runs = Runs.empty(len(circuits), len(pairs), d_vocab=runner.d_vocab if keep_logits else 0)
+    total = len(pairs) * len(circuits)
+    with (
+        runner.session(passes=len(circuits)),
+        torch.no_grad(),
+        tqdm(total=total, desc="curve", unit="run", disable=not progress) as bar,
+    ):
+        stream = Stream(runner, edges)
+        for rows, batch in runner.batches(pairs, batch_size):
+            run = PairedRun(runner, batch, edges.nodes, share_prefix=share_prefix)
+            _, clean = run.record("clean", nodes=False)
+            corrupt, corrupt_logits = run.record("corrupt")
+            runs.record_whole(rows, batch, metric, clean, corrupt_logits)
+            for i, kept in enumerate(circuits):
+                if torch.equal(kept, edges.existing):
+                    logits = clean
+                elif not edges.live(kept).any():  # no clean information arrives: exactly the corrupt run
+                    logits = corrupt_logits
+                else:
+                    logits = run_gated(stream, run, kept.to(torch.float32), corrupt)
+                runs.record(i, rows, batch, metric, logits, clean)
+                bar.update(len(batch))
+    return runs
+
+
+def run_edge_circuit(
+    runner: Runner,
+    pairs: PromptPairs,
+    circuit: EdgeCircuit,
+    metric: metrics.Metric,
+    batch_size: int | Literal["auto"],
+    *,
+    progress: bool,
+    share_prefix: bool,
+) -> Runs:
+    """Run one circuit, its logits kept."""
+    require_edges(circuit.universe, runner, "The circuit belongs")
+    require_room(runner, circuit.universe, pairs, batch_size, "a circuit of edges")
+
+    def work(size: int) -> Runs:
+        return run_edge_circuits(
+            runner,
+            pairs,
+            circuit.universe,
+            [circuit.open],
+            metric,
+            batch_size=size,
+            progress=progress,
+            share_prefix=share_prefix,
+            keep_logits=True,
+        )
+
+    def need(footprint: Footprint, size: int) -> Need:
+        return need_of_edge_curve(footprint, len(pairs), size, 1)
+
+    return memory.run(work, batch_size, runner, pairs, circuit.universe.nodes, need)
 
 
 def need_of_edge_curve(footprint: Footprint, examples: int, batch: int, sizes: int) -> Need:
@@ -129,9 +185,10 @@ def _with(always: Bool[Tensor, "writer reader"], ends: Int[Tensor, "edge 2"]) ->
     return kept
 
 
-def _check_model(scores: EdgeScores, runner: Runner) -> None:
-    if not scores.edges.fits(runner.model):
+def require_edges(edges: EdgeSet, runner: Runner, what: str = "The scores belong") -> None:
+    """A :class:`~dfa_lens.errors.ScoreError` unless they are edges of the runner's model."""
+    if not edges.fits(runner.model):
         raise ScoreError(
-            f"The scores belong to the {scores.edges!r}, but this model has the {EdgeSet.of_model(runner.model)!r}: "
-            "they come from another model."
+            f"{what} to the {edges!r}, but this model has the {EdgeSet.of_model(runner.model)!r}: "
+            f"{'they come' if what.endswith('belong') else 'it comes'} from another model."
         )

@@ -18,6 +18,7 @@ from torch import Tensor
 from dfa_lens.data import mib_graphs
 from dfa_lens.data.circuit import Circuit
 from dfa_lens.data.curve import MIB_FRACTIONS, FaithfulnessCurve, Protocol
+from dfa_lens.data.edge_circuit import EdgeCircuit
 from dfa_lens.data.edges import EdgeScores, EdgeSet
 from dfa_lens.data.mib_submission import N_CIRCUITS, Entry, check, entries, export
 from dfa_lens.data.pairs import PromptPairs
@@ -109,7 +110,7 @@ def areas(
 def of_circuits(
     model: HookedModel,
     pairs: PromptPairs,
-    circuits: Sequence[Circuit | EdgeScores],
+    circuits: Sequence[Circuit | EdgeCircuit | EdgeScores],
     *,
     batch_size: int | Literal["auto"] = 16,
     metric: str | Callable[..., Tensor] = "logit-difference",
@@ -119,7 +120,8 @@ def of_circuits(
     Parameters
     ----------
     circuits:
-        Circuits of nodes, with the input in their universe or not, or edges that score 1 inside and 0 outside.
+        Circuits of nodes or of edges, with the input in their universe or not, or edges that score 1 inside and 0
+        outside.
         Nine are taken for MIB's first nine fractions, as MIB does, whatever their sizes; of another number each stands
         at its own fraction.
     model, pairs, batch_size, metric:
@@ -172,13 +174,17 @@ def of_circuits(
 
 
 def _one(
-    model: HookedModel, pairs: PromptPairs, circuit: Circuit | EdgeScores, batch_size: Any, metric: Any
+    model: HookedModel, pairs: PromptPairs, circuit: Circuit | EdgeCircuit | EdgeScores, batch_size: Any, metric: Any
 ) -> FaithfulnessCurve:
     """The circuit and the whole model: the k best of scores that are 1 inside and 0 outside."""
     if isinstance(circuit, Circuit):
         inside: NodeScores | EdgeScores = NodeScores(circuit.kept.float(), circuit.universe, circuit.meta)
         size, n = len(circuit), len(circuit.universe)
         protocol: Protocol = "mib" if "input" in circuit.universe else "nodes"
+    elif isinstance(circuit, EdgeCircuit):
+        inside = EdgeScores(circuit.kept.float(), circuit.universe, circuit.meta)
+        size, n = len(circuit), len(circuit.universe)
+        protocol = "mib" if circuit.universe.chosen[0].any() else "nodes"
     else:
         inside, protocol = circuit, "mib"
         size, n = int((circuit.flat != 0).sum()), len(circuit.edges)

@@ -262,7 +262,8 @@ class Stream:
             raise ModelError(
                 "Edges need a residual stream that is the sum of what embedding, heads and MLP blocks add. Here "
                 f"{what} differs from the sum of its parts by {off:.2g} ({size:.2g} at most): another kind of model "
-                "(scaled sums, say), or somebody's hooks on it. Node scores do not need it: dfa.attribute."
+                "(scaled sums, say), one that rounds what its weights are multiplied with (LLM.int8), or somebody's "
+                "hooks on it. Node scores do not need it: dfa.attribute."
             )
 
 

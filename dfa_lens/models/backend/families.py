@@ -6,9 +6,10 @@ names of modules and in how queries, keys and values lie in what one module retu
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeGuard
 
 import torch
 from jaxtyping import Float
@@ -333,6 +334,24 @@ def features(module: Any, side: Literal["in", "out"]) -> int | None:
     return next((size for size in sizes if isinstance(size, int)), None)
 
 
+def plain_numbers(weight: Any) -> TypeGuard[Tensor]:
+    """Whether a weight is a tensor of numbers as they are: torchao's weights are tensors, too, but of packed ones."""
+    return type(weight) in (Tensor, torch.nn.Parameter) and weight.is_floating_point()
+
+
+@contextmanager
+def evaluating(module: Any) -> Iterator[None]:
+    """A module as it computes when it is not trained, for the length of the context: an adapter may drop some of it."""
+    training = [each for each in module.modules() if each.training]
+    try:
+        for each in training:
+            each.training = False
+        yield
+    finally:
+        for each in training:
+            each.training = True
+
+
 def affine(module: Any, dtype: torch.dtype) -> tuple[Float[Tensor, "in out"], Float[Tensor, " out"] | None]:
     """Matrix and bias of a linear module.
 
@@ -340,7 +359,7 @@ def affine(module: Any, dtype: torch.dtype) -> tuple[Float[Tensor, "in out"], Fl
     not: then what the module makes of the unit vectors, which takes the memory of one matrix.
     """
     weight, kind = getattr(module, "weight", None), type(module)
-    if isinstance(weight, Tensor) and weight.is_floating_point() and weight.device.type != "meta":
+    if plain_numbers(weight) and weight.device.type != "meta":
         if kind is torch.nn.Linear and not hasattr(module, "_hf_hook"):
             return weight.T, module.bias
         if kind.__name__ == "Conv1D" and not hasattr(module, "_hf_hook"):
@@ -350,7 +369,7 @@ def affine(module: Any, dtype: torch.dtype) -> tuple[Float[Tensor, "in out"], Fl
         raise TypeError(f"a {kind.__name__} does not say how many numbers it takes")
     places = [t.device for t in (*module.parameters(), *module.buffers()) if t.device.type != "meta"]
     device = places[0] if places else torch.device("cpu")
-    with torch.no_grad():
+    with torch.no_grad(), evaluating(module):
         bias = module(torch.zeros(1, size, dtype=dtype, device=device))[0]
         matrix = module(torch.eye(size, dtype=dtype, device=device)) - bias
     return matrix, bias if bool(bias.any()) else None

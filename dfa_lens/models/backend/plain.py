@@ -18,7 +18,7 @@ from torch import Tensor
 
 from dfa_lens.errors import HookError
 from dfa_lens.models import kept, private
-from dfa_lens.models.backend.families import View, affine, take_apart
+from dfa_lens.models.backend.families import View, affine, evaluating, plain_numbers, take_apart
 from dfa_lens.models.backend.protocol import AddedPoint, HuggingFaceBackend, Norm
 from dfa_lens.models.offload import brought
 
@@ -320,9 +320,15 @@ class PlainBackend(HuggingFaceBackend):
     @property
     def unembedding(self) -> tuple[Any, Float[Tensor, "d_model vocab"], Tensor | None] | None:  # noqa: D102
         module = self.model.parts.unembedding
-        if type(module) is not torch.nn.Linear or module.weight.device.type == "meta" or hasattr(module, "_hf_hook"):
+        if not self._plain_unembedding or module.weight.device.type == "meta" or hasattr(module, "_hf_hook"):
             return None
         return module, module.weight.T, module.bias
+
+    @property
+    def _plain_unembedding(self) -> bool:
+        """Whether it is a matrix of numbers: it has no adapter, and is not quantised."""
+        module = self.model.parts.unembedding
+        return type(module) is torch.nn.Linear and plain_numbers(module.weight)
 
     def processing(self) -> tuple[str, ...]:
         """Nothing ever is."""
@@ -397,11 +403,21 @@ class PlainBackend(HuggingFaceBackend):
         self, tokens: Int[Tensor, " row"]
     ) -> tuple[Float[Tensor, "row d_model"], Float[Tensor, " row"] | None]:
         module = self.model.parts.unembedding
-        if not module.weight.is_floating_point():
-            raise TypeError("the unembedding is quantised")
+        if not self._plain_unembedding:
+            return self._columns_of(module, tokens)
         with brought(module):
             own, bias = tokens.to(module.weight.device), getattr(module, "bias", None)
             return module.weight[own].clone(), None if bias is None else bias[own].clone()
+
+    def _columns_of(
+        self, module: Any, tokens: Int[Tensor, " row"]
+    ) -> tuple[Float[Tensor, "row d_model"], Float[Tensor, " row"]]:
+        """The same of any linear module: the logits' gradients are the columns, and the logits of nothing the bias."""
+        with torch.enable_grad(), evaluating(module):
+            size = int(self.model.cfg.d_model)
+            stream = torch.zeros(len(tokens), size, dtype=self.dtype, device=self.device, requires_grad=True)
+            own = module(stream).gather(1, tokens.to(self.device)[:, None])[:, 0]
+            return torch.autograd.grad(own.sum(), stream)[0], own.detach()
 
     def _place(self, weight: Tensor) -> torch.device:
         """Where a weight is, or is brought to."""
