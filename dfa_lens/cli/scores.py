@@ -82,6 +82,7 @@ def attribute(
     device: option.DeviceOption = "cpu",
     dtype: option.DtypeOption = "float32",
     batch_size: option.BatchOption = "16",
+    quiet: option.QuietOption = False,
     as_json: option.JsonOption = False,
 ) -> None:
     """Score every node of a model on a task, or every edge, and save the scores.
@@ -100,7 +101,7 @@ def attribute(
     loaded = reading.model(model, backend, device, dtype)
     prompts = reading.pairs(loaded, task, pairs, split=split, examples=examples, seed=seed, collection=collection)
     size = option.batch_size_of(batch_size)
-    common: dict[str, Any] = {"steps": integration_steps, "batch_size": size, "progress": True}
+    common: dict[str, Any] = {"steps": integration_steps, "batch_size": size, "progress": option.bars(quiet)}
     common |= {"ablation": ablation, "direction": direction}
     scores: Any
     if edges:

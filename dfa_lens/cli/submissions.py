@@ -69,6 +69,7 @@ def evaluate(
     device: option.DeviceOption = "cpu",
     dtype: option.DtypeOption = "float32",
     batch_size: option.BatchOption = "16",
+    quiet: option.QuietOption = False,
     as_json: option.JsonOption = False,
 ) -> None:
     """Judge somebody's submission: CPR and CMD of every task of a model, by signed and by absolute scores."""
@@ -87,7 +88,8 @@ def evaluate(
         prompts = reading.pairs(
             loaded, entry.task, None, split=split, examples=examples, seed=seed, collection=collection
         )
-        areas = dfa.mib.evaluate(loaded, prompts, entry, batch_size=option.batch_size_of(batch_size), progress=True)
+        size, bars = option.batch_size_of(batch_size), option.bars(quiet)
+        areas = dfa.mib.evaluate(loaded, prompts, entry, batch_size=size, progress=bars)
         rows.append({"task": entry.task, "model": entry.model, "circuits": len(entry.files), "cpr": areas.cpr})
         rows[-1] |= {"cmd": areas.cmd, "cpr_absolute": areas.absolute.cpr, "cmd_signed": areas.signed.cmd}
         texts.append(f"{entry.task}, {len(prompts)} prompt pairs\n{areas}")

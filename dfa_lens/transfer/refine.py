@@ -153,5 +153,5 @@ def _divergence(store: ExampleStore, rows: Int[Tensor, " example"], mask: Float[
     for members in store.groups(rows):
         batch = store.batch(rows[members])
         logits = store.masked(batch, mask.to(store.runner.device).expand(len(members), -1))
-        total = total + distance("kl", batch.log_p_clean, logits, batch.pairs).sum().to(mask.device)
+        total = total + distance("kl", batch.log_p_goal, logits, batch.pairs).sum().to(mask.device)
     return total
