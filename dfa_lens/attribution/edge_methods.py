@@ -99,7 +99,7 @@ class Eap(EdgeMethod):
         else:
             with torch.no_grad():
                 clean_logits = batch.run(reading)
-        for some in batch.chunks(sorted(fractions, reverse=True)):
+        for some in gradients.chunks(sorted(fractions, reverse=True)):
             start = torch.cat([corrupt_embed + fraction * deltas[INPUT_POINT] for fraction in some])
             _backward(batch, gradients, start, [], clean_logits, len(some))
             batch.done(len(some))
@@ -164,7 +164,7 @@ class EapIgActivations(EdgeMethod):
             rows = slice(site.positions[0], site.positions[-1] + 1)
             if bool(task.edges.chosen[rows].any()):
                 gradients = ReaderGradients(task.stream, batch, deltas, (site,))
-                for some in batch.chunks(list(task.fractions)):
+                for some in gradients.chunks(list(task.fractions)):
                     self._path(batch, gradients, site, some, corrupt[site.point], clean_logits)
                 scores += gradients.scores() / len(task.fractions)
             batch.done()
@@ -211,7 +211,7 @@ class ExactEdges(EdgeMethod):
         clean, clean_logits = batch.record("clean", streams=batch.restarts)
         for point in deltas:
             deltas[point] -= clean[point]
-        del clean
+        clean = {site.point: clean[site.point] for site in edges.nodes.sites if task.stream.needs_heads(site)}
         metric = batch.total(clean_logits, clean_logits)
         scores = torch.zeros(edges.shape, dtype=torch.float64)
         for site in edges.sites:
@@ -219,7 +219,8 @@ class ExactEdges(EdgeMethod):
             members = task.stream.members if site.kind in ("k", "v") else 1
             for some in own.split(max(1, batch.room // members)) if len(own) else ():
                 columns = site.first + some[:, 1]
-                scores[some[:, 0], columns] = metric - self._without(batch, task, site, some, deltas, clean_logits)
+                without = self._without(batch, task, site, some, deltas, clean, clean_logits)
+                scores[some[:, 0], columns] = metric - without
                 batch.done(len(some))
         return EdgeSums(scores, {"clean": metric, "corrupt": batch.total(corrupt_logits, clean_logits)})
 
@@ -230,6 +231,7 @@ class ExactEdges(EdgeMethod):
         site: ReaderSite,
         some: Int[Tensor, "edge 2"],
         deltas: Activations,
+        clean: Activations,
         clean_logits: Tensor,
     ) -> Float[Tensor, " edge"]:
         """The metric, summed over the batch, without each of some edges into one site: (writer, reader of the site)."""
@@ -246,8 +248,10 @@ class ExactEdges(EdgeMethod):
                 mine = at // n_places == copy
                 row, column = ends[copy]
                 one = next(each for each in nodes.sites if row in each.positions)
-                written = stream.written(one, deltas[one.point], at[mine] % n_places)
-                found[mine, column] = written[row - one.positions[0]]
+                written = stream.written(one, deltas[one.point], at[mine] % n_places)[row - one.positions[0]]
+                if one.point in clean:
+                    written = stream.behind_norm(one, written, clean[one.point], at[mine] % n_places)
+                found[mine, column] = written
             return found
 
         copies = torch.cat([places + copy * n_places for copy in range(len(some))])

@@ -11,9 +11,10 @@ import json
 import os
 import re
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stderr
 from dataclasses import dataclass
 from importlib.resources import files
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -40,24 +41,31 @@ _HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Where a checkpoint is: a local folder, or (``folder`` None) the hub."""
+    """Where a checkpoint is: a local folder, or (``folder`` None) the hub.
+
+    ``gguf`` is the file in the folder that is all of it.
+    """
 
     source: str
     folder: Path | None
+    gguf: Path | None = None
 
     @property
     def name(self) -> str:
-        """The folder's own name, or the name on the hub."""
+        """The folder's or the file's own name, or the name on the hub."""
+        if self.gguf is not None:
+            return self.gguf.name
         return self.folder.name if self.folder is not None else self.source
 
     @property
     def options(self) -> dict[str, Any]:
         """What every ``from_pretrained`` is told: nobody asks the hub about a folder that is here."""
-        return {"local_files_only": True} if self.folder is not None else {}
+        own = {"gguf_file": self.gguf.name} if self.gguf is not None else {}
+        return own | ({"local_files_only": True} if self.folder is not None else {})
 
 
 def locate(name_or_path: Any) -> Checkpoint:
-    """The checkpoint of that name: a folder, a shipped model, or a name on the hub, in this order.
+    """The checkpoint of that name: a folder, a GGUF file, a shipped model, or a name on the hub, in this order.
 
     Raises
     ------
@@ -73,6 +81,8 @@ def locate(name_or_path: Any) -> Checkpoint:
     with as_model_error(f"{name!r} names no model"):  # a user that does not exist, a name that is too long
         path = Path(name).expanduser()
         if path.is_file():
+            if path.suffix.lower() == ".gguf":
+                return Checkpoint(str(path.parent), path.parent, path)
             raise ModelError(f"{path} is a file: give the folder that holds it, config.json and the tokenizer.")
         if path.is_dir() and ((path / "config.json").is_file() or name not in shipped):
             return _folder(path)
@@ -91,7 +101,9 @@ def _folder(path: Path) -> Checkpoint:
         return Checkpoint(str(path), path)
     if (path / _ADAPTER).is_file():
         raise ModelError(_unmerged(path.name))
-    raise ModelError(f"{path} is not a checkpoint folder: it has no config.json.")
+    others = sorted(path.glob("*.gguf"))
+    instead = f" Of its GGUF files, name one: {others[0]}." if others else ""
+    raise ModelError(f"{path} is not a checkpoint folder: it has no config.json.{instead}")
 
 
 def _shipped() -> list[Path]:
@@ -149,6 +161,11 @@ def quietly() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
+def _without_bars(checkpoint: Checkpoint) -> AbstractContextManager[object]:
+    """Of a GGUF file transformers draws a progress bar that it can't be told to leave out."""
+    return redirect_stderr(StringIO()) if checkpoint.gguf is not None else nullcontext()
+
+
 # --- config ------------------------------------------------------------------------------------------------------
 
 
@@ -165,14 +182,17 @@ def read_config(checkpoint: Checkpoint) -> Any:
 
     name = checkpoint.name
     problem = f"{name} can't be loaded"
-    if checkpoint.folder is not None:
+    if checkpoint.gguf is not None:
+        written = _read_gguf(checkpoint)
+    elif checkpoint.folder is not None:
         written = _json(checkpoint.folder / "config.json")
     else:
         problem = f"There is no folder {name} here, and from the Hugging Face hub it can't be loaded"
         with as_model_error(problem):
             written, _ = PretrainedConfig.get_config_dict(checkpoint.source)
     with as_model_error(problem):
-        if find_adapter_config_file(checkpoint.source, **checkpoint.options) is not None:
+        whole = checkpoint.gguf is not None  # what lies beside such a file is not part of it
+        if not whole and find_adapter_config_file(checkpoint.source, **checkpoint.options) is not None:
             raise ModelError(_unmerged(name))
     _check_architecture(name, written)
     with as_model_error(f"The config.json of {name} can't be used"):
@@ -183,6 +203,19 @@ def read_config(checkpoint: Checkpoint) -> Any:
             "predict a next token, and TransformerLens would run it as a causal model."
         )
     return config
+
+
+def _read_gguf(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The config that transformers makes of what a GGUF file says of its model."""
+    from transformers import PretrainedConfig
+    from transformers.utils import is_gguf_available
+
+    assert checkpoint.gguf is not None
+    _check_present(checkpoint.gguf)
+    if not is_gguf_available():
+        raise ModelError(f"{checkpoint.name} is a GGUF file, which needs a package more: pip install gguf")
+    with as_model_error(f"{checkpoint.name} can't be read as a GGUF file"):
+        return PretrainedConfig.get_config_dict(checkpoint.source, **checkpoint.options)[0]
 
 
 def _check_architecture(name: str, written: dict[str, Any]) -> None:
@@ -241,26 +274,34 @@ def read_weights(
     """
     from transformers import AutoModelForCausalLM
 
-    if checkpoint.folder is not None:
+    if checkpoint.folder is not None and checkpoint.gguf is None:
         _check_files(checkpoint.folder)
-    with as_model_error(f"{checkpoint.name} can't be loaded"):
-        folder = _local_folder(checkpoint)
+    with as_model_error(f"{checkpoint.name} can't be loaded"), _without_bars(checkpoint):
         # Converted by transformers, the whole file stays in memory beside what is made of it.
-        stored = None if placement else _stored_dtype(folder)
-        model, report = AutoModelForCausalLM.from_pretrained(
-            checkpoint.source,
-            config=config,
-            dtype=stored or dtype,
-            attn_implementation=attn_implementation,
-            output_loading_info=True,
-            # for the report to say which; transformers' own error leaves it to the log
-            ignore_mismatched_sizes=True,
-            **checkpoint.options,
-            **placement,
-        )
-        _check_report(checkpoint.name, model, report)
-        if stored not in (None, dtype):
-            _convert(model, folder, dtype)
+        folder = None if placement or checkpoint.gguf is not None else _local_folder(checkpoint)
+        stored = None if folder is None else _stored_dtype(folder)
+
+        def read(dtype: torch.dtype) -> Any:
+            model, report = AutoModelForCausalLM.from_pretrained(
+                checkpoint.source,
+                config=config,
+                dtype=dtype,
+                attn_implementation=attn_implementation,
+                output_loading_info=True,
+                # for the report to say which; transformers' own error leaves it to the log
+                ignore_mismatched_sizes=True,
+                **checkpoint.options,
+                **placement,
+            )
+            _check_report(checkpoint.name, model, report)
+            return model
+
+        model = read(stored or dtype)
+        if folder is not None and stored not in (None, dtype):
+            if _make_buffers_again(model, stored, dtype):
+                _convert(model, folder, dtype)
+            else:
+                model = read(dtype)
     _check_finite(checkpoint.name, model)
     return model.eval()
 
@@ -279,6 +320,22 @@ def _stored_dtype(folder: Path) -> torch.dtype | None:
         return None
     found = {entry["dtype"] for path in paths for entry in _header(path)[0].values()}
     return _STORED.get(found.pop()) if len(found) == 1 else None
+
+
+def _make_buffers_again(model: Any, stored: torch.dtype | None, dtype: torch.dtype) -> bool:
+    """Make in ``dtype`` what a model computed for itself in the dtype of its file, rounded as that is.
+
+    It is the scale of Gemma's embeddings, beside which its unrounded number stands. False, and nothing is of use, if
+    there is anything else.
+    """
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            if buffer.dtype == stored:
+                number = getattr(module, f"scalar_{name}", None)
+                if not isinstance(number, (int, float)):
+                    return False
+                setattr(module, name, torch.tensor(number, dtype=dtype, device=buffer.device))
+    return True
 
 
 def _convert(model: Any, folder: Path, dtype: torch.dtype) -> None:
@@ -419,6 +476,8 @@ def _check_finite(name: str, model: Any) -> None:
     broken = []
     for key, weight in model.named_parameters():
         if weight.is_meta or weight.numel() == 0 or weight.dtype not in DTYPES:
+            continue
+        if type(weight) is not torch.nn.Parameter:  # packed numbers that look like floats (torchao)
             continue
         # NaN is both the smallest and the largest number; and unlike isfinite() this takes no memory.
         ends = torch.stack(torch.aminmax(weight.detach()))

@@ -130,7 +130,8 @@ class Kept:
     """Some models as they are now; :meth:`restore` puts them back, as often as it is called.
 
     Made with the locks of the models held. What is put back: which weights have a gradient, training modes, forwards,
-    how weights lie in memory; what is taken away: hooks of ours that this thread has put on since.
+    how weights lie in memory and whether they may be packed; what is taken away: hooks of ours that this thread has put
+    on since.
 
     One that is made inside of another says what the model was in the middle of an operation. An interrupt can leave it
     to the end of a generator that nobody waits for, long after the operation: then it does nothing.
@@ -155,6 +156,7 @@ class Kept:
                 self._steps.append(
                     partial(_restore_module, module, module.training, vars(module).get("forward"), hooks)
                 )
+            self._steps += [partial(private.put_packing, module, True) for module in private.packing(model)]
             for config in private.attention_configs(model):
                 self._steps.append(partial(private.put_attention, config, config._attn_implementation_internal))
             self._steps.append(partial(_restore_state, state, state.setting, state.foreign, state.checkpointing))

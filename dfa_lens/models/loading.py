@@ -25,6 +25,7 @@ from torch import Tensor
 from dfa_lens.errors import ModelError, unknown
 from dfa_lens.models import backend as classes
 from dfa_lens.models import checkpoint as checkpoints
+from dfa_lens.models import private
 
 Backend = Literal["auto", "hooked", "bridge", "transformers"]
 """Which class: TransformerLens's "hooked" (HookedTransformer, up to 3.x; Llama and Qwen-2.5) or "bridge"
@@ -76,8 +77,9 @@ def load_model(
     Parameters
     ----------
     name_or_path:
-        A local checkpoint folder (config, safetensors, tokenizer; no network is used), a shipped model
-        (:func:`dfa_lens.zoo.names`), or a Hugging Face name such as "meta-llama/Llama-3.2-1B".
+        A local checkpoint folder (config, safetensors, tokenizer; no network is used), a GGUF file (needs ``pip install
+        gguf``; its weights are dequantised to ``dtype``), a shipped model (:func:`dfa_lens.zoo.names`), or a Hugging
+        Face name such as "meta-llama/Llama-3.2-1B".
     backend:
         See :data:`Backend`.
     dtype, device:
@@ -265,7 +267,8 @@ def _logits_of_hugging_face(name: str, hf_model: Any, prompt: Int[Tensor, "1 pos
     if device.type == "meta":  # accelerate brings the tokens to where it brings the weights
         device = torch.device("cpu")
     tokens = prompt.to(device)
-    with torch.no_grad(), checkpoints.as_model_error(f"{name} can't be run by Hugging Face's transformers"):
+    problem = f"{name} can't be run by Hugging Face's transformers"
+    with torch.no_grad(), private.unpacked(hf_model), checkpoints.as_model_error(problem):
         logits = hf_model(input_ids=tokens, attention_mask=torch.ones_like(tokens), use_cache=False).logits[0]
     if not logits.isfinite().all():
         raise ModelError(

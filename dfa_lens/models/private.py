@@ -111,6 +111,46 @@ def execution_device(model: Any) -> torch.device | None:
     return None
 
 
+# --- bitsandbytes ----------------------------------------------------------------------------------------------------
+
+
+def packing(model: Any) -> list[Any]:
+    """The four-bit modules that would pack their weights at the next pass without gradients.
+
+    On CPUs with AVX512-BF16, bitsandbytes (0.50) lays weights out anew in such a pass, for good: their scales are
+    rounded to bfloat16, and there is no gradient through them from then on. A module's field says whether it may.
+    """
+    return [module for module in model.modules() if vars(module).get(_MAY_PACK)]
+
+
+def put_packing(module: Any, may: bool) -> None:
+    """Let a four-bit module pack its weights, or not."""
+    vars(module)[_MAY_PACK] = may
+
+
+@contextmanager
+def unpacked(model: Any) -> Iterator[None]:
+    """Four-bit weights stay as they are in passes inside the context."""
+    modules = packing(model)
+    try:
+        for module in modules:
+            put_packing(module, False)
+        yield
+    finally:
+        for module in modules:
+            put_packing(module, True)
+
+
+def packed(model: Any) -> bool:
+    """Whether some four-bit weights have been packed."""
+    modules = (module for module in model.modules() if _MAY_PACK in vars(module))
+    states = (getattr(module.weight, "quant_state", None) for module in modules)
+    return any(getattr(state, "packing_format_for_cpu", False) for state in states)
+
+
+_MAY_PACK = "support_avx512bf16_for_cpu"
+
+
 # --- TransformerLens -----------------------------------------------------------------------------------------------
 
 

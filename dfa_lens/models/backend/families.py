@@ -6,9 +6,10 @@ names of modules and in how queries, keys and values lie in what one module retu
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeGuard
 
 import torch
 from jaxtyping import Float
@@ -73,6 +74,8 @@ class Block:
     heads: View
     mlp: Any
     mlp_out: Any
+    router: Any
+    experts: Any
     neurons: Any
     reads: Mapping[str, tuple[Any, View]]
     factors: Mapping[str, tuple[Any, View | None]]
@@ -99,6 +102,10 @@ class Family:
     gate, up:
         The projection in it that a neuron's nonlinearity reads, and the one that it is multiplied with; None for no
         such product, or where one projection makes both, one after the other.
+    router, experts:
+        In a mixture of experts, what chooses some for each token and what computes all of them.
+    parallel:
+        Whether attention and MLP read the same stream: the name of the config's field that says so, or nothing.
 
     Examples
     --------
@@ -119,6 +126,9 @@ class Family:
     neurons: str = "down_proj"
     gate: str = "gate_proj"
     up: str | None = "up_proj"
+    router: str = "gate"
+    experts: str = "experts"
+    parallel: str = ""
 
     def block(self, module: Any, n_heads: int, n_key_value_heads: int) -> Block:
         """The parts of a block.
@@ -145,6 +155,8 @@ class Family:
             heads=View(width // n_heads),
             mlp=mlp,
             mlp_out=_part(module, self.ln2_post) if self.ln2_post and mlp is not None else mlp,
+            router=getattr(mlp, self.router, None),
+            experts=getattr(mlp, self.experts, None),
             neurons=getattr(mlp, self.neurons, None),
             reads=self._reads(attention, n_heads, n_key_value_heads),
             factors=self._factors(mlp),
@@ -203,6 +215,7 @@ NEOX = Family(
     neurons="dense_4h_to_h",
     gate="dense_h_to_4h",
     up=None,
+    parallel="use_parallel_residual",
 )
 
 FAMILIES: Registry[Family] = Registry(
@@ -230,7 +243,11 @@ FAMILIES: Registry[Family] = Registry(
 
 @dataclass(frozen=True)
 class Decoder:
-    """A Hugging Face model taken apart; ``guess`` is what it is called where its ``model_type`` is not in the table."""
+    """A Hugging Face model taken apart.
+
+    ``guess`` is what it is called where its ``model_type`` is not in the table; ``parallel``: attention and MLP of a
+    block read the same stream.
+    """
 
     family: Family
     guess: str | None
@@ -238,6 +255,7 @@ class Decoder:
     unembedding: Any
     norm: Any
     blocks: tuple[Block, ...]
+    parallel: bool
 
 
 def take_apart(model: Any) -> Decoder:
@@ -276,8 +294,9 @@ def take_apart(model: Any) -> Decoder:
         )
     _, family, blocks = max(found, key=lambda each: each[0])
     norms = [child for child in parent.children() if type(child).__name__.endswith("Norm")]
+    parallel = bool(getattr(config, family.parallel, False)) if family.parallel else False
     guess = None if known is not None else f"{kind} (model_type {config.model_type!r})"
-    return Decoder(family, guess, embedding, unembedding, norms[-1] if norms else None, blocks)
+    return Decoder(family, guess, embedding, unembedding, norms[-1] if norms else None, blocks, parallel)
 
 
 def how_to_add(model_type: str) -> str:
@@ -315,6 +334,24 @@ def features(module: Any, side: Literal["in", "out"]) -> int | None:
     return next((size for size in sizes if isinstance(size, int)), None)
 
 
+def plain_numbers(weight: Any) -> TypeGuard[Tensor]:
+    """Whether a weight is a tensor of numbers as they are: torchao's weights are tensors, too, but of packed ones."""
+    return type(weight) in (Tensor, torch.nn.Parameter) and weight.is_floating_point()
+
+
+@contextmanager
+def evaluating(module: Any) -> Iterator[None]:
+    """A module as it computes when it is not trained, for the length of the context: an adapter may drop some of it."""
+    training = [each for each in module.modules() if each.training]
+    try:
+        for each in training:
+            each.training = False
+        yield
+    finally:
+        for each in training:
+            each.training = True
+
+
 def affine(module: Any, dtype: torch.dtype) -> tuple[Float[Tensor, "in out"], Float[Tensor, " out"] | None]:
     """Matrix and bias of a linear module.
 
@@ -322,7 +359,7 @@ def affine(module: Any, dtype: torch.dtype) -> tuple[Float[Tensor, "in out"], Fl
     not: then what the module makes of the unit vectors, which takes the memory of one matrix.
     """
     weight, kind = getattr(module, "weight", None), type(module)
-    if isinstance(weight, Tensor) and weight.is_floating_point() and weight.device.type != "meta":
+    if plain_numbers(weight) and weight.device.type != "meta":
         if kind is torch.nn.Linear and not hasattr(module, "_hf_hook"):
             return weight.T, module.bias
         if kind.__name__ == "Conv1D" and not hasattr(module, "_hf_hook"):
@@ -332,7 +369,7 @@ def affine(module: Any, dtype: torch.dtype) -> tuple[Float[Tensor, "in out"], Fl
         raise TypeError(f"a {kind.__name__} does not say how many numbers it takes")
     places = [t.device for t in (*module.parameters(), *module.buffers()) if t.device.type != "meta"]
     device = places[0] if places else torch.device("cpu")
-    with torch.no_grad():
+    with torch.no_grad(), evaluating(module):
         bias = module(torch.zeros(1, size, dtype=dtype, device=device))[0]
         matrix = module(torch.eye(size, dtype=dtype, device=device)) - bias
     return matrix, bias if bool(bias.any()) else None

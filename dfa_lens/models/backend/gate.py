@@ -46,7 +46,7 @@ def usable(model: Any) -> Any:
     ------
     ModelError
         If it is no HookedTransformer, TransformerBridge or Hugging Face causal language model, one without weights or
-        with weights that were made in inference mode, an encoder, or compiled in place.
+        with weights that were made in inference mode, an encoder, compiled in place, or packed by bitsandbytes.
     """
     if type(model).__name__ == "OptimizedModule":
         model = model._orig_mod
@@ -75,6 +75,12 @@ def usable(model: Any) -> Any:
         )
     if private.compiled(model):
         raise ModelError(f"This {kind} was compiled in place: its graph knows no hooks. Load it anew.")
+    if private.packed(model):
+        raise ModelError(
+            f"The four-bit weights of this {kind} were packed when bitsandbytes ran it on this CPU without gradients: "
+            "their scales were rounded, and no gradient goes through them. Load the model anew, and pass it before it "
+            "has run."
+        )
     return model if lens or isinstance(model, PlainModel) else PlainModel(model, getattr(model, "tokenizer", None))
 
 
@@ -135,6 +141,8 @@ def runs(*models: str) -> Callable[[Function], Function]:
                 before = kept.Kept(*own)
                 try:
                     try:
+                        for module in (each for model in own for each in private.packing(model)):
+                            private.put_packing(module, False)
                         with neutral(backend_of(own[0]).device):
                             return function(*bound.args, **bound.kwargs)
                     finally:
