@@ -461,4 +461,5 @@ def test_bars_are_for_somebody_who_looks_on(monkeypatch):
         monkeypatch.setattr(options, "sys", SimpleNamespace(stderr=SimpleNamespace(isatty=lambda: terminal)))
         assert options.bars(quiet=False) == terminal
         assert not options.bars(quiet=True)
-    assert "--quiet" in invoke("demo --help").output
+    for command in ("demo", "study run", "attribute", "fit", "evaluate", "measure", "bench", "paper", "mib evaluate"):
+        assert "--quiet" in invoke(f"{command} --help").output

@@ -230,13 +230,6 @@ def test_other_families(family, backend):
     close(scores.to_nodes().values, dfa.attribute(model, pairs, method="nap", nodes=nodes).values)
 
 
-@pytest.mark.filterwarnings("ignore:HookedTransformer is deprecated:DeprecationWarning")
-@pytest.mark.parametrize(("family", "backend"), [("gpt2", backend) for backend in BACKENDS] + [("gemma2", "bridge")])
-def test_models_without_edges_are_refused(family, backend):
-    with pytest.raises(ModelError, match="RMS norm"):
-        dfa.attribute_edges(family_model(family, backend), random_pairs(n=2), method="eap")
-
-
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_half_precision(backend):
     """Sums are in float32: bfloat16 costs the model's own rounding, no more, and the batches do not matter."""

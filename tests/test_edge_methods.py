@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from families import hugging_face
 from helpers import BACKENDS, random_model, random_pairs
 from test_ablations import NODES, by_hand, hand_metric
 from test_edge_attribution import close, effect_by_hand
@@ -124,6 +125,17 @@ def test_row_sums_are_node_scores(options, backend, readers):
         assert scores.meta.get(key) == expected.meta.get(key)
     if options["method"] == "eap-ig-inputs":
         assert scores.meta["completeness"] == pytest.approx(expected.meta["completeness"], rel=1e-3, abs=1e-5)
+
+
+@pytest.mark.parametrize("family", ["gemma2", "olmo2", "gpt_neox"])
+@pytest.mark.parametrize("method", ["relp", "attnlrp"])  # gim needs attention scores, which a bridge shows
+def test_the_sums_of_heads_are_node_scores_behind_norms_and_beside_mlps(family, method):
+    """What reaches the stream of a head behind a norm depends on the rule for that norm."""
+    model, pairs = hugging_face(family), random_pairs(3, 8, seed=1)
+    expected = dfa.attribute(model, pairs, method=method)
+    found = dfa.attribute_edges(model, pairs, method=method).to_nodes()
+    heads = [name for name in expected.nodes.names if ".h" in name]
+    close(torch.tensor([found[name] for name in heads]), torch.tensor([expected[name] for name in heads]))
 
 
 def in_place_of(pairs, instead):

@@ -72,14 +72,24 @@ def test_the_quick_start_runs_as_printed(tmp_path, monkeypatch):
     assert scope["alignment"].W.shape == (54, 110)
 
 
-def test_the_demo_and_its_report(tmp_path):
+def test_the_demo_and_its_report(tmp_path, monkeypatch):
     from dfa_lens.errors import DfaError
     from dfa_lens.experiments import demo
     from dfa_lens.experiments.table import Results
     from dfa_lens.plots import report
 
+    moved = []
+
+    class Bar(demo.tqdm):
+        def update(self, n=1):
+            moved.append(n)
+            return super().update(n)
+
+    monkeypatch.setattr(demo, "tqdm", Bar)
     budget = demo.Budget(train=8, test=4, steps=2, curve_points=3, batch_size=8)
     results = demo.run(families=["llama3"], only=["addition"], budget=budget)
+    # gold and six settings, each step of the three trainings, and what the estimate was off by: nothing
+    assert len(moved) == 7 + 3 * 2 + 1 and sum(moved[:-1]) == demo._passes(budget, 1)
     again = demo.run(families=["llama3"], only=["addition"], budget=budget)
     table = results.table()
     transfers, controls = ["in-distribution", "zero-shot", "functional"], ["uniform-s", "depth-mean", "random-w"]
@@ -97,6 +107,35 @@ def test_the_demo_and_its_report(tmp_path):
         demo.run(families=["lama"])
     with pytest.raises(DfaError, match="Unknown task 'add'"):
         demo.run(only=["add"])
+
+
+def families_work(models, *, tell):
+    """What a family's work stands in for: in another process, the first takes longest."""
+    import time
+    import warnings
+
+    from dfa_lens.experiments.demo import Step
+
+    time.sleep(0.5 * (models.name == "llama3"))
+    warnings.warn(f"{models.name} warns", UserWarning, stacklevel=2)
+    for i in range(3):
+        tell(Step(i, models.name))
+    return [models.name]
+
+
+def test_families_in_processes_of_their_own():
+    """In their order, with what they tell and warn of."""
+    from dfa_lens.experiments import demo
+    from dfa_lens.experiments.experiment import ModelPair
+
+    pairs = [ModelPair.of("llama3"), ModelPair.of("qwen2.5")]
+    told = []
+    with pytest.warns(UserWarning, match="warns") as raised:
+        assert demo._each(families_work, pairs, 2, told.append) == [["llama3"], ["qwen2.5"]]
+    assert sorted(str(each.message) for each in raised) == ["llama3 warns", "qwen2.5 warns"]
+    assert sorted((step.what, step.passes) for step in told) == [
+        (name, i) for name in ("llama3", "qwen2.5") for i in range(3)
+    ]
 
 
 def test_labels_in_the_report_are_escaped(tmp_path):

@@ -146,7 +146,7 @@ class Eap(EdgeMethod):
             with torch.no_grad():
                 clean_logits = batch.run(reading)
         clean_embed = corrupt_embed + deltas[INPUT_POINT]
-        for some in batch.chunks(places):
+        for some in gradients.chunks(places):
             start = torch.cat([between(corrupt_embed, clean_embed, place) for place in some])
             _backward(batch, gradients, start, [], clean_logits, len(some))
             batch.done(len(some))
@@ -254,7 +254,7 @@ class EapIgActivations(EdgeMethod):
             rows = slice(site.positions[0], site.positions[-1] + 1)
             if bool(task.edges.chosen[rows].any()):
                 gradients = ReaderGradients(task.stream, batch, deltas, (site,))
-                for some in batch.chunks(list(task.fractions)):
+                for some in gradients.chunks(list(task.fractions)):
                     self._path(batch, gradients, site, some, corrupt[site.point], clean_logits)
                 scores += gradients.scores() / len(task.fractions)
             batch.done()
@@ -301,6 +301,7 @@ class ExactEdges(EdgeMethod):
         edges = task.edges
         deltas, corrupt_logits = batch.record("corrupt")
         clean, clean_logits = batch.record("clean", streams=batch.restarts)
+        behind = {site.point: clean[site.point] for site in edges.nodes.sites if task.stream.needs_heads(site)}
         for point in deltas:  # in place of the corrupt activations, which may be views of one constant
             deltas[point] = deltas[point] - clean.pop(point)
         metric = batch.total(clean_logits, clean_logits)
@@ -310,7 +311,8 @@ class ExactEdges(EdgeMethod):
             members = task.stream.members if site.kind in ("k", "v") else 1
             for some in own.split(max(1, batch.room // members)) if len(own) else ():
                 columns = site.first + some[:, 1]
-                scores[some[:, 0], columns] = metric - self._without(batch, task, site, some, deltas, clean_logits)
+                without = self._without(batch, task, site, some, deltas, behind, clean_logits)
+                scores[some[:, 0], columns] = metric - without
                 batch.done(len(some))
         return EdgeSums(scores, {"clean": metric, "corrupt": batch.total(corrupt_logits, clean_logits)})
 
@@ -321,6 +323,7 @@ class ExactEdges(EdgeMethod):
         site: ReaderSite,
         some: Int[Tensor, "edge 2"],
         deltas: Activations,
+        behind: Activations,
         clean_logits: Tensor,
     ) -> Float[Tensor, " edge"]:
         """The metric, summed over the batch, without each of some edges into one site: (writer, reader of the site)."""
@@ -337,8 +340,10 @@ class ExactEdges(EdgeMethod):
                 mine = at // n_places == copy
                 row, column = ends[copy]
                 one = next(each for each in nodes.sites if row in each.positions)
-                written = stream.written(one, deltas[one.point], at[mine] % n_places)
-                found[mine, column] = written[row - one.positions[0]]
+                written = stream.written(one, deltas[one.point], at[mine] % n_places)[row - one.positions[0]]
+                if one.point in behind:
+                    written = stream.behind_norm(one, written, behind[one.point], at[mine] % n_places)
+                found[mine, column] = written
             return found
 
         copies = torch.cat([places + copy * n_places for copy in range(len(some))])

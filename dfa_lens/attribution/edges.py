@@ -106,8 +106,9 @@ def attribute_edges(
     Parameters
     ----------
     model:
-        A HookedTransformer or TransformerBridge with RMS norms before attention and MLP, as Llama, Qwen and Mistral
-        have them; left as it was.
+        A HookedTransformer, TransformerBridge or Hugging Face model; left as it was. Where norms stand behind attention
+        (Gemma 2 and 3, OLMo 2), an edge from a head carries what its change makes of their norm, the other heads as
+        they are: :mod:`dfa_lens.models.stream`.
     pairs:
         Clean and corrupt prompts with their answers.
     method:
@@ -151,8 +152,7 @@ def attribute_edges(
     EdgeError
         If ``edges`` are those of another model.
     ModelError
-        If the model's residual stream is not the plain sum of what heads and MLP blocks add, or is read through other
-        norms: parallel attention and MLP, layer norms, norms behind attention.
+        If the model's residual stream is not the sum of what embedding, heads and MLP blocks add.
     PromptError
         If the pairs do not fit the model.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -38,6 +39,13 @@ def demo(
     device: option.DeviceOption = "cpu",
     dtype: option.DtypeOption = "float32",
     batch_size: Annotated[int | None, typer.Option(help="Examples a pass, of attribution and curves.")] = None,
+    workers: Annotated[
+        int | None,
+        typer.Option(
+            help="Processes, a family each. Default: as many as there are cores, and one for models of your own.",
+            callback=option.maybe_workers,
+        ),
+    ] = None,
     quiet: option.QuietOption = False,
     as_json: option.JsonOption = False,
 ) -> None:
@@ -55,6 +63,7 @@ def demo(
         device=device,
         dtype=option.dtype_of(dtype),
         collection=collection,
+        workers=workers or (1 if models or device != "cpu" else os.cpu_count() or 1),
         progress=option.bars(quiet),
     )
     rows = results.table()
@@ -269,6 +278,7 @@ def paper(
         Path | None,
         typer.Option(help="A checkout of the authors' repository: all their numbers, not only those of the package."),
     ] = None,
+    quiet: option.QuietOption = False,
     as_json: option.JsonOption = False,
 ) -> None:
     """Write the tables and figures of the DFA paper from studies, with the published numbers beside ours.
@@ -283,7 +293,7 @@ def paper(
         files = [str(path) for path in paper_configs.write(write_configs)]
         say(f"{', '.join(files)} written.", {"configs": files}, as_json=as_json)
         return
-    rows, curves = reading.studies(study or (), reading.run_configs(config or ()))
+    rows, curves = reading.studies(study or (), reading.run_configs(config or (), option.bars(quiet)))
     known = None if published is None else numbers.from_release(published)
     page = write_paper(rows, out, published=known, recipe=recipe, curves=curves)
     found = {kind: sorted(map(str, out.glob(f"{kind}-*.csv"))) for kind in ("table", "figure")}

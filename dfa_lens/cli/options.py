@@ -37,6 +37,11 @@ def _workers(number: int) -> int:
     return number
 
 
+def maybe_workers(number: int | None) -> int | None:
+    """The number of processes, if one is given."""
+    return None if number is None else _workers(number)
+
+
 def dtype_of(name: str) -> Any:
     """The torch dtype of a name."""
     import torch

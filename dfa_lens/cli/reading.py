@@ -233,7 +233,7 @@ def _table(path: Path) -> Any:
         raise FileError(f"{path} is not a table of scores of nodes: {error}") from error
 
 
-def run_configs(given: Sequence[Path]) -> dict[str, Path]:
+def run_configs(given: Sequence[Path], progress: bool = False) -> dict[str, Path]:
     """Attribution method → the folder of the study that a config describes, run or gone on with; of folders, of all."""
     from dfa_lens.data.files import write_atomically
     from dfa_lens.experiments import study
@@ -249,7 +249,7 @@ def run_configs(given: Sequence[Path]) -> dict[str, Path]:
         raise DfaError(f"Two of the configs score by {double!r}: make tables of one of them at a time.")
     found = {}
     for method, run in zip(methods, read, strict=True):
-        table = study.run(**run, progress=True)
+        table = study.run(**run, progress=progress)
         found[method] = run["out"]
         write_atomically(found[method] / "table.csv", table.to_csv(index=False).encode())
     return found

@@ -83,6 +83,7 @@ def attribute(
     device: option.DeviceOption = "cpu",
     dtype: option.DtypeOption = "float32",
     batch_size: option.BatchOption = "16",
+    quiet: option.QuietOption = False,
     as_json: option.JsonOption = False,
 ) -> None:
     """Score every node of a model on a task, or every edge, and save the scores.
@@ -101,7 +102,7 @@ def attribute(
     loaded = reading.model(model, backend, device, dtype)
     prompts = reading.pairs(loaded, task, pairs, split=split, examples=examples, seed=seed, collection=collection)
     size = option.batch_size_of(batch_size)
-    common: dict[str, Any] = {"steps": integration_steps, "batch_size": size, "progress": True}
+    common: dict[str, Any] = {"steps": integration_steps, "batch_size": size, "progress": option.bars(quiet)}
     common |= {"ablation": ablation, "direction": direction, "metric": reading.metric(metric, loaded)}
     scores: Any
     if edges:
@@ -218,7 +219,10 @@ def evaluate(
     task: option.TaskOption = None,
     pairs: option.PairsOption = None,
     protocol: Annotated[str, typer.Option(help="nodes or mib.")] = "nodes",
-    ranking: Annotated[str, typer.Option(help="signed (for CPR) or absolute (for CMD).")] = "signed",
+    ranking: Annotated[
+        str | None,
+        typer.Option(help="signed (for CPR) or absolute (for CMD); default: the scores' own, or signed."),
+    ] = None,
     selection: Annotated[str, typer.Option(help="Of edges: top, or greedy, the best that lead to the logits.")] = "top",
     metric: option.MetricOption = "logit-difference",
     control: option.ControlOption = False,

@@ -71,6 +71,7 @@ def evaluate(
     device: option.DeviceOption = "cpu",
     dtype: option.DtypeOption = "float32",
     batch_size: option.BatchOption = "16",
+    quiet: option.QuietOption = False,
     as_json: option.JsonOption = False,
 ) -> None:
     """Judge somebody's submission: CPR and CMD of every task of a model, by signed and by absolute scores."""
@@ -88,7 +89,7 @@ def evaluate(
     for entry in chosen:
         drawn: dict[str, Any] = {"split": split, "examples": examples, "seed": seed, "collection": collection}
         prompts = reading.pairs(loaded, entry.task, None, **drawn, control=control)
-        how: dict[str, Any] = {"batch_size": option.batch_size_of(batch_size), "progress": True}
+        how: dict[str, Any] = {"batch_size": option.batch_size_of(batch_size), "progress": option.bars(quiet)}
         areas = dfa.mib.evaluate(loaded, prompts, entry, metric=reading.metric(metric, loaded), **how)
         rows.append({"task": entry.task, "model": entry.model, "circuits": len(entry.files), "cpr": areas.cpr})
         rows[-1] |= {"cmd": areas.cmd, "cpr_absolute": areas.absolute.cpr, "cmd_signed": areas.signed.cmd}

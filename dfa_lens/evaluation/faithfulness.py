@@ -42,7 +42,7 @@ def faithfulness_curve(
     scores: NodeScores | EdgeScores,
     *,
     protocol: Protocol = "nodes",
-    ranking: Ranking = "signed",
+    ranking: Ranking | None = None,
     selection: Selection = "top",
     batch_size: int | Literal["auto"] = 16,
     progress: bool = False,
@@ -71,7 +71,9 @@ def faithfulness_curve(
     protocol:
         See :data:`Protocol`.
     ranking:
-        "signed" (for CPR) or "absolute" (for CMD); ties keep node order.
+        "signed" (for CPR) or "absolute" (for CMD); ties keep node order. Default: the scores' own
+        (:attr:`NodeScores.ranking <dfa_lens.data.scores.NodeScores.ranking>`), which is signed but for those that a
+        functional alignment carried by size; of edges signed.
     selection:
         Of edges: the k best ("top"), or the best that lead to the logits ("greedy").
     sizes, fractions:
@@ -120,6 +122,8 @@ def faithfulness_curve(
         raise unknown("protocol", protocol, get_args(Protocol), FaithfulnessError)
     if sizes_per_pass < 1:
         raise FaithfulnessError(f"sizes_per_pass must be at least 1, not {sizes_per_pass}.")
+    if ranking is None:
+        ranking = scores.ranking if isinstance(scores, NodeScores) else "signed"
     instead = ablations.resolve(ablation)
     if direction not in get_args(Direction):
         raise unknown("direction", direction, get_args(Direction), FaithfulnessError)

@@ -2,21 +2,36 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import platform
 import time
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import wait
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
+from queue import Empty
+from typing import Any
 
 import torch
 from tqdm.auto import tqdm
 
 import dfa_lens
 from dfa_lens import zoo
-from dfa_lens.errors import TaskError, unknown
+from dfa_lens.attribution.attribute import attribute
+from dfa_lens.data.inspection import Inspection
+from dfa_lens.data.pairs import PromptPairs
+from dfa_lens.data.spans import Schema
+from dfa_lens.errors import ModelError, TaskError, unknown
+from dfa_lens.evaluation.inspection import inspect
+from dfa_lens.experiments.executors import processes
 from dfa_lens.experiments.experiment import QUICK, Budget, Experiment, ModelPair, Outcome
 from dfa_lens.experiments.functional import FUNCTIONAL
 from dfa_lens.experiments.settings import SETTINGS
 from dfa_lens.experiments.table import GOLD, Results, TaskResult
+from dfa_lens.models.backend import HookedModel
 from dfa_lens.tasks.own import TaskSource, sources
 
 SHOWN = {
@@ -40,6 +55,7 @@ def run(
     device: str = "cpu",
     dtype: torch.dtype = torch.float32,
     collection: str = "offline",
+    workers: int = 1,
     progress: bool = False,
 ) -> Results:
     """Transfer circuits in the shipped families, and measure them.
@@ -62,6 +78,9 @@ def run(
         How much to run.
     tasks, device, dtype, collection:
         As in :func:`dfa_lens.study.run`.
+    workers:
+        Processes. Each takes one family after the other, so more than there are families are of no use. Results do not
+        depend on them.
     """
     chosen = [ModelPair.of(family) for family in families or zoo.pairs()]
     known = sources(tasks, collection)
@@ -71,17 +90,17 @@ def run(
             raise unknown("task", name, known, TaskError)
     started = time.perf_counter()
     results = Results()
-    with tqdm(
-        total=len(chosen) * len(names) * (1 + len(SHOWN)), desc="demo", unit="curve", disable=not progress
-    ) as bar:
-        for models in chosen:
-            experiment = Experiment(models, seed, budget, tasks=known, device=device, dtype=dtype)
-            found = dict[str, list[Outcome]]()
-            for outcome in experiment.run(SHOWN, names):
-                found.setdefault(outcome.task, []).append(outcome)
-                bar.set_postfix_str(f"{models.name} {outcome.task}: {outcome.name}")
-                bar.update()
-            results.tasks += [task_result(experiment, outcomes) for outcomes in found.values()]
+    work = partial(_family, names=names, seed=seed, budget=budget, tasks=known, device=device, dtype=dtype)
+    total = len(chosen) * _passes(budget, len(names))
+    with tqdm(total=total, desc="demo", unit="pass", unit_scale=True, disable=not progress) as bar:
+
+        def tell(step: Step) -> None:
+            bar.set_postfix_str(step.what, refresh=False)
+            bar.update(step.passes)
+
+        for found in _each(work, chosen, min(workers, len(chosen)), tell):
+            results.tasks += found
+        bar.update(total - bar.n)  # passes were an estimate
     results.provenance = {
         "command": f"dfa-lens demo, seed {seed}, {budget.train} training and {budget.test} test pairs a task, "
         f"{budget.steps} training steps",
@@ -93,9 +112,89 @@ def run(
     return results
 
 
+@dataclass(frozen=True)
+class Step:
+    """A piece of work that is done, for the bar."""
+
+    passes: int  #: of one example through the target
+    what: str
+
+
+def _passes(budget: Budget, n_tasks: int) -> int:
+    """About how many passes a family takes: those of training and of curves."""
+    trained = sum(setting.is_trained for setting in SHOWN.values())
+    steps = (FULL.steps or 0) if budget.steps is None else budget.steps
+    return n_tasks * (trained * steps * _OF_A_STEP + (1 + len(SHOWN)) * _of_a_curve(budget))
+
+
+#: Examples of a step of training, clean and under the mask, forwards and backwards.
+_OF_A_STEP = 2 * 16
+
+
+def _of_a_curve(budget: Budget) -> int:
+    return (budget.curve_points + 1) * budget.test
+
+
+def _each(
+    work: Callable[..., list[TaskResult]], families: Sequence[ModelPair], workers: int, tell: Callable[[Step], None]
+) -> list[list[TaskResult]]:
+    """What ``work`` makes of each family, in their order."""
+    if workers <= 1:
+        return [work(models, tell=tell) for models in families]
+    with ExitStack() as stack:
+        # plain queues can't be handed to a pool's processes
+        told = stack.enter_context(multiprocessing.get_context("spawn").Manager()).Queue()
+        pool = stack.enter_context(processes(workers, torch.get_num_threads()))
+        futures = [pool.submit(_elsewhere, work, models, told) for models in families]
+        left = set(futures)
+        while left:
+            done, left = wait(left, timeout=0.2)
+            for future in done:
+                future.result()  # an error of one is told at once
+            while True:
+                try:
+                    tell(told.get_nowait())
+                except Empty:
+                    break
+        made = []
+        for found, raised in (future.result() for future in futures):
+            made.append(found)
+            for message, category in raised:
+                warnings.warn(message, category, stacklevel=3)
+        return made
+
+
+def _elsewhere(
+    work: Callable[..., list[TaskResult]], models: ModelPair, told: Any
+) -> tuple[list[TaskResult], list[tuple[str, type[Warning]]]]:
+    """In another process: what work makes, and the warnings that it raised, for the first process to raise."""
+    with warnings.catch_warnings(record=True) as raised:
+        found = work(models, tell=told.put)
+    return found, [(str(each.message), each.category) for each in raised]
+
+
+def _family(
+    models: ModelPair, *, names: Sequence[str], seed: int, budget: Budget, tell: Callable[[Step], Any], **options: Any
+) -> list[TaskResult]:
+    """All of one family: gold, the settings, and their curves."""
+
+    def on_step(trained: str, record: Mapping[str, Any]) -> None:
+        tell(Step(_OF_A_STEP, f"{models.name}: training"))
+
+    experiment = Experiment(models, seed, budget, on_step=on_step, **options)
+    found = dict[str, list[Outcome]]()
+    for outcome in experiment.run(SHOWN, names):
+        found.setdefault(outcome.task, []).append(outcome)
+        tell(Step(_of_a_curve(budget), f"{models.name} {outcome.task}: {outcome.name}"))
+    return [task_result(experiment, outcomes) for outcomes in found.values()]
+
+
 def task_result(experiment: Experiment, outcomes: Sequence[Outcome]) -> TaskResult:
-    """What a report needs of one task: gold's outcome and those of the settings."""
+    """What a report needs of one task: gold's outcome and those of the settings, and a look at the first test pair."""
     task = outcomes[0].task
+    example = experiment.test(task)[:1]
+    tokens = Schema.by_token(example)
+    nodes = experiment.target_nodes.at_spans(tokens.names)
     return TaskResult(
         experiment.models.name,
         task,
@@ -106,4 +205,14 @@ def task_result(experiment: Experiment, outcomes: Sequence[Outcome]) -> TaskResu
         {each.name: each.curve for each in outcomes},
         experiment.seed,
         {each.name: each.labels for each in outcomes},
+        _looked_at(experiment.target, example),
+        attribute(experiment.target, tokens.apply(example), nodes=nodes, method="nap"),
     )
+
+
+def _looked_at(model: HookedModel, example: PromptPairs) -> Inspection | None:
+    """What the nodes do on an example; None of models that do not show it (fused attention, a norm behind it)."""
+    try:
+        return inspect(model, example)
+    except ModelError:
+        return None

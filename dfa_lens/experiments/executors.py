@@ -52,8 +52,8 @@ class Here:
 
 
 @contextmanager
-def processes(workers: int) -> Iterator[ProcessPoolExecutor]:
-    """Processes of this machine, each with its share of the processor's cores.
+def processes(workers: int, threads: int | None = None) -> Iterator[ProcessPoolExecutor]:
+    """Processes of this machine, each with its share of the processor's cores, or with fewer ``threads``.
 
     An error or an interrupt ends all of them at once, also what they are doing. They ignore Ctrl-C, which the terminal
     sends to all of a group: this process decides.
@@ -61,7 +61,8 @@ def processes(workers: int) -> Iterator[ProcessPoolExecutor]:
     context = multiprocessing.get_context("spawn")  # a fork of a process with threads, as torch has them, may hang
     # nobody ever writes: that the other end is gone is the message
     here, there = context.Pipe(duplex=False)
-    threads = max(1, (os.cpu_count() or 1) // workers)
+    share = max(1, (os.cpu_count() or 1) // workers)
+    threads = share if threads is None else min(threads, share)
     pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_begin, initargs=(here, threads))
     try:
         yield pool

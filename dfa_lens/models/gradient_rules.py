@@ -18,7 +18,7 @@ from torch import Tensor
 
 from dfa_lens.errors import HookError, ModelError
 from dfa_lens.models import private
-from dfa_lens.models.backend import FinalNorm, HookFunction
+from dfa_lens.models.backend import HookFunction, Norm
 from dfa_lens.models.runner import Runner
 
 Taps = list[tuple[str, HookFunction]]
@@ -109,6 +109,11 @@ class Rules:
 
     def _mlp(self, runner: Runner, mlp: str, layer: int, found: RuleTaps) -> None:
         gated = runner.has_point(f"{mlp}.hook_pre_linear")
+        if runner.backend.mixes_experts(layer) or not (self.secant or runner.has_point(f"{mlp}.hook_pre")):
+            raise ModelError(
+                f"The MLP of block {layer} does not show what its neurons are made of, as in a mixture of experts: "
+                "whether a product in it has to share its gradient is not known."
+            )
         added = getattr(runner.backend.mlp(layer), "_parameters", {}).get("b_in")
         if gated and added is not None and bool(added.any()):  # a HookedTransformer's, behind the product
             raise ModelError(f"The gated MLP of block {layer} adds a bias to its product: no rule is known for it.")
@@ -144,7 +149,7 @@ class Rules:
             yield
 
 
-def _frozen(module: Any, norm: FinalNorm) -> Callable[..., Tensor]:
+def _frozen(module: Any, norm: Norm) -> Callable[..., Tensor]:
     """A norm's forward whose values are the same, and whose gradient takes the scale for a constant.
 
     What goes back through the scale is taken off again: the forward keeps its own way back, for there may be nodes in

@@ -23,14 +23,14 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from dfa_lens.data.alignment import Alignment
-from dfa_lens.data.arguments import expect
+from dfa_lens.data.arguments import every_task, expect
 from dfa_lens.data.content import ByContent, fingerprint
 from dfa_lens.data.edge_alignment import EdgeAlignment
 from dfa_lens.data.edges import EdgeScores, EdgeSet
 from dfa_lens.data.nodes import NodeSet
 from dfa_lens.data.pairs import PromptPairs
 from dfa_lens.data.scores import NodeScores
-from dfa_lens.errors import AlignmentError, PromptError, TrainingError, short, unknown
+from dfa_lens.errors import AlignmentError, PromptError, TrainingError, unknown
 from dfa_lens.models import backend
 from dfa_lens.models.backend import HookedModel
 from dfa_lens.models.runner import Runner
@@ -229,7 +229,7 @@ def fit(
     if misspelt is not None:
         raise unknown("option", misspelt, known, AlignmentError)
     job: Any = Job(given, replace(recipe or Recipe(), **options))
-    _check_tasks(prompts, given, ("pairs", "scores"))
+    every_task(prompts, given, ("pairs", "scores"))
     shared: Any = {
         "cache": cache,
         "share_prefix": share_prefix,
@@ -354,7 +354,7 @@ def fit_many(
 def _used(runner: Runner, jobs: Iterable[Job], pairs: Mapping[str, PromptPairs]) -> dict[str, PromptPairs]:
     """The pairs of all tasks that are trained on, each of them checked."""
     for job in jobs:
-        _check_tasks(job.scores, pairs, ("scores", "pairs"))
+        every_task(job.scores, pairs, ("scores", "pairs"))
         job.require_one_source()
     used = {task: each for task, each in pairs.items() if any(task in job.scores for job in jobs)}
     for task, each in used.items():
@@ -384,16 +384,6 @@ def _units(
     if edges is not None:
         raise AlignmentError("The scores are of nodes: name the target's nodes, nodes=, not its edges.")
     return nodes if nodes is not None else NodeSet.heads_and_mlps(target)
-
-
-def _check_tasks(ours: Mapping[str, Any], theirs: Mapping[str, Any], names: tuple[str, str]) -> None:
-    if not ours:
-        raise AlignmentError("There is no training task: scores and pairs are empty.")
-    missing = next((task for task in ours if task not in theirs), None)
-    if missing is not None:
-        raise AlignmentError(
-            f"Task {short(repr(missing))} is in {names[0]} but not in {names[1]}; both need every task."
-        )
 
 
 def _alike(runs: Iterable[Training]) -> list[list[Training]]:
