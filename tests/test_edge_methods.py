@@ -14,7 +14,7 @@ from test_gradient_rules import Written, shared, softened
 
 import dfa_lens as dfa
 from dfa_lens.attribution.edge_methods import LearnedEdges
-from dfa_lens.attribution.learned import Learned, Matryoshka, NodePruning, UniformGradientSampling
+from dfa_lens.attribution.learned import Learned, Matryoshka, UniformGradientSampling
 from dfa_lens.errors import DfaError
 from dfa_lens.models.edge_gates import run_gated
 from dfa_lens.models.paired_run import PairedRun
@@ -244,7 +244,7 @@ def test_the_first_step_is_down_the_slope_of_finite_differences(objective):
     torch.testing.assert_close(moved, -1e-3 * slope.sign(), atol=1e-6, rtol=0)
 
 
-@pytest.mark.parametrize("kind", [Matryoshka, NodePruning, UniformGradientSampling])
+@pytest.mark.parametrize("kind", [Matryoshka, UniformGradientSampling])
 def test_masks_of_edges_are_learned(kind):
     """What is maximised is larger than with edges in a random order."""
     model, pairs = random_model(), random_pairs(6, 5, seed=7)

@@ -359,6 +359,21 @@ class LearnedEdges(EdgeMethod):
     """A :class:`~dfa_lens.attribution.learned.Learned` mask with a gate for each edge.
 
     ``ugs`` was published for edges, as was what ``node-pruning`` does, which is called ``edge-pruning`` here.
+
+    Attributes
+    ----------
+    learned:
+        The mask, and how it is trained.
+
+    Examples
+    --------
+    >>> import dfa_lens as dfa
+    >>> from dfa_lens.attribution.edge_methods import LearnedEdges
+    >>> from dfa_lens.attribution.learned import Matryoshka
+    >>> model = dfa.zoo.load("llama3-tiny-source")
+    >>> pairs = dfa.tasks.load("ioi", model.tokenizer, n=2)
+    >>> len(dfa.attribute_edges(model, pairs, method=LearnedEdges(Matryoshka(iterations=1))))
+    2500
     """
 
     random: ClassVar[bool] = True

@@ -147,9 +147,8 @@ def attribute_edges(
     Raises
     ------
     DfaError
-        If a name is misspelt, ``steps`` is below 1, the metric is not finite or has no gradient, ``step_points`` are
-        given to a method that has none, or ``direction="denoising"`` is asked for with another ablation than the
-        corrupt run.
+        If a name is misspelt, ``steps`` is below 1, the metric is not finite or has no gradient, or
+        ``direction="denoising"`` is asked for with another ablation than the corrupt run.
     EdgeError
         If ``edges`` are those of another model.
     ModelError

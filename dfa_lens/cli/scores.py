@@ -69,6 +69,7 @@ def attribute(
     step_points: Annotated[
         str, typer.Option(help="Of edges: to-clean (k = 1 … steps) or from-corrupt (0 … steps - 1).")
     ] = "to-clean",
+    metric: option.MetricOption = "logit-difference",
     ablation: option.AblationOption = "corrupt",
     direction: Annotated[
         str,
@@ -102,7 +103,7 @@ def attribute(
     prompts = reading.pairs(loaded, task, pairs, split=split, examples=examples, seed=seed, collection=collection)
     size = option.batch_size_of(batch_size)
     common: dict[str, Any] = {"steps": integration_steps, "batch_size": size, "progress": option.bars(quiet)}
-    common |= {"ablation": ablation, "direction": direction}
+    common |= {"ablation": ablation, "direction": direction, "metric": reading.metric(metric, loaded)}
     scores: Any
     if edges:
         scores = dfa.attribute_edges(
@@ -223,6 +224,11 @@ def evaluate(
         typer.Option(help="signed (for CPR) or absolute (for CMD); default: the scores' own, or signed."),
     ] = None,
     selection: Annotated[str, typer.Option(help="Of edges: top, or greedy, the best that lead to the logits.")] = "top",
+    metric: option.MetricOption = "logit-difference",
+    control: option.ControlOption = False,
+    areas: Annotated[
+        bool, typer.Option("--areas", help="Also print the areas on a logarithmic axis, and under the metric itself.")
+    ] = False,
     ablation: option.AblationOption = "corrupt",
     direction: Annotated[
         str, typer.Option(help="denoising keeps the best and leaves the others out, noising the reverse.")
@@ -247,7 +253,8 @@ def evaluate(
         require_suffix(out, "A curve", (".csv",))
     ranked = reading.scores(scores)
     loaded = reading.model(model, backend, device, dtype)
-    prompts = reading.pairs(loaded, task, pairs, split=split, examples=examples, seed=seed, collection=collection)
+    drawn: dict[str, Any] = {"split": split, "examples": examples, "seed": seed, "collection": collection}
+    prompts = reading.pairs(loaded, task, pairs, **drawn, control=control)
     curve = dfa.faithfulness_curve(
         loaded,
         prompts,
@@ -255,6 +262,7 @@ def evaluate(
         protocol=protocol,  # type: ignore[arg-type]
         ranking=ranking,  # type: ignore[arg-type]
         selection=selection,  # type: ignore[arg-type]
+        metric=reading.metric(metric, loaded),
         ablation=ablation,
         direction=direction,  # type: ignore[arg-type]
         batch_size=option.batch_size_of(batch_size),
@@ -281,6 +289,14 @@ def evaluate(
         f"(95 % intervals over {len(curve.clean_values)} prompt pairs)",
         f"empty circuit: CPR {curve.floor:.3f}, CMD {curve.cmd_floor:.3f}",
     ]
+    if areas:
+        facts["areas"] = {
+            of: {axis: curve.area(of, axis=axis) for axis in ("linear", "log")}
+            for of in ("faithfulness", "distance", "metric")
+        }
+        lines += [
+            f"area of {of}: {found['linear']:.3f}, log axis {found['log']:.3f}" for of, found in facts["areas"].items()
+        ]
     if circuit is not None:
         low, high = circuit.meta["size_interval"]
         listed = circuit.names if circuit.unit == "nodes" else circuit.names[:MOST_EDGES]
