@@ -300,7 +300,7 @@ def test_bad_input(any_model):
         dfa.fit(any_model, scores, {"a": pairs["a"]})
     with pytest.raises(AlignmentError, match="Task 'b' is in pairs but not in scores"):
         dfa.fit(any_model, {"a": scores["a"]}, pairs)
-    with pytest.raises(AlignmentError, match="There is no task: scores are empty"):
+    with pytest.raises(AlignmentError, match="There is no task: pairs are empty"):
         dfa.fit(any_model, {}, {})
     with pytest.raises(ScoreError, match="scores of task 'b' belong to 12 nodes"):
         dfa.fit(any_model, scores | {"b": dfa.controls.random_scores(dfa.NodeSet.for_sizes(3, 3))}, pairs)
