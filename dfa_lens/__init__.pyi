@@ -15,6 +15,7 @@ from .data.edge_alignment import EdgeAlignment as EdgeAlignment
 from .data.edge_circuit import EdgeCircuit as EdgeCircuit
 from .data.edges import EdgeScores as EdgeScores
 from .data.edges import EdgeSet as EdgeSet
+from .data.inspection import Inspection as Inspection
 from .data.measurements import Measurements as Measurements
 from .data.membership import EdgeMembership as EdgeMembership
 from .data.membership import Membership as Membership
@@ -32,6 +33,7 @@ from .evaluation import mib as mib
 from .evaluation.check import TaskCheck as TaskCheck
 from .evaluation.check import check as check
 from .evaluation.faithfulness import faithfulness_curve as faithfulness_curve
+from .evaluation.inspection import inspect as inspect
 from .evaluation.rehearsal import Rehearsal as Rehearsal
 from .evaluation.rehearsal import choose_ranking as choose_ranking
 from .evaluation.rehearsal import rehearse as rehearse

@@ -61,8 +61,19 @@ _KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt_neox": ("GPTNeoX", {"num_key_value_heads": 4}),
     "mixtral": ("Mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}),
     "qwen3_moe": ("Qwen3Moe", {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "head_dim": 8}),
+    "qwen2_moe": (
+        "Qwen2Moe",
+        {
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 24,
+            "shared_expert_intermediate_size": 24,
+            "decoder_sparse_step": 1,
+        },
+    ),
 }
-PLAIN_FAMILIES = (*_KINDS, "gpt2")
+#: Qwen-2 with experts is looked at for its shared expert only; the rest is as in Qwen 3.
+PLAIN_FAMILIES = (*(family for family in _KINDS if family != "qwen2_moe"), "gpt2")
 
 
 @cache

@@ -92,6 +92,22 @@ def made_curve(
     )
 
 
+#: Of a made-up prompt; some would be markup, or break a line.
+TOKENS = ("<bos>", " John", "\n", " gave")
+
+
+def made_inspection(nodes: dfa.NodeSet, *, patterns: bool = True) -> dfa.Inspection:
+    """What nodes do on a prompt, every number another."""
+    from dfa_lens.data.inspection import TokenLogit
+
+    n, heads, length = len(nodes), sum(node.kind == "head" for node in nodes), len(TOKENS)
+    seen = torch.rand(heads, length, length, generator=torch.Generator().manual_seed(0)).tril()
+    named = tuple((TokenLogit(f" <b>{i}", i, 1 + i / 10), TokenLogit("x", 99, 0.5)) for i in range(n))
+    direct = torch.sin(torch.arange(n) * 1.0)
+    pattern = seen / seen.sum(-1, keepdim=True) if patterns else None
+    return dfa.Inspection(nodes, TOKENS, " Mary", " John", direct, named, named, pattern)
+
+
 def float64_model(**options: Any) -> Any:
     """A random model that really computes in float64, for finite differences."""
     if "hooked" not in BACKENDS:

@@ -6,7 +6,7 @@ import shutil
 
 import numpy as np
 import pytest
-from helpers import made_curve
+from helpers import made_curve, made_inspection
 
 import dfa_lens as dfa
 
@@ -128,8 +128,9 @@ def test_report(browser, tmp_path):
     open_page(browser, report(results, tmp_path))
     graphs = "return [...document.querySelectorAll('.plotly-graph-div')].map(g => g.data.length)"
     # recovery (six settings); curves (floor, line and band for each of seven settings); source, target, gold and their
-    # difference (two panels each, and what dims them). What is not asked for is not drawn.
-    assert browser.execute_script(graphs) == [6, 15, 16]
+    # difference (two panels each, and what dims them); the circuit (in it, outside, what is chosen, its attention). What
+    # is not asked for is not drawn.
+    assert browser.execute_script(graphs) == [6, 15, 16, 4]
     for width in (400, 800, 1280):
         browser.set_window_size(width, 900)
         overflow = browser.execute_async_script(
@@ -654,6 +655,11 @@ def all_figures(tmp_path_factory):
         plots.training_history({"zero-shot": alignment, "uniform-s": alignment, "one-task": alignment}, title=title),
         plots.size_sensitivity(table, title=title),
         plots.score_scatter(gold, target["one"], title=title),
+        plots.node_graph(gold.circuit(40), scores=gold, inspection=made_inspection(B), title=title),
+        plots.node_graph(gold.circuit(40), edges=made_up_edges(10, 10, 5), title=title),
+        plots.circuit_comparison({name: gold.circuit(9 + len(name)) for name in tasks[:2]}, title=title),
+        plots.circuit_comparison({"source": source["one"].circuit(20), "target": gold.circuit(40)}, title=title),
+        plots.token_heatmap(dfa.controls.random_scores(A.at_spans([f"{i} word{i}" for i in range(14)])), title=title),
     ]
     path = tmp_path_factory.mktemp("all") / "all.html"
     parts = [each.to_html(full_html=False, include_plotlyjs=i == 0) for i, each in enumerate(figures)]
@@ -687,6 +693,36 @@ def test_labels_of_a_graph_do_not_overlap(browser, tmp_path, width, sizes):
     browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
     assert overlaps[0] > 10
     assert overlaps[1:] == [[], [], True]
+
+
+def test_a_click_on_a_node_shows_what_it_does(browser, tmp_path):
+    found = made_inspection(A)
+    dfa.plots.node_graph(dfa.Circuit(["a0.h1", "m3"], A), inspection=found).write_html(tmp_path / "nodes.html")
+    open_page(browser, tmp_path / "nodes.html")
+    where = """
+    const graph = document.querySelector('.plotly-graph-div');
+    const {xaxis: x, yaxis: y} = graph._fullLayout;
+    const box = graph.getBoundingClientRect();
+    return [box.left + x._offset + x.d2p(arguments[0]), box.top + y._offset + y.d2p(arguments[1])];
+    """
+    shown = """
+    const graph = document.querySelector('.plotly-graph-div');
+    const z = graph.data.find(trace => trace.name === 'pattern').z.map(row => [...row]);
+    return [graph.layout.annotations[0].text, z, graph.layout.xaxis2.visible];
+    """
+    n = len(found.tokens)
+    for name, x, y in (("a4.h2", 2, 4), ("m3", 8.3, 3)):  # outside of the circuit, and in it
+        press(browser, browser.execute_script(where, x, y))
+        words, z, visible = browser.execute_script(shown)
+        i = A.position(name)
+        assert words.startswith(f"<b>{name}</b><br>direct effect on logit(␣Mary) −")
+        assert f"{float(found.direct[i]):+.3f}" in words
+        assert visible == (name == "a4.h2")
+        for q in range(n):
+            for k in range(n):
+                expected = float(found.pattern(name)[q, k]) if k <= q and visible else None
+                assert z[q][k] == (None if expected is None else pytest.approx(expected, abs=0.0051))
+    assert not [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"]
 
 
 def test_a_click_on_a_block_shows_its_edges(browser, tmp_path):

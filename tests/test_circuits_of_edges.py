@@ -84,11 +84,6 @@ def test_what_is_refused(any_model):
     scores = dfa.attribute_edges(any_model, pairs, method="eap")
     for call, error, message in (
         (lambda: dfa.circuits.run(any_model, pairs, a_circuit()), ScoreError, "it comes from another model"),
-        (
-            lambda: dfa.circuits.run(any_model, pairs, scores.circuit(5), ablation="zero"),
-            CircuitError,
-            "'corrupt' only",
-        ),
         (lambda: scores.circuit(10_000), ScoreError, "number of ranked edges, "),
         (lambda: a_circuit(["m1->m0"]), EdgeError, "m0 reads before m1 writes"),
         (lambda: a_circuit(["m0->m1"], EDGES["m0", "logits"]), EdgeError, "not among the 1 of the set"),
@@ -153,7 +148,8 @@ def test_a_circuit_of_edges_is_a_value(tmp_path):
     without = a_circuit(["a0.h1->logits"], EDGES.without_input(), name="without")
     some = a_circuit(["m0->m1"], EDGES["m0", "*"], name="some")
     assert without.live_size == 1 and without.open.sum() == 1 + EDGES.existing[0].sum()
-    for each in (circuit, without, some, a_circuit([])):
+    beside = dfa.EdgeCircuit(["m0->m1"], dfa.EdgeSet(2, 2, parallel=True), name="side by side")
+    for each in (circuit, without, some, a_circuit([]), beside):
         each.save(tmp_path / "c.safetensors")
         each.to_json(tmp_path / "c.json")
         for back in (dfa.EdgeCircuit.load(tmp_path / "c.safetensors"), dfa.EdgeCircuit.from_json(tmp_path / "c.json")):
@@ -161,6 +157,8 @@ def test_a_circuit_of_edges_is_a_value(tmp_path):
     circuit.to_csv(tmp_path / "c.csv")
     assert "input->a0.h1<q>,input,a0.h1<q>,True,True" in (tmp_path / "c.csv").read_text()
     per_head = dfa.EdgeCircuit(["m0->a1.h0<v>"], dfa.EdgeSet(2, 2).without_input())
+    with pytest.raises(ScoreError, match="side by side are not written"):
+        beside.to_mib(tmp_path / "mib.pt")
     for suffix in (".pt", ".json"):
         per_head.to_mib(tmp_path / f"mib{suffix}")
         back = dfa.EdgeCircuit.from_mib(tmp_path / f"mib{suffix}")
@@ -171,7 +169,7 @@ def test_a_circuit_of_edges_is_a_value(tmp_path):
         ("bad.json", {"format": "dfa_lens edge circuit 1", "edges": "x", "universe": "all", "meta": {}}, "are a str"),
         (
             "bad.json",
-            {"format": "dfa_lens edge circuit 1", "edges": [], "universe": "none", "meta": {}, "sizes": circuit._sizes},
+            {"format": "dfa_lens edge circuit 1", "edges": [], "universe": "none", "meta": {}, "sizes": EDGES.sizes},
             "none",
         ),
     ):

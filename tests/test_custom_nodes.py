@@ -1,12 +1,16 @@
 """Nodes at any hook point: everything works over them, and what must be equal is."""
 
+import copy
+
 import pytest
 import torch
+from families import hugging_face
 from helpers import random_pairs
 
 import dfa_lens as dfa
-from dfa_lens.errors import NodeError
+from dfa_lens.errors import HookError, NodeError
 from dfa_lens.models import hooks
+from dfa_lens.models.backend import PlainModel
 from dfa_lens.models.runner import Runner
 
 WIDTH = 10
@@ -193,3 +197,80 @@ def test_bad_input(model):
     short = of(model, {"blocks.0.hook_resid_pre": 1}, n_positions=4)
     with pytest.raises(NodeError, match="was made for prompts of up to 4 tokens"):
         dfa.attribute(model, random_pairs(), nodes=short)
+
+
+# --- experts -------------------------------------------------------------------------------------------------------
+
+
+def experts_by_hand(mlp, stream, family):
+    """What each expert adds, [batch, pos, expert, d_model], from the weights; and what is added beside them."""
+    probabilities = (stream @ mlp.gate.weight.T).softmax(-1)
+    best = probabilities.topk(2, -1)
+    weights = torch.zeros_like(probabilities).scatter(-1, best.indices, best.values)
+    if family == "mixtral":  # the others leave them as they are
+        weights = weights / weights.sum(-1, keepdim=True)
+    gate, up = torch.einsum("bpd,efd->bpef", stream, mlp.experts.gate_up_proj).chunk(2, -1)
+    neurons = torch.nn.functional.silu(gate) * up
+    added = torch.einsum("bpef,edf->bped", neurons, mlp.experts.down_proj) * weights[..., None]
+    shared = 0
+    if hasattr(mlp, "shared_expert"):
+        shared = mlp.shared_expert_gate(stream).sigmoid() * mlp.shared_expert(stream)
+    return added, shared
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "qwen2_moe"])
+def test_experts_against_hooks_made_by_hand(family, unchanged):
+    model, pairs = hugging_face(family), random_pairs(3, 8, ragged=True)
+    rows = torch.arange(len(pairs))
+
+    def run(tokens, change=lambda layer, now: now):
+        seen, handles = {}, []
+        for layer, block in enumerate(model.model.layers):
+
+            def behind(mlp, args, out, layer=layer):
+                added, shared = experts_by_hand(mlp, args[0], family)
+                torch.testing.assert_close(added.sum(2) + shared, out, atol=1e-4, rtol=1e-4)
+                seen[layer] = change(layer, added)
+                if seen[layer].requires_grad:
+                    seen[layer].retain_grad()
+                return seen[layer].sum(2) + shared
+
+            handles.append(block.mlp.register_forward_hook(behind))
+        mask = (torch.arange(tokens.shape[1]) < pairs.lengths[:, None]).long()
+        logits = model(tokens, attention_mask=mask).logits[rows, pairs.lengths - 1]
+        for handle in handles:
+            handle.remove()
+        return seen, (logits[rows, pairs.answer] - logits[rows, pairs.wrong]).mean()
+
+    nodes = dfa.NodeSet.from_points(model, {"blocks.{layer}.mlp.hook_experts": 2})
+    assert len(nodes) == 3 * 4 and nodes[5].name == "blocks.1.mlp.hook_experts[1]"
+    with unchanged(PlainModel(model)):
+        nap = dfa.attribute(model, pairs, nodes=nodes, method="nap")
+        some = nodes[[0, 6, 11]]
+        exact = dfa.attribute(model, pairs, nodes=some, method="exact")
+    with torch.no_grad():
+        corrupt, _ = run(pairs.corrupt)
+    clean, metric = run(pairs.clean)
+    metric.backward()
+    model.zero_grad()
+    expected = [((clean[i] - corrupt[i]) * clean[i].grad).sum((0, 1, 3)) for i in range(3)]
+    torch.testing.assert_close(nap.values, torch.cat(expected), atol=2e-4, rtol=2e-4)
+    for node, score in zip(some, exact.values, strict=True):
+
+        def without(layer, now, node=node):
+            other = (torch.arange(4) == node.index)[:, None]
+            return torch.where(other, corrupt[layer], now) if layer == node.layer else now
+
+        with torch.no_grad():
+            torch.testing.assert_close(score, metric.detach() - run(pairs.clean, without)[1], atol=2e-4, rtol=2e-4)
+    # all of them together are the MLP, where no expert is shared
+    if family != "qwen2_moe":
+        mlps = dfa.attribute(model, pairs, nodes=dfa.NodeSet.heads_and_mlps(model)[["m0", "m1", "m2"]], method="nap")
+        torch.testing.assert_close(nap.values.unflatten(0, (3, 4)).sum(1), mlps.values, atol=2e-4, rtol=2e-4)
+
+
+def test_experts_that_are_not_of_that_kind_are_refused():
+    model = copy.deepcopy(hugging_face("mixtral"))
+    model.model.layers[0].mlp.gate.forward = lambda tokens: tokens
+    with pytest.raises(HookError, match="can't be told apart .*: use 'hook_mlp_out'"):
+        PlainModel(model).hook_dict["blocks.0.mlp.hook_experts"].parts(torch.zeros(1, 2, 32))

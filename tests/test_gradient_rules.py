@@ -1,14 +1,16 @@
 """Rules for the gradient against a Llama written anew, in which every rule stands where the papers write it."""
 
+import copy
 import math
 from functools import cache
 
 import pytest
 import torch
 from families import bridge, hugging_face
-from helpers import BACKENDS, random_model, random_pairs, unchecked
+from helpers import BACKENDS, plain_passes, random_model, random_pairs, unchecked
 
 import dfa_lens as dfa
+from dfa_lens.attribution.learned import Matryoshka, NodePruning, UniformGradientSampling
 from dfa_lens.errors import DfaError, ModelError
 from dfa_lens.models.gradient_rules import Rules
 
@@ -147,15 +149,67 @@ def test_neurons_and_queries_have_scores(any_model, pairs):
     assert dfa.attribute(any_model, pairs, nodes=queries, method="attnlrp").values.any()
 
 
-@pytest.mark.parametrize("family", ["gpt2", "gpt_neox", "gemma2", "phi3"])
-def test_other_kinds_of_models(family):
+@pytest.mark.parametrize(
+    ("family", "method"),
+    [("gpt2", "relp"), ("gpt_neox", "relp"), ("gemma2", "relp"), ("phi3", "relp"), ("qwen3", "attnlrp")],
+)
+def test_other_kinds_of_models(family, method):
     """Layer norms, MLPs without gates or with one projection for both factors, norms of 1 + w and behind attention: a
     TransformerBridge and the Hugging Face model that it wraps give the same scores."""
     model, pairs = hugging_face(family), random_pairs(seed=4)
-    nap, found = (dfa.attribute(model, pairs, method=method).values for method in ("nap", "relp"))
+    nap, found = (dfa.attribute(model, pairs, method=each).values for each in ("nap", method))
     assert (found - nap).abs().max() > 1e-2 * nap.abs().max()
-    bridged = dfa.attribute(bridge(family), pairs, method="relp").values
+    bridged = dfa.attribute(bridge(family), pairs, method=method).values
     torch.testing.assert_close(bridged, found, atol=1e-4 * float(found.abs().max()), rtol=1e-3)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("made", [hugging_face, bridge])
+def test_a_mixture_of_experts_is_refused(made, method):
+    """Its neurons are not shown, so that a part of the gradient would be as it is without the rules, in silence."""
+    with pytest.raises(ModelError, match="mixtures? of experts"):
+        dfa.attribute(made("qwen3_moe"), random_pairs(2), method=method)
+
+
+def test_a_norm_of_an_unknown_kind_is_refused():
+    model = copy.deepcopy(hugging_face("qwen3"))
+
+    class Scaled(torch.nn.Module):
+        def forward(self, x):
+            return x / (1 + x.abs().mean(-1, keepdim=True))
+
+    Scaled.__module__ = "transformers.mine"
+    model.model.layers[1].input_layernorm = Scaled()
+    with pytest.raises(ModelError, match="norms of this model can't be frozen: the norm is a Scaled"):
+        dfa.attribute(model, random_pairs(2), method="relp")
+
+
+#: What is new among the methods, quick; each with what it ablates by
+NEWER = [
+    ("atp-star", "corrupt"),
+    ("expected-gradients", "corrupt"),
+    ("exact", "zero"),
+    ("nap-ig-activations", "mean"),
+    (Matryoshka(iterations=2), "corrupt"),
+    (NodePruning(iterations=2), "mean"),
+    (UniformGradientSampling(iterations=2), "corrupt"),
+    ("nap", dfa.ablations.Optimal(steps=2)),
+]
+
+
+@pytest.mark.parametrize("family", ["gemma2", "qwen3", "gpt2", "phi3", "qwen3_moe"])
+def test_the_newer_methods_on_families(family, monkeypatch):
+    """A TransformerBridge and the Hugging Face model that it wraps give the same scores, none of them all zero."""
+    plain_passes(monkeypatch)  # no trials: quicker
+    models, pairs = (hugging_face(family), bridge(family)), random_pairs(2, 6, seed=4)
+    nodes = dfa.NodeSet.heads_and_mlps(models[0])[["a0.h1", "m0", "a2.h3", "m2"]]
+    for method, ablation in NEWER:
+        scores = [
+            dfa.attribute(model, pairs, nodes=nodes, method=method, ablation=ablation, steps=2).values
+            for model in models
+        ]
+        assert scores[0].any(), method
+        torch.testing.assert_close(*scores, atol=1e-4 * float(scores[0].abs().max()), rtol=1e-3)
 
 
 def test_what_can_not_be(plain, any_model, pairs):

@@ -11,12 +11,14 @@ import torch
 from attack import interrupts
 from families import PLAIN_FAMILIES, bridge, hugging_face
 from helpers import checkpoint, plain_passes, random_pairs
+from transformers import AutoModelForCausalLM
 
 import dfa_lens as dfa
 from dfa_lens.errors import HookError, ModelError
 from dfa_lens.models import private
 from dfa_lens.models.backend import FAMILIES, Family, PlainModel
 from dfa_lens.models.runner import Runner
+from dfa_lens.zoo.tokenizer import build
 
 #: By hand: the list of blocks, what heads write by, and what the MLP adds to the stream.
 BY_HAND = dict.fromkeys(PLAIN_FAMILIES, ("model.layers", "self_attn.o_proj", "mlp")) | {
@@ -133,7 +135,7 @@ def test_the_same_numbers_as_the_bridge(family, monkeypatch):
     """Every hook point, scores, a curve, edges and measurements."""
     plain_passes(monkeypatch)  # no trials: quicker
     plain, other = hugging_face(family), bridge(family)
-    names = [name for name in PlainModel(plain).hook_dict if not name.endswith("resid_mid")]
+    names = [name for name in PlainModel(plain).hook_dict if not name.endswith(("resid_mid", "hook_experts"))]
     activations = []
     for model in (plain, other):
         found = {}
@@ -487,10 +489,22 @@ def test_loading(tmp_path):
         dfa.load_model(folder, backend="transformers", n_devices=2)
 
 
+@pytest.mark.parametrize("family", ["gemma3", "qwen3_moe"])
+def test_a_file_in_bfloat16_is_read_in_float32_as_transformers_does(family, tmp_path):
+    """What a model computes for itself (the scale of embeddings) is not rounded as the file's weights are."""
+    copy.deepcopy(hugging_face(family)).to(torch.bfloat16).save_pretrained(tmp_path)
+    build(begin_of_text=False).save_pretrained(tmp_path)
+    ours = dfa.load_model(tmp_path, backend="transformers").original_model
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    for found, expected in zip(ours.named_buffers(), theirs.named_buffers(), strict=True):
+        assert found[0] == expected[0] and found[1].dtype == expected[1].dtype
+        torch.testing.assert_close(found[1], expected[1], atol=0, rtol=0, msg=found[0])
+    with torch.no_grad():
+        assert torch.equal(ours(PAIRS.clean).logits, theirs(PAIRS.clean).logits)
+
+
 def test_loading_another_family(tmp_path):
     """What no HookedTransformer is made of is a bridge by default."""
-    from dfa_lens.zoo.tokenizer import build
-
     hugging_face("olmo2").save_pretrained(tmp_path)
     build(begin_of_text=False).save_pretrained(tmp_path)
     model = dfa.load_model(tmp_path, backend="transformers")

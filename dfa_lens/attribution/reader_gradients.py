@@ -7,7 +7,11 @@ s = √(mean x² + eps), the gradient at the reader's input is
 
 The first part is linear in G/s, so its sum over passes is kept d_head wide and made d_model wide once, at the end. The
 second is x times one number for each reader, x·ĝ = s·(q - b)·G: each pass multiplies x with the writers' differences
-and is done with it. Biases play no part.
+and is done with it. Biases play no part. In a layer norm x and g are less their means; without a norm g = ĝ. Under
+rules by which a norm's scale is a constant, the first part is all.
+
+Where norms stand behind attention, what a head's difference adds to the stream depends on the pass (the derivative of
+the norm there), so each pass is multiplied with the writers' differences in whole and is done with.
 """
 
 from __future__ import annotations
@@ -24,6 +28,7 @@ from dfa_lens.data.edges import ReaderSite
 from dfa_lens.data.nodes import Site
 from dfa_lens.errors import HookError, ModelError
 from dfa_lens.models.backend import HookFunction
+from dfa_lens.models.gradient_rules import Rules
 from dfa_lens.models.stream import Stream, head_mask
 
 Taps = list[tuple[str, HookFunction]]
@@ -43,24 +48,38 @@ class ReaderGradients:
         Hook point → clean less corrupt activation, of the writers; may still be filled while the first pass runs.
     writers:
         The sites of the writers whose edges are scored, neighbours in order; default: all.
+    rules:
+        Those that the gradients are taken under.
     """
 
     def __init__(
-        self, stream: Stream, batch: Batch, deltas: Mapping[str, Tensor], writers: tuple[Site, ...] | None = None
+        self,
+        stream: Stream,
+        batch: Batch,
+        deltas: Mapping[str, Tensor],
+        writers: tuple[Site, ...] | None = None,
+        rules: Rules | None = None,
     ) -> None:
         self.stream, self.batch, self.deltas = stream, batch, deltas
+        self.rules = Rules() if rules is None else rules
         self.writers = stream.edges.nodes.sites if writers is None else writers
         self.first = self.writers[0].positions[0]
         self.stop = self.writers[-1].positions[-1] + 1
-        #: the sites with a reader behind one of the writers
-        self.sites = tuple(site for site in stream.edges.sites if site.n_before > self.first)
+        constant = ("q", "k") if self.rules.attention == "frozen" else ()
+        #: the sites with a reader behind one of the writers, and a gradient
+        self.sites = tuple(
+            site for site in stream.edges.sites if site.n_before > self.first and site.kind not in constant
+        )
         self.sums: dict[ReaderSite, Tensor] = {}
         self.along = torch.zeros(stream.edges.shape, dtype=torch.float64)
+        self.heads: dict[str, Tensor] = {}  # hook point → the running pass's z, where norms stand behind attention
         self.places = stream.places(batch)
         if stream.members > 1:
             self._require_scores()
 
     def _require_scores(self) -> None:
+        if not any(site.kind == "k" for site in self.sites):
+            return
         try:
             self.stream.runner.points([SCORES_POINT.format(layer=0)])
         except HookError as error:
@@ -71,7 +90,17 @@ class ReaderGradients:
 
     def scores(self) -> Float[Tensor, "writer reader"]:
         """Δ·g summed over positions and width, examples and passes, in float64; 0 where there is no edge."""
-        total = -self.along
+        self.settle()
+        return -self.along
+
+    def chunks(self, places: list[Any]) -> list[list[Any]]:
+        """As many passes at a time as fit into one, and as can be added up."""
+        return [[place] for place in places] if self.stream.heads_write_together else self.batch.chunks(places)
+
+    def settle(self) -> None:
+        """Multiply the gradients that were added with the writers' differences, and forget them."""
+        if not self.sums:
+            return
         widest = max(len(site) for site in self.sites)
         for places in self.stream.tiles(self.places, widest):
             written = self._written(places, self.stop)
@@ -81,12 +110,13 @@ class ReaderGradients:
                 own = self._at_input(site, places).transpose(0, 1).flatten(1)
                 # as a plain product of matrices: einsum would copy all writers into another order, for every site
                 torch.mm(written[: rows.stop - rows.start].flatten(1), own.T, out=part[rows, site.columns])
-            total += part.double().cpu()
-        return total
+            self.along -= part.double().cpu()
+        self.sums.clear()
 
     def _written(self, places: Int[Tensor, " place"], before: int) -> Float[Tensor, "writer place d_model"]:
         """What those of the writers add that are among the first ``before`` of all."""
-        return self.stream.written_until(before, self.deltas, places, self.writers)
+        frozen = self.rules.frozen_norms
+        return self.stream.written_until(before, self.deltas, places, self.writers, self.heads, frozen=frozen)
 
     def _rows(self, site: ReaderSite) -> slice:
         """The writers before a site."""
@@ -102,7 +132,7 @@ class ReaderGradients:
         members = own.shape[1] // len(matrix)
         own = own.unflatten(1, (len(matrix), members))
         found = torch.einsum("phme,hde->phmd", own, matrix).flatten(1, 2)
-        return found if weights.norm is None else found * weights.norm.to(found)
+        return found if weights.norm is None else weights.norm.centre(weights.norm.weighted(found))
 
     def one_pass(self) -> GradientPass:
         """Whatever is needed to add the gradients of one more pass."""
@@ -151,6 +181,7 @@ class GradientPass:
         self.streams: dict[int, Tensor] = {}  # by layer: what its attention reads
         self.along: dict[int, dict[ReaderSite, Tensor]] = {}
         self.split: list[_SplitHeads] = []
+        self.heads: dict[str, Tensor] = {}
 
     @property
     def keeps_graph(self) -> bool:
@@ -160,11 +191,15 @@ class GradientPass:
     def taps(self) -> Taps:
         """The hooks, for one pass."""
         found: Taps = []
-        for layer in sorted({site.layer for site in self.sums.sites if site.kind == "q"}):
+        for layer in sorted({site.layer for site in self.sums.sites if site.kind in ("q", "k", "v")}):
             found.append((f"blocks.{layer}.hook_resid_pre", partial(self._keep_stream, layer)))
         for site in self.sums.sites:
             found += self._taps_of(site)
-        return found
+        points = [site.point for site in self.sums.writers if self.stream.needs_heads(site)]
+        return found + [(point, partial(self._keep_heads, point)) for point in points]
+
+    def _keep_heads(self, point: str, now: Tensor) -> None:
+        self.heads[point] = now.detach()
 
     def _taps_of(self, site: ReaderSite) -> Taps:
         block = f"blocks.{site.layer}"
@@ -182,7 +217,7 @@ class GradientPass:
         return [(point, split.keep_shared), (mixed, split.keep_mixed)]
 
     def _keep_stream(self, layer: int, now: Tensor) -> None:
-        self.streams[layer] = now.detach()
+        self.streams[layer] = self.stream.centred(layer, now.detach())
 
     def _whole(self, site: ReaderSite, sign: float, now: Tensor) -> Tensor:
         # A view of our own: a hook on the tensor itself could fire for the parts of several users of it.
@@ -199,25 +234,33 @@ class GradientPass:
     def _add(self, site: ReaderSite, values: Tensor, gradient: Float[Tensor, "row pos head d_head"]) -> None:
         """Add the gradient at some queries, keys or values, which are ``values``."""
         layer, dtype = site.layer, self.stream.dtype
+        if self.stream.attention(layer).norm is None:
+            self.sums.add(site, gradient.to(dtype))
+            return
         stream = self.streams[layer].to(gradient.device)
         scale = self.stream.scale(layer, stream)
         gradient, values = gradient.to(dtype), values.to(dtype)
+        self.sums.add(site, gradient / scale[..., None])
+        if self.sums.rules.frozen_norms:
+            return
         bias = self.stream.attention(layer).projections[site.kind][1]
         if bias is not None:
             values = values - bias.to(values)
         values = values.repeat_interleave(gradient.shape[2] // values.shape[2], 2)
         along = (values * gradient).sum(-1) / (stream.shape[-1] * scale.square())
         self.along.setdefault(layer, {})[site] = along
-        self.sums.add(site, gradient / scale[..., None])
 
     def finish(self) -> None:
         """Add what could not be added while the gradient went by."""
+        self.sums.heads = self.heads
         for split in self.split:
             self._add(split.site, split.shared.detach(), split.gradient())
         self.split.clear()
         if self.along:
             self.sums.add_along(self.streams, self.along)
         self.along.clear()
+        if self.stream.heads_write_together:
+            self.sums.settle()
 
 
 class _SplitHeads:

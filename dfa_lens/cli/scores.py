@@ -58,8 +58,8 @@ def attribute(
         str | None,
         typer.Option(
             help="nap, nap-ig-inputs (default), nap-ig-activations, exact, expected-gradients, relp, attnlrp, gim, "
-            "atp-star, matryoshka, node-pruning or ugs; of edges: eap, eap-ig-inputs (default), "
-            "eap-ig-activations or exact."
+            "atp-star, matryoshka, node-pruning or ugs; of edges: eap, eap-ig-inputs (default), eap-ig-activations, "
+            "exact, expected-gradients, relp, attnlrp, gim, matryoshka, edge-pruning or ugs."
         ),
     ] = None,
     integration_steps: Annotated[int, typer.Option(help="Points on the path that gradients are averaged over.")] = 5,
@@ -72,7 +72,7 @@ def attribute(
     ablation: option.AblationOption = "corrupt",
     direction: Annotated[
         str,
-        typer.Option(help="Of nodes: noising breaks a node of the clean run, denoising repairs one of the corrupt."),
+        typer.Option(help="noising breaks a node or edge of the clean run, denoising repairs one of the corrupt run."),
     ] = "noising",
     split: option.SplitOption = "train",
     examples: option.ExamplesOption = 64,
@@ -94,8 +94,6 @@ def attribute(
         raise DfaError("--readers and --step-points are options of edges: add --edges.")
     if edges and nodes:
         raise DfaError("--nodes chooses nodes; of edges all are scored.")
-    if edges and (ablation, direction) != ("corrupt", "noising"):
-        raise DfaError("--ablation and --direction are options of nodes: edges carry corrupt activations.")
     suffix = suffix_of_scores(out, edges)
     if edges and readers == "grouped" and suffix in reading.MIB_SUFFIXES:
         raise DfaError(f"MIB's graph files ({suffix}) hold per-head readers: add --readers per-head.")
@@ -103,6 +101,7 @@ def attribute(
     prompts = reading.pairs(loaded, task, pairs, split=split, examples=examples, seed=seed, collection=collection)
     size = option.batch_size_of(batch_size)
     common: dict[str, Any] = {"steps": integration_steps, "batch_size": size, "progress": True}
+    common |= {"ablation": ablation, "direction": direction}
     scores: Any
     if edges:
         scores = dfa.attribute_edges(
@@ -115,7 +114,6 @@ def attribute(
         )
     else:
         chosen = reading.nodes(loaded, nodes)
-        common |= {"ablation": ablation, "direction": direction}
         scores = dfa.attribute(loaded, prompts, method=method or "nap-ig-inputs", nodes=chosen, **common)
     save_scores(scores, out, suffix, as_json)
     say_scores(scores, out, as_json)
@@ -226,7 +224,7 @@ def evaluate(
     selection: Annotated[str, typer.Option(help="Of edges: top, or greedy, the best that lead to the logits.")] = "top",
     ablation: option.AblationOption = "corrupt",
     direction: Annotated[
-        str, typer.Option(help="Of nodes: denoising keeps the best and leaves the others out, noising the reverse.")
+        str, typer.Option(help="denoising keeps the best and leaves the others out, noising the reverse.")
     ] = "denoising",
     faithful: Annotated[float, typer.Option(help="Name the smallest circuit that is so faithful.")] = 0.9,
     split: option.SplitOption = "test",

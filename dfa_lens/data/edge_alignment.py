@@ -267,15 +267,15 @@ class EdgeAlignment(Chain):
 
 
 def _sizes(edges: EdgeSet) -> list[int]:
-    return [edges.n_layers, edges.n_heads, edges.n_kv_heads]
+    return [edges.n_layers, edges.n_heads, edges.n_kv_heads, *([1] if edges.parallel else [])]
 
 
 def _of_sizes(sizes: Sequence[int], n_writers: int) -> EdgeSet:
     """The edges of saved sizes, which must be those of so many writers: a broken file makes no huge set."""
-    n_layers, n_heads, n_kv_heads = sizes
+    n_layers, n_heads, n_kv_heads, *parallel = sizes
     if 1 + n_layers * (n_heads + 1) != n_writers:
         raise AlignmentError(f"it has matrices for {n_writers} writers, but sizes {sizes}")
-    return EdgeSet(n_layers, n_heads, n_kv_heads)
+    return EdgeSet(n_layers, n_heads, n_kv_heads, parallel=bool(parallel))
 
 
 def sizes_of(nodes: NodeSet) -> tuple[int, int]:

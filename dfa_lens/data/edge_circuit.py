@@ -254,14 +254,10 @@ class EdgeCircuit(Chosen):
 
     # --- files -----------------------------------------------------------------------------------------------
 
-    @property
-    def _sizes(self) -> dict[str, int]:
-        edges = self._universe
-        return {"n_layers": edges.n_layers, "n_heads": edges.n_heads, "n_kv_heads": edges.n_kv_heads}
-
     def save(self, path: str | Path) -> None:
         """Write a safetensors file with the edges, the name and the provenance, and a checksum of all of it."""
-        metadata = {"name": self._name, "sizes": json.dumps(self._sizes), "meta": json.dumps(plain(self._meta))}
+        sizes, meta = json.dumps(self._universe.sizes), json.dumps(plain(self._meta))
+        metadata = {"name": self._name, "sizes": sizes, "meta": meta}
         tensors = {"kept": self._kept.nonzero().to(torch.int32), "universe": self._universe.chosen}
         save_tensors(path, tensors, metadata, _FORMAT)
 
@@ -292,7 +288,7 @@ class EdgeCircuit(Chosen):
         content = {
             "format": _FORMAT,
             "name": self._name,
-            "sizes": self._sizes,
+            "sizes": self._universe.sizes,
             "edges": list(self.names),
             "universe": next((name for name, own in _universes(self._universe).items() if own == self._universe), None)
             or list(self.labels),
@@ -338,8 +334,11 @@ class EdgeCircuit(Chosen):
         Raises
         ------
         ScoreError
-            If the readers are grouped: the format has readers of keys and values for every query head.
+            If the readers are grouped: the format has readers of keys and values for every query head. Or if attention
+            and MLP run side by side.
         """
+        if self._universe.parallel:
+            raise ScoreError("MIB's graphs of models whose attention and MLP run side by side are not written.")
         if self._universe.grouped:
             raise ScoreError(
                 "MIB's format has a reader of keys and of values for every query head, and this circuit has one for "

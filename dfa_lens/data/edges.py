@@ -110,6 +110,9 @@ class EdgeSet(ByContent):
         (per-head readers; the default).
     chosen:
         [writer, reader] which of the edges; default: all.
+    parallel:
+        Whether attention and MLP of a layer read the same stream, as in GPT-NeoX: then no head is read by the MLP of
+        its own layer.
 
     Raises
     ------
@@ -127,6 +130,8 @@ class EdgeSet(ByContent):
     ('a0.h0<q>', 'a0.h1<q>', 'a0.kv0<k>', 'a0.kv0<v>', 'm0', 'logits')
     >>> len(edges), [str(edge) for edge in edges["a0.*", "*"]]
     (11, ['a0.h0->m0', 'a0.h0->logits', 'a0.h1->m0', 'a0.h1->logits'])
+    >>> "a0.h0->m0" in dfa.EdgeSet(1, 2, 1, parallel=True)
+    False
     """
 
     def __init__(
@@ -136,6 +141,7 @@ class EdgeSet(ByContent):
         n_kv_heads: int | None = None,
         *,
         chosen: Bool[Tensor, "writer reader"] | None = None,
+        parallel: bool = False,
     ) -> None:
         sizes = {"layers": n_layers, "heads": n_heads, "key-value heads": n_heads if n_kv_heads is None else n_kv_heads}
         for what, number in sizes.items():
@@ -144,6 +150,7 @@ class EdgeSet(ByContent):
         self.n_layers, self.n_heads, self.n_kv_heads = (int(number) for number in sizes.values())
         if self.n_heads % self.n_kv_heads:
             raise EdgeError(f"{self.n_heads} heads can't share {self.n_kv_heads} key-value heads evenly.")
+        self.parallel = bool(parallel)
         self.chosen = self.existing if chosen is None else self._checked(chosen)
 
     @classmethod
@@ -169,7 +176,8 @@ class EdgeSet(ByContent):
         cfg = cfg_of(model)
         heads = int(cfg.n_heads)
         kv = getattr(cfg, "n_key_value_heads", None) if readers == "grouped" else None
-        return cls(int(cfg.n_layers), heads, int(kv or heads))
+        parallel = bool(getattr(cfg, "parallel_attn_mlp", False))
+        return cls(int(cfg.n_layers), heads, int(kv or heads), parallel=parallel)
 
     def _checked(self, chosen: Tensor) -> Tensor:
         if not isinstance(chosen, Tensor) or chosen.dtype != torch.bool or chosen.shape != self.shape:
@@ -216,7 +224,7 @@ class EdgeSet(ByContent):
             add("q", layer, self.n_heads, before)
             add("k", layer, self.n_kv_heads, before)
             add("v", layer, self.n_kv_heads, before)
-            add("mlp", layer, 1, before + self.n_heads)
+            add("mlp", layer, 1, before if self.parallel else before + self.n_heads)
         add("logits", self.n_layers - 1, 1, len(self.nodes))
         return tuple(found)
 
@@ -275,7 +283,7 @@ class EdgeSet(ByContent):
     @property
     def all_of_model(self) -> EdgeSet:
         """All edges of a model of these sizes."""
-        return EdgeSet(self.n_layers, self.n_heads, self.n_kv_heads)
+        return EdgeSet(self.n_layers, self.n_heads, self.n_kv_heads, parallel=self.parallel)
 
     def fits(self, model: Any) -> bool:
         """Whether they are edges of this model, with grouped or per-head readers; only ``model.cfg`` is read."""
@@ -341,7 +349,13 @@ class EdgeSet(ByContent):
 
     def choose(self, chosen: Bool[Tensor, "writer reader"]) -> EdgeSet:
         """Other edges of a model of these sizes."""
-        return EdgeSet(self.n_layers, self.n_heads, self.n_kv_heads, chosen=chosen)
+        return EdgeSet(self.n_layers, self.n_heads, self.n_kv_heads, chosen=chosen, parallel=self.parallel)
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """The model's sizes, as files of edges have them."""
+        sizes = {"n_layers": self.n_layers, "n_heads": self.n_heads, "n_kv_heads": self.n_kv_heads}
+        return sizes | ({"parallel": True} if self.parallel else {})
 
     def without_input(self) -> EdgeSet:
         """Those of the set that do not begin at the input: what the ``nodes`` protocol of curves ranks.
@@ -361,8 +375,8 @@ class EdgeSet(ByContent):
         chosen[0] = False
         return self.choose(chosen)
 
-    def mask(self, positions: Int[Tensor, "edge 2"]) -> Bool[Tensor, "writer reader"]:
-        """[writer, reader] True at the given rows and columns: what :attr:`positions` is of.
+    def mask(self, positions: Tensor) -> Bool[Tensor, "writer reader"]:
+        """[writer, reader] True at the given rows and columns, [edge, 2]: what :attr:`positions` is of.
 
         Raises
         ------
@@ -461,11 +475,12 @@ class EdgeSet(ByContent):
         return self.where(writer=patterns[0], reader=patterns[1])
 
     def _content(self) -> tuple[Any, ...]:
-        return self.n_layers, self.n_heads, self.n_kv_heads, self.chosen
+        return self.n_layers, self.n_heads, self.n_kv_heads, self.parallel, self.chosen
 
     def __repr__(self) -> str:
         heads = f"{self.n_heads} heads" + (f" ({self.n_kv_heads} key-value heads)" if self.grouped else "")
-        return f"EdgeSet({len(self)} edges of {self.n_layers} layers × {heads})"
+        parallel = ", attention and MLP side by side" if self.parallel else ""
+        return f"EdgeSet({len(self)} edges of {self.n_layers} layers × {heads}{parallel})"
 
 
 def _fits(name: str, pattern: str) -> bool:
@@ -754,7 +769,7 @@ class EdgeScores(ByContent):
         """
         if self.edges.grouped:
             raise EdgeError(f"The readers are grouped already ({self.edges.n_kv_heads} key-value heads).")
-        whole = EdgeSet(self.edges.n_layers, self.edges.n_heads, n_kv_heads)
+        whole = EdgeSet(self.edges.n_layers, self.edges.n_heads, n_kv_heads, parallel=self.edges.parallel)
         values = torch.full(whole.shape, torch.nan, dtype=torch.float64)
         for old, new in zip(self.edges.sites, whole.sites, strict=True):
             values[:, new.columns] = self.values[:, old.columns].double().unflatten(1, (len(new), -1)).sum(2)
@@ -793,8 +808,7 @@ class EdgeScores(ByContent):
         edges, tensors = self.edges, {"scores": self.flat}
         if not torch.equal(edges.chosen, edges.existing):
             tensors["edges"] = edges.positions.to(torch.int32)
-        sizes = {"n_layers": edges.n_layers, "n_heads": edges.n_heads, "n_kv_heads": edges.n_kv_heads}
-        save_tensors(path, tensors, {"sizes": json.dumps(sizes), "meta": json.dumps(plain(self.meta))}, _FORMAT)
+        save_tensors(path, tensors, {"sizes": json.dumps(edges.sizes), "meta": json.dumps(plain(self.meta))}, _FORMAT)
 
     @classmethod
     def load(cls, path: str | Path) -> EdgeScores:
@@ -828,8 +842,11 @@ class EdgeScores(ByContent):
         Raises
         ------
         ScoreError
-            If the readers are grouped: the format has readers of keys and values for every query head.
+            If the readers are grouped: the format has readers of keys and values for every query head. Or if attention
+            and MLP run side by side.
         """
+        if self.edges.parallel:
+            raise ScoreError("MIB's graphs of models whose attention and MLP run side by side are not written.")
         if self.edges.grouped:
             raise ScoreError(
                 "MIB's format has a reader of keys and of values for every query head, and these scores have one for "
@@ -874,7 +891,7 @@ def edges_of_file(sizes: Mapping[str, Any], n_edges: int | None = None, *, cells
     Parameters
     ----------
     sizes:
-        ``n_layers``, ``n_heads`` and ``n_kv_heads``, as the file has them.
+        Those of :attr:`EdgeSet.sizes`, as the file has them.
     n_edges, cells:
         How many edges, or writers times readers, the file holds something of; None: it does not say.
 
@@ -891,11 +908,12 @@ def edges_of_file(sizes: Mapping[str, Any], n_edges: int | None = None, *, cells
     """
     given = [sizes[name] for name in ("n_layers", "n_heads", "n_kv_heads")]
     layers, heads, kv_heads = (selection.integer(number) or 0 for number in given)
-    if n_edges is not None and n_edges != mib_graphs.n_edges(layers, heads, kv_heads):
+    parallel = sizes.get("parallel", False) is True
+    if n_edges is not None and n_edges != mib_graphs.n_edges(layers, heads, kv_heads) - parallel * layers * heads:
         raise ScoreError(f"it has {n_edges} scores, not those of {short(given)} layers, heads and key-value heads")
     expected = (1 + layers * (heads + 1)) * (1 + layers * (heads + 2 * kv_heads + 1))
     if cells is not None and cells != expected:
         raise ScoreError(f"it has {cells} cells, not those of {short(given)} layers, heads and key-value heads")
     if expected > MOST_CELLS:
         raise ScoreError(f"its sizes are {short(given)}: more than {MOST_CELLS:.0e} writers times readers")
-    return EdgeSet(*given)
+    return EdgeSet(*given, parallel=parallel)

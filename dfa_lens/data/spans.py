@@ -102,6 +102,42 @@ class Schema(ByContent):
     places: Mapping[str, Place]
     rest: str | None = None
 
+    @classmethod
+    def by_token(cls, pairs: Any) -> Schema:
+        """Every token a span of its own, counted from the first: "2 John" where all prompts have that token there,
+        "2" where they differ.
+
+        Raises
+        ------
+        PromptError
+            If the clean prompts have different lengths: position 7 would be something else in each.
+
+        Examples
+        --------
+        >>> import dfa_lens as dfa
+        >>> model = dfa.zoo.load("llama3-tiny-source")
+        >>> pairs = dfa.tasks.load("ioi", model.tokenizer, n=4)[:1]
+        >>> schema = dfa.Schema.by_token(pairs)
+        >>> schema.names[1:4]
+        ('1 When', '2 Dora', '3 and')
+        >>> nodes = dfa.NodeSet.heads_and_mlps(model).at_spans(schema.names)
+        >>> len(dfa.attribute(model, schema.apply(pairs), nodes=nodes, method="nap")) == 54 * len(schema.names)
+        True
+        """
+        lengths = pairs.lengths.unique().tolist()
+        if len(lengths) > 1:
+            raise PromptError(
+                f"Spans by token need prompts of one length, and these have {lengths[0]} to {lengths[-1]} tokens: take "
+                "one prompt, pairs[:1], or name spans by what they are."
+            )
+        places: dict[str, Place] = {}
+        for i in range(lengths[0]):
+            tokens = pairs.clean[:, i].unique().tolist()
+            text = "" if len(tokens) > 1 or pairs.tokenizer is None else pairs.tokenizer.decode(tokens).strip()
+            text = "".join(c if c.isprintable() and c != "@" else "\N{MIDDLE DOT}" for c in text)
+            places[f"{i} {text}".rstrip()] = (i, i + 1)
+        return cls(places)
+
     @property
     def names(self) -> tuple[str, ...]:
         """The spans, in the order in which they were given, and the rest."""

@@ -93,10 +93,9 @@ def faithfulness_curve(
     ablation:
         What stands in the place of nodes that are left out, instead of their corrupt activations: a name of
         :data:`~dfa_lens.models.ablations.ABLATIONS` or an object of that module. m(∅) is then the run with the
-        embedding and all nodes at it. Of edges: "corrupt" only.
+        embedding and all nodes at it. An edge outside a circuit of edges carries it.
     direction:
-        See :data:`~dfa_lens.data.curve.Direction`: whether the k best are kept, or destroyed. Of edges: "denoising"
-        only.
+        See :data:`~dfa_lens.data.curve.Direction`: whether the k best are kept, or destroyed.
 
     Raises
     ------
@@ -131,12 +130,9 @@ def faithfulness_curve(
     runner = Runner(model)
     runner.require(pairs)
     if isinstance(scores, EdgeScores):
-        if not isinstance(instead, ablations.Corrupt) or direction != "denoising":
-            raise FaithfulnessError(
-                "Circuits of edges are run with ablation='corrupt' and direction='denoising' only: "
-                "scores.to_nodes() makes scores of nodes."
-            )
-        asked = CurveOfEdges(protocol, ranking, selection, sizes, fractions, metric, progress, share_prefix)
+        asked = CurveOfEdges(
+            protocol, ranking, selection, sizes, fractions, metric, progress, share_prefix, instead, direction
+        )
         return asked.run(runner, pairs, scores, batch_size)
     if selection != "top":
         raise FaithfulnessError("Only circuits of edges are selected otherwise than from the top: selection='greedy'.")

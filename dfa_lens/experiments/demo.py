@@ -12,11 +12,17 @@ from tqdm.auto import tqdm
 
 import dfa_lens
 from dfa_lens import zoo
-from dfa_lens.errors import TaskError, unknown
+from dfa_lens.attribution.attribute import attribute
+from dfa_lens.data.inspection import Inspection
+from dfa_lens.data.pairs import PromptPairs
+from dfa_lens.data.spans import Schema
+from dfa_lens.errors import ModelError, TaskError, unknown
+from dfa_lens.evaluation.inspection import inspect
 from dfa_lens.experiments.experiment import QUICK, Budget, Experiment, ModelPair, Outcome
 from dfa_lens.experiments.functional import FUNCTIONAL
 from dfa_lens.experiments.settings import SETTINGS
 from dfa_lens.experiments.table import GOLD, Results, TaskResult
+from dfa_lens.models.backend import HookedModel
 from dfa_lens.tasks.own import TaskSource, sources
 
 SHOWN = {
@@ -94,8 +100,11 @@ def run(
 
 
 def task_result(experiment: Experiment, outcomes: Sequence[Outcome]) -> TaskResult:
-    """What a report needs of one task: gold's outcome and those of the settings."""
+    """What a report needs of one task: gold's outcome and those of the settings, and a look at the first test pair."""
     task = outcomes[0].task
+    example = experiment.test(task)[:1]
+    tokens = Schema.by_token(example)
+    nodes = experiment.target_nodes.at_spans(tokens.names)
     return TaskResult(
         experiment.models.name,
         task,
@@ -106,4 +115,14 @@ def task_result(experiment: Experiment, outcomes: Sequence[Outcome]) -> TaskResu
         {each.name: each.curve for each in outcomes},
         experiment.seed,
         {each.name: each.labels for each in outcomes},
+        _looked_at(experiment.target, example),
+        attribute(experiment.target, tokens.apply(example), nodes=nodes, method="nap"),
     )
+
+
+def _looked_at(model: HookedModel, example: PromptPairs) -> Inspection | None:
+    """What the nodes do on an example; None of models that do not show it (fused attention, a norm behind it)."""
+    try:
+        return inspect(model, example)
+    except ModelError:
+        return None

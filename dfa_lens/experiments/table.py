@@ -16,6 +16,7 @@ from typing import Any, Literal, get_args
 from dfa_lens.data import files
 from dfa_lens.data.alignment import Alignment
 from dfa_lens.data.curve import FaithfulnessCurve
+from dfa_lens.data.inspection import Inspection
 from dfa_lens.data.scores import NodeScores
 from dfa_lens.errors import FileError, short
 
@@ -313,6 +314,11 @@ class TaskResult:
         Of prompts and training.
     labels:
         Setting → further columns of its row (regime, method, control, …), see :data:`COLUMNS`.
+    inspection:
+        What the target's nodes do on an example.
+    by_token:
+        Attribution on the target by the tokens of an example, over nodes of :meth:`dfa.Schema.by_token
+        <dfa_lens.data.spans.Schema.by_token>`.
     """
 
     family: str
@@ -324,6 +330,8 @@ class TaskResult:
     curves: Mapping[str, FaithfulnessCurve]
     seed: int = 0
     labels: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    inspection: Inspection | None = None
+    by_token: NodeScores | None = None
 
     @property
     def controls(self) -> list[str]:

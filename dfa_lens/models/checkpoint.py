@@ -280,20 +280,28 @@ def read_weights(
         # Converted by transformers, the whole file stays in memory beside what is made of it.
         folder = None if placement or checkpoint.gguf is not None else _local_folder(checkpoint)
         stored = None if folder is None else _stored_dtype(folder)
-        model, report = AutoModelForCausalLM.from_pretrained(
-            checkpoint.source,
-            config=config,
-            dtype=stored or dtype,
-            attn_implementation=attn_implementation,
-            output_loading_info=True,
-            # for the report to say which; transformers' own error leaves it to the log
-            ignore_mismatched_sizes=True,
-            **checkpoint.options,
-            **placement,
-        )
-        _check_report(checkpoint.name, model, report)
+
+        def read(dtype: torch.dtype) -> Any:
+            model, report = AutoModelForCausalLM.from_pretrained(
+                checkpoint.source,
+                config=config,
+                dtype=dtype,
+                attn_implementation=attn_implementation,
+                output_loading_info=True,
+                # for the report to say which; transformers' own error leaves it to the log
+                ignore_mismatched_sizes=True,
+                **checkpoint.options,
+                **placement,
+            )
+            _check_report(checkpoint.name, model, report)
+            return model
+
+        model = read(stored or dtype)
         if folder is not None and stored not in (None, dtype):
-            _convert(model, folder, dtype)
+            if _make_buffers_again(model, stored, dtype):
+                _convert(model, folder, dtype)
+            else:
+                model = read(dtype)
     _check_finite(checkpoint.name, model)
     return model.eval()
 
@@ -312,6 +320,22 @@ def _stored_dtype(folder: Path) -> torch.dtype | None:
         return None
     found = {entry["dtype"] for path in paths for entry in _header(path)[0].values()}
     return _STORED.get(found.pop()) if len(found) == 1 else None
+
+
+def _make_buffers_again(model: Any, stored: torch.dtype | None, dtype: torch.dtype) -> bool:
+    """Make in ``dtype`` what a model computed for itself in the dtype of its file, rounded as that is.
+
+    It is the scale of Gemma's embeddings, beside which its unrounded number stands. False, and nothing is of use, if
+    there is anything else.
+    """
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            if buffer.dtype == stored:
+                number = getattr(module, f"scalar_{name}", None)
+                if not isinstance(number, (int, float)):
+                    return False
+                setattr(module, name, torch.tensor(number, dtype=dtype, device=buffer.device))
+    return True
 
 
 def _convert(model: Any, folder: Path, dtype: torch.dtype) -> None:

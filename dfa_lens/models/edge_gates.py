@@ -1,7 +1,8 @@
 """Masks of edges, soft or hard: what is not open of an edge carries its writer's corrupt activation.
 
-What reader v reads is the stream as it runs, plus (1 - g_uv)(corrupt_u - now_u) of every writer u before it. With all
-gates at 1 that is the clean run, with all at 0 the corrupt one, with zeros and ones the circuit of the ones.
+What reader v reads is the stream as it runs, plus (1 - g_uv)(corrupt_u - now_u) of every writer u before it; of heads
+behind which there is a norm, what comes out of it of their sum. With all gates at 1 that is the clean run, with all at
+0 the corrupt one, with zeros and ones the circuit of the ones.
 """
 
 from __future__ import annotations
@@ -56,7 +57,10 @@ def run_gated(
         if own.ndim == 3:
             own = own[places // width]
         if own.shape[-1] == 1:
-            return _weighted(stream, own[..., 0], missing, places)[:, None]
+            return _weighted(stream, own[..., 0], missing, places, corrupt)[:, None]
+        if stream.heads_write_together:
+            parts = [_weighted(stream, each, missing, places, corrupt) for each in own.unbind(-1)]
+            return torch.stack(parts, 1)
         written = stream.written_until(n, missing, places)
         if own.ndim == 3:
             return torch.einsum("pwr,wpd->prd", own, written)
@@ -77,8 +81,12 @@ def _weighted(
     weights: Float[Tensor, " writer"] | Float[Tensor, "place writer"],
     activations: Mapping[str, Tensor],
     places: Int[Tensor, " place"],
+    corrupt: Mapping[str, Tensor],
 ) -> Float[Tensor, "place d_model"]:
-    """The weighted sum of what the first writers add: a head's z is weighted before its W_O, which is less work."""
+    """The weighted sum of what the first writers add: a head's z is weighted before its W_O, which is less work.
+
+    ``activations`` are corrupt less running ones.
+    """
     weights, parts = weights.expand(len(places), -1), []
     for site in stream.edges.nodes.sites:
         if site.positions[0] >= weights.shape[1]:
@@ -89,5 +97,9 @@ def _weighted(
             parts.append(own * scales)
         else:
             output = stream.attention(site.layer).output.to(own)
-            parts.append((own * scales[..., None]).flatten(1) @ output.flatten(0, 1))
+            whole = (own * scales[..., None]).flatten(1) @ output.flatten(0, 1)
+            if stream.heads_write_together:
+                now = corrupt[site.point].to(activations[site.point]) - activations[site.point]
+                whole = stream.behind_norm(site, whole, now, places)
+            parts.append(whole)
     return torch.stack(parts).sum(0)

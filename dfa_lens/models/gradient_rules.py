@@ -18,7 +18,7 @@ from torch import Tensor
 
 from dfa_lens.errors import HookError, ModelError
 from dfa_lens.models import private
-from dfa_lens.models.backend import FinalNorm, HookFunction
+from dfa_lens.models.backend import HookFunction, Norm
 from dfa_lens.models.runner import Runner
 
 Taps = list[tuple[str, HookFunction]]
@@ -109,6 +109,11 @@ class Rules:
 
     def _mlp(self, runner: Runner, mlp: str, layer: int, found: RuleTaps) -> None:
         gated = runner.has_point(f"{mlp}.hook_pre_linear")
+        if runner.backend.mixes_experts(layer) or not (self.secant or runner.has_point(f"{mlp}.hook_pre")):
+            raise ModelError(
+                f"The MLP of block {layer} does not show what its neurons are made of, as in a mixture of experts: "
+                "whether a product in it has to share its gradient is not known."
+            )
         added = getattr(runner.backend.mlp(layer), "_parameters", {}).get("b_in")
         if gated and added is not None and bool(added.any()):  # a HookedTransformer's, behind the product
             raise ModelError(f"The gated MLP of block {layer} adds a bias to its product: no rule is known for it.")
@@ -140,19 +145,28 @@ class Rules:
             raise ModelError(f"The norms of this model can't be frozen: {error}.") from error
         with ExitStack() as stack:
             for module, norm in norms:
-                stack.enter_context(private.replaced_forward(module, _frozen(module.forward, norm)))
+                stack.enter_context(private.replaced_forward(module, _frozen(module, norm)))
             yield
 
 
-def _frozen(forward: Callable[..., Tensor], norm: FinalNorm) -> Callable[..., Tensor]:
+def _frozen(module: Any, norm: Norm) -> Callable[..., Tensor]:
     """A norm's forward whose values are the same, and whose gradient takes the scale for a constant.
 
     What goes back through the scale is taken off again: the forward keeps its own way back, for there may be nodes in
-    it (the MLP's output, where a norm is behind it).
+    it (the MLP's output, where a norm is behind it). A bridge's norm has a hook point at its beginning, which is to
+    see the gradient without that, too.
     """
+    forward, point = module.forward, getattr(module, "hook_in", None)
 
     def function(stream: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        values = forward(stream, *args, **kwargs)
+        read = [stream]
+        handle = None if point is None else point.register_forward_hook(lambda *seen: read.append(seen[-1]))
+        try:
+            values = forward(stream, *args, **kwargs)
+        finally:
+            if handle is not None:
+                handle.remove()
+        stream = read[-1]
         if not (torch.is_grad_enabled() and stream.requires_grad):
             return values
         wide = stream.to(torch.promote_types(stream.dtype, torch.float32))

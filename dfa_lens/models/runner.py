@@ -73,6 +73,7 @@ _BY_TOKEN = {
     "hook_pre",
     "hook_pre_linear",
     "hook_post",
+    "hook_experts",
 }
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from dfa_lens.data.pairs import PromptPairs
 from dfa_lens.errors import HookError, ModelError
-from dfa_lens.models.backend import FinalNorm, HookFunction
+from dfa_lens.models.backend import HookFunction, Norm
 from dfa_lens.models.runner import Runner
 
 PATTERN_POINT = "blocks.{layer}.attn.hook_pattern"
@@ -100,6 +100,12 @@ class Layer:
         rows = self._rows()
         return clean[rows, self._to(self.pairs.lengths) - 1] - corrupt[rows, self._to(self.pairs.corrupt_lengths) - 1]
 
+    @cached_property
+    def output_at_answer(self) -> Float[Tensor, "pair node d_model"]:
+        """What nodes add to the residual stream at the last token of the clean prompt; of heads without b_O."""
+        clean = self._node_activations[0][self._rows(), self._to(self.pairs.lengths) - 1]
+        return clean if self.output is None else torch.einsum("bhe,hem->bhm", clean, self.output.to(clean))
+
     def norms(self, change: Float[Tensor, "*row node width"]) -> Float[Tensor, "*row node"]:
         """How long the change of what a node adds to the residual stream is.
 
@@ -180,7 +186,7 @@ class SideBySide:
         self._points = ["attn.hook_z", "hook_mlp_out", *(["attn.hook_pattern"] if patterns else []), "hook_resid_post"]
         if patterns:
             self._require_patterns()
-        self.norm: FinalNorm | None = None
+        self.norm: Norm | None = None
         if direct:
             try:
                 self.norm = runner.backend.final_norm()
@@ -200,8 +206,8 @@ class SideBySide:
         except HookError as error:
             raise ModelError(
                 f"The model shows no attention patterns ({error}). Flash and other fused kernels compute none: load it "
-                "with attn_implementation='eager' (dfa.load_model does), or leave what looks at attention out, "
-                "names=[…]."
+                "with attn_implementation='eager' (dfa.load_model does), or leave what looks at attention out: "
+                "names=[…] in measure, patterns=False in inspect."
             ) from error
 
     def _output(self, layer: int) -> Tensor:

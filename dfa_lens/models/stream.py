@@ -1,9 +1,14 @@
 """The residual stream taken apart: what every writer adds to it, and what every reader reads of it.
 
-The stream is the sum of what the embedding, the heads and the MLP blocks add, plus biases that no prompt changes. A
-head's part is z·W_O, so the difference between two runs is the difference of z times W_O. Queries, keys and values read
-the stream through an RMS norm: q = (w⊙x/s)·W_Q + b, s = √(mean x² + eps), each head its own part, which is what lets
-one head read another stream than the rest without any flag of the model.
+The stream is the sum of what the embedding, the heads and the MLP blocks add, plus biases and learned positions, which
+no prompt changes. A head's part is z·W_O, so the difference between two runs is the difference of z times W_O. Queries,
+keys and values read the stream through a norm: q = (w⊙x/s)·W_Q + b, s = √(mean x² + eps), each head its own part, which
+is what lets one head read another stream than the rest without any flag of the model. In a layer norm x is less its
+mean, and without a norm s is 1.
+
+Where a norm N stands behind attention, heads write together: N(y), y = Σ z·W_O + b. What a head adds is then what it
+changes of N(y), the other heads as they are: N(y + Δ) - N(y), and for gradients, to first order, Δ times the derivative
+of N at the running y. An MLP's part is what comes out of the norm behind it.
 
 What is d_model wide for every writer is made for a few tokens at a time (:meth:`Stream.tiles`), never for a batch.
 """
@@ -45,8 +50,7 @@ class Stream:
     Raises
     ------
     ModelError
-        If the model's stream is no plain sum, or is not read through RMS norms: parallel attention and MLP, norms
-        behind them, layer norms, learned positions.
+        If the model's stream is not the sum of what embedding, heads and MLP blocks add.
     """
 
     def __init__(self, runner: Runner, edges: EdgeSet) -> None:
@@ -62,6 +66,15 @@ class Stream:
         """How many readers share each of the model's key-value heads: 1 where the edges are grouped as the model is."""
         return self.edges.n_kv_heads // self.attention(0).projections["k"][0].shape[0]
 
+    @property
+    def heads_write_together(self) -> bool:
+        """Whether there is a norm behind attention, so that what a head adds depends on the others."""
+        return self.attention(0).behind is not None
+
+    def needs_heads(self, site: Site) -> bool:
+        """Whether what a site's writers add to the stream depends on what all of them compute."""
+        return self.heads_write_together and site.axis is not None
+
     def _attention(self, layer: int) -> AttentionWeights:
         return self.runner.backend.attention_weights(layer)
 
@@ -70,11 +83,13 @@ class Stream:
     def places(self, batch: PairedRun) -> Int[Tensor, " place"]:
         """The tokens of a batch, counted through its examples, in which anything can differ between the two runs.
 
-        From the first token that differs to the last real one of the clean prompt, but for those not run again.
+        From the first token that differs to the last real one of the clean prompt, but for those not run again. What
+        stands in the place of the corrupt run (an ablation) differs from the first token on.
         """
         pairs = batch.pairs
         position = torch.arange(pairs.clean.shape[1])
-        differs = (position >= pairs.shared[:, None]) & (position < pairs.lengths[:, None])
+        first = pairs.shared if batch.reference is None else torch.zeros_like(pairs.lengths)
+        differs = (position >= first[:, None]) & (position < pairs.lengths[:, None])
         return differs[:, batch.first :].flatten().nonzero()[:, 0].to(self.device)
 
     def tiles(self, places: Int[Tensor, " place"], columns: int) -> Iterator[Int[Tensor, " place"]]:
@@ -88,11 +103,53 @@ class Stream:
     def written(
         self, site: Site, activation: Float[Tensor, "batch pos *width"], places: Int[Tensor, " place"]
     ) -> Float[Tensor, "writer place d_model"]:
-        """What the writers of a site add at some places, from their activation or a difference of two."""
+        """What the writers of a site add at some places, from their activation or a difference of two.
+
+        Of heads behind which there is a norm: before the norm.
+        """
         own = activation.flatten(0, 1).to(self.device)[places].to(self.dtype)
         if site.axis is None:
             return own[None]
         return torch.einsum("phe,hed->hpd", own, self.attention(site.layer).output.to(own))
+
+    def behind_norm(
+        self,
+        site: Site,
+        change: Float[Tensor, "*writer place d_model"],
+        activation: Float[Tensor, "batch pos *width"],
+        places: Int[Tensor, " place"],
+        *,
+        first_order: bool = False,
+        frozen: bool = False,
+    ) -> Float[Tensor, "*writer place d_model"]:
+        """What reaches the stream of a change in what the heads of a site write, where there is a norm behind them.
+
+        Parameters
+        ----------
+        change:
+            Before the norm; several are several changes, each by itself.
+        activation:
+            The running z of all heads.
+        first_order:
+            By the norm's derivative.
+        frozen:
+            By the derivative, with what the norm divides by taken for a constant.
+        """
+        weights = self.attention(site.layer)
+        norm = weights.behind
+        if norm is None or site.axis is None:
+            return change
+        z = activation.flatten(0, 1).to(self.device)[places].to(self.dtype)
+        y = torch.einsum("phe,hed->pd", z, weights.output.to(z))
+        if weights.output_bias is not None:
+            y = y + weights.output_bias.to(y)
+        if not first_order:
+            return norm.without_bias(y + change) - norm.without_bias(y)
+        scale, centred = norm.scale(y), norm.centre(y)
+        if frozen:
+            return norm.weighted(norm.centre(change) / scale)
+        along = (centred * change).mean(-1, keepdim=True) / scale.square()
+        return norm.weighted((norm.centre(change) - centred * along) / scale)
 
     def written_until(
         self,
@@ -100,17 +157,35 @@ class Stream:
         activations: Mapping[str, Tensor],
         places: Int[Tensor, " place"],
         sites: Sequence[Site] | None = None,
+        heads: Mapping[str, Tensor] | None = None,
+        *,
+        frozen: bool = False,
     ) -> Float[Tensor, "writer place d_model"]:
-        """What the first ``n`` writers add, or those of them that are of some ``sites``."""
-        own = [site for site in sites or self.edges.nodes.sites if site.positions[0] < n]
-        return torch.cat([self.written(site, activations[site.point], places) for site in own])
+        """What the first ``n`` writers add, or those of them that are of some ``sites``.
+
+        With ``heads``, the running z by hook point: to first order behind the norms behind attention, whose scales are
+        constants with ``frozen``.
+        """
+        found = []
+        for site in sites or self.edges.nodes.sites:
+            if site.positions[0] < n:
+                own = self.written(site, activations[site.point], places)
+                if heads and site.point in heads:
+                    own = self.behind_norm(site, own, heads[site.point], places, first_order=True, frozen=frozen)
+                found.append(own)
+        return torch.cat(found)
 
     # --- readers ---------------------------------------------------------------------------------------------
 
     def scale(self, layer: int, stream: Float[Tensor, "*place d_model"]) -> Float[Tensor, "*place 1"]:
         """What the norm before a layer's attention divides by."""
-        eps = self.attention(layer).eps
-        return (stream.to(self.dtype).pow(2).mean(-1, keepdim=True) + eps).sqrt()
+        norm, stream = self.attention(layer).norm, stream.to(self.dtype)
+        return torch.ones_like(stream[..., :1]) if norm is None else norm.scale(stream)
+
+    def centred(self, layer: int, stream: Float[Tensor, "*place d_model"]) -> Float[Tensor, "*place d_model"]:
+        """What the norm before a layer's attention divides."""
+        norm = self.attention(layer).norm
+        return stream if norm is None else norm.centre(stream)
 
     def read(
         self, layer: int, letter: str, streams: Float[Tensor, "place reader d_model"], members: int = 1
@@ -121,9 +196,9 @@ class Stream:
         """
         weights = self.attention(layer)
         matrix, bias = weights.projections[letter]
-        normed = streams.to(self.dtype) / self.scale(layer, streams)
+        normed = streams.to(self.dtype)
         if weights.norm is not None:
-            normed = normed * weights.norm.to(normed)
+            normed = weights.norm.without_bias(normed)
         if members > 1:
             matrix = matrix.repeat_interleave(members, 0)
             bias = bias if bias is None else bias.repeat_interleave(members, 0)
@@ -134,9 +209,6 @@ class Stream:
 
     def _check(self) -> None:
         """Run a few tokens, and compare the parts with the whole."""
-        model = self.runner.model
-        if getattr(model.cfg, "parallel_attn_mlp", False):
-            raise ModelError("Edges of a model whose attention and MLP run in parallel are not supported yet.")
         seen: dict[str, Tensor] = {}
 
         def look(name: str) -> tuple[str, HookFunction]:
@@ -155,18 +227,23 @@ class Stream:
                 self.runner.run_as_told(tokens, torch.full((2,), 3), taps, columns=column, short_unembedding=True)
         except HookError as error:
             raise ModelError(f"Edges need hook points that this model does not have: {error}") from error
-        self._same("the stream before block 0", seen["blocks.0.hook_resid_pre"], seen[INPUT_POINT])
+        # but for learned positions: in which the two rows do not differ
+        first, embedded = seen["blocks.0.hook_resid_pre"], seen[INPUT_POINT]
+        self._same("the stream before block 0", first - first[:1], embedded - embedded[:1], like=first)
         for layer in self._layers:
             block = {name: seen[f"blocks.{layer}.{name}"] for name in (*own, *rest)}
             self._check_block(layer, block, seen[middle[layer]])
 
     def _check_block(self, layer: int, block: Mapping[str, Tensor], middle: Tensor) -> None:
         before, places = block["hook_resid_pre"], torch.arange(6, device=self.device)
-        self._same(f"what the MLP of block {layer} reads", middle, before + block["hook_attn_out"])
+        read = before if self.edges.parallel else before + block["hook_attn_out"]
+        self._same(f"what the MLP of block {layer} reads", middle, read)
         whole = before + block["hook_attn_out"] + block["hook_mlp_out"]
         self._same(f"the stream behind block {layer}", block["hook_resid_post"], whole)
         site = next(site for site in self.edges.nodes.sites if site.point == f"blocks.{layer}.attn.hook_z")
         heads = self.written(site, block["attn.hook_z"], places).sum(0)
+        # before a norm behind them: from nothing but their bias to all of it
+        heads = self.behind_norm(site, heads, torch.zeros_like(block["attn.hook_z"]), places)
         added = block["hook_attn_out"].flatten(0, 1).to(heads)
         # less the first token's, and so less the bias
         self._same(f"what the heads of block {layer} add", added - added[0], heads - heads[0], like=added)
@@ -193,11 +270,10 @@ class Stream:
         most = max(ROUNDING_ERRORS * torch.finfo(self.runner.backend.dtype).eps, LEAST_OFF)
         if not off <= most * max(size, 1e-30):
             raise ModelError(
-                f"Edges need a residual stream that is the plain sum of what embedding, heads and MLP blocks add, and "
-                f"is read through RMS norms. Here {what} differs from the sum of its parts by {off:.2g} ({size:.2g} at "
-                "most): another kind of model (norms behind attention, learned positions, scaled sums), one that "
-                "rounds what its weights are multiplied with (LLM.int8), or somebody's hooks on it. Node scores do not "
-                "need it: dfa.attribute."
+                "Edges need a residual stream that is the sum of what embedding, heads and MLP blocks add. Here "
+                f"{what} differs from the sum of its parts by {off:.2g} ({size:.2g} at most): another kind of model "
+                "(scaled sums, say), one that rounds what its weights are multiplied with (LLM.int8), or somebody's "
+                "hooks on it. Node scores do not need it: dfa.attribute."
             )
 
 

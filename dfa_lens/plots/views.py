@@ -15,20 +15,25 @@ import numpy as np
 from dfa_lens.data.edges import EdgeScores
 from dfa_lens.errors import EdgeError
 from dfa_lens.experiments.table import GOLD, TaskResult
+from dfa_lens.plots.comparison import circuit_comparison
 from dfa_lens.plots.curves import curves
 from dfa_lens.plots.edge_graph import circuit_graph
 from dfa_lens.plots.edge_heatmap import edge_heatmap
 from dfa_lens.plots.heatmaps import aligned_heatmap, scores_heatmap
 from dfa_lens.plots.masks import mask_of
 from dfa_lens.plots.matrices import alignment_explorer
+from dfa_lens.plots.node_graph import node_graph
 from dfa_lens.plots.picture import Picture
 from dfa_lens.plots.summary import FAITHFUL, Cell, Row, link_of, smallest
+from dfa_lens.plots.tokens import token_heatmap
 from dfa_lens.plots.trends import score_scatter, training_history
 
 #: The functions that make figures of a page react; each is in it once.
-REACTIONS = ("fit.js", "links.js", "graph.js", "blocks.js")
+REACTIONS = ("fit.js", "links.js", "graph.js", "blocks.js", "nodes.js")
 #: Source nodes that a hover names and a click outlines: many figures share the page.
 CONTRIBUTORS = 3
+#: The part of the nodes that is drawn as the circuit where no curve says how many are faithful.
+WITHOUT_CURVE = 0.2
 
 
 @dataclass(frozen=True)
@@ -51,7 +56,9 @@ class View:
     words:
         Lines above the figures.
     packed:
-        All its figures by name: numbers, then those of settings, then those of the closed part.
+        All its figures by name: numbers, those of settings, what is below them, those of closed parts.
+    closed:
+        What a closed part is called → its figures.
     """
 
     group: str
@@ -61,8 +68,8 @@ class View:
     packed: str
     n_figures: int = 0
     settings: list[str] = field(default_factory=list)
-    closed: list[str] = field(default_factory=list)
-    closed_words: str = ""
+    below: list[str] = field(default_factory=list)
+    closed: dict[str, list[str]] = field(default_factory=dict)
     nodes: Nodes | None = None
 
     @property
@@ -100,31 +107,59 @@ def view_of_task(result: TaskResult) -> View:
     if not shown and result.gold is not None:
         figures[str(n_figures)] = scores_heatmap(result.gold, title=f"target: {GOLD}")
         n_figures += 1
-    closed: dict[str, Picture] = {}
+    below, closer = _circuit(result, shown)
+    trained_figures: dict[str, Picture] = {}
     if trained:
         last = list(trained)[-1]
-        closed["training"] = training_history(trained, smooth=5, title="Training")
-        closed["W"] = alignment_explorer(trained[last], button=False, title=f"W, {last}", height=640)
+        trained_figures["training"] = training_history(trained, smooth=5, title="Training")
+        trained_figures["W"] = alignment_explorer(trained[last], button=False, title=f"W, {last}", height=640)
         if result.gold is not None:
-            closed["agreement"] = score_scatter(
+            trained_figures["agreement"] = score_scatter(
                 result.gold,
                 result.circuits[last],
                 first_name=GOLD,
                 second_name=f"{last} transfer",
                 title="Agreement with gold",
             )
+    closed = {
+        "The circuit beside gold's, and where in the prompt": closer,
+        "Training, W, agreement with gold": trained_figures,
+    }
     return View(
         result.family,
         result.task,
         link_of(family=result.family, task=result.task),
         _words(result, shown) if result.curves else [],
-        _packed_figures({**figures, **{f"closed {name}": figure for name, figure in closed.items()}}),
+        _packed_figures({**figures, **below, **closer, **trained_figures}),
         n_figures,
         shown,
-        [f"closed {name}" for name in closed],
-        "Training, W, agreement with gold",
+        list(below),
+        {words: list(named) for words, named in closed.items() if named},
         _nodes(result, shown),
     )
+
+
+def _circuit(result: TaskResult, shown: list[str]) -> tuple[dict[str, Picture], dict[str, Picture]]:
+    """The circuit in layers; and beside gold's of the same size, and by token, which are closed at first."""
+    main = next((name for name in ("zero-shot", *reversed(shown)) if name in shown), GOLD)
+    scores = result.circuits.get(main, result.gold)
+    if scores is None or any(node.kind not in ("head", "mlp", "input") for node in scores.nodes):
+        return {}, {}
+    size = smallest(result.curves.get(main))
+    k = min(size[0], len(scores)) if size is not None else max(1, round(WITHOUT_CURVE * len(scores)))
+    circuit = scores.circuit(k, name=main)
+    of = f"{main}: the {k} best nodes"
+    told = result.inspection if result.inspection is not None and len(result.inspection.nodes) else None
+    does = "" if told is None else ", and on click what a node does on a test prompt"
+    below = {"circuit": node_graph(circuit, scores=scores, inspection=told, title=f"{of}{does}")}
+    closer: dict[str, Picture] = {}
+    if main != GOLD and result.gold is not None and result.gold.nodes == scores.nodes:
+        closer["beside gold"] = circuit_comparison(
+            {main: circuit, GOLD: result.gold.circuit(k, name=GOLD)}, title=f"The {k} best nodes of {main} and of gold"
+        )
+    if result.by_token is not None:
+        closer["tokens"] = token_heatmap(result.by_token, title="Gold on the same test prompt, token by token")
+    return below, closer
 
 
 def _words(result: TaskResult, shown: list[str]) -> list[str]:

@@ -391,8 +391,8 @@ def _alike(runs: Iterable[Training]) -> list[list[Training]]:
     found: dict[Any, list[Training]] = {}
     for run in runs:
         recipe = run.recipe
-        shared = (recipe.intervention, recipe.positions, recipe.loss, recipe.gate_heads, recipe.resolved_ablation)
-        found.setdefault(shared, []).append(run)
+        how = (recipe.intervention, recipe.positions, recipe.loss, recipe.gate_heads)
+        found.setdefault((*how, recipe.resolved_ablation, recipe.direction), []).append(run)
     return list(found.values())
 
 
@@ -437,7 +437,8 @@ def _step(runs: Sequence[Training], step: int, loss: _Loss) -> None:
 
 
 class _Loss:
-    """How far the target under masks is from its clean run, on the stored examples."""
+    """How far the target under masks is from its clean run, or under noising from its corrupt one, on the stored
+    examples."""
 
     def __init__(
         self,
@@ -451,6 +452,7 @@ class _Loss:
         self.name = recipe.loss
         self.columns: Any = slice(None)
         shared: Any = {"positions": recipe.positions, "cache": cache, "share_prefix": share_prefix}
+        shared |= {"ablation": recipe.resolved_ablation, "direction": recipe.direction}
         self.store: ExampleStore
         if isinstance(units, EdgeSet):
             self.store = EdgeStore(runner, units, pairs, **shared)
@@ -459,8 +461,7 @@ class _Loss:
         gated = nodes if recipe.gate_heads else nodes.where(lambda node: node.kind != "head")
         runner.check_points(gated.points)
         self.columns = torch.tensor([nodes.position(name) for name in gated.names], device=runner.device)
-        shared |= {"intervention": recipe.intervention, "ablation": recipe.resolved_ablation}
-        self.store = ExampleStore(runner, gated, pairs, **shared)
+        self.store = ExampleStore(runner, gated, pairs, intervention=recipe.intervention, **shared)
 
     def of(
         self, rows: Int[Tensor, " example"], gates: Float[Tensor, "example node"]
@@ -476,11 +477,11 @@ class _Loss:
             group = members.to(gates.device)
             leaf = gates.detach()[group].requires_grad_(True)
             logits = self.store.masked(batch, leaf[:, self.columns])
-            own = distance(self.name, batch.log_p_clean, logits, batch.pairs).to(gates.device)
+            own = distance(self.name, batch.log_p_goal, logits, batch.pairs).to(gates.device)
             (gradient[group],) = torch.autograd.grad(own.sum(), [leaf])
             divergence[group] = own.detach()
             if self.name == "logit-difference":
-                unit[group] = batch.clean_difference.abs().to(gates.device)
+                unit[group] = batch.goal_difference.abs().to(gates.device)
         return divergence, gradient, unit
 
 

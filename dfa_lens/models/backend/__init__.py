@@ -15,10 +15,10 @@ from dfa_lens.models.backend.protocol import (
     AddedPoint,
     AttentionWeights,
     Backend,
-    FinalNorm,
     HookedModel,
     HookFunction,
     KeysValues,
+    Norm,
 )
 
 __all__ = [
@@ -28,11 +28,11 @@ __all__ = [
     "Backend",
     "BridgeBackend",
     "Family",
-    "FinalNorm",
     "HookFunction",
     "HookedBackend",
     "HookedModel",
     "KeysValues",
+    "Norm",
     "PlainBackend",
     "PlainModel",
     "backend_of",

@@ -74,6 +74,8 @@ class Block:
     heads: View
     mlp: Any
     mlp_out: Any
+    router: Any
+    experts: Any
     neurons: Any
     reads: Mapping[str, tuple[Any, View]]
     factors: Mapping[str, tuple[Any, View | None]]
@@ -100,6 +102,10 @@ class Family:
     gate, up:
         The projection in it that a neuron's nonlinearity reads, and the one that it is multiplied with; None for no
         such product, or where one projection makes both, one after the other.
+    router, experts:
+        In a mixture of experts, what chooses some for each token and what computes all of them.
+    parallel:
+        Whether attention and MLP read the same stream: the name of the config's field that says so, or nothing.
 
     Examples
     --------
@@ -120,6 +126,9 @@ class Family:
     neurons: str = "down_proj"
     gate: str = "gate_proj"
     up: str | None = "up_proj"
+    router: str = "gate"
+    experts: str = "experts"
+    parallel: str = ""
 
     def block(self, module: Any, n_heads: int, n_key_value_heads: int) -> Block:
         """The parts of a block.
@@ -146,6 +155,8 @@ class Family:
             heads=View(width // n_heads),
             mlp=mlp,
             mlp_out=_part(module, self.ln2_post) if self.ln2_post and mlp is not None else mlp,
+            router=getattr(mlp, self.router, None),
+            experts=getattr(mlp, self.experts, None),
             neurons=getattr(mlp, self.neurons, None),
             reads=self._reads(attention, n_heads, n_key_value_heads),
             factors=self._factors(mlp),
@@ -204,6 +215,7 @@ NEOX = Family(
     neurons="dense_4h_to_h",
     gate="dense_h_to_4h",
     up=None,
+    parallel="use_parallel_residual",
 )
 
 FAMILIES: Registry[Family] = Registry(
@@ -231,7 +243,11 @@ FAMILIES: Registry[Family] = Registry(
 
 @dataclass(frozen=True)
 class Decoder:
-    """A Hugging Face model taken apart; ``guess`` is what it is called where its ``model_type`` is not in the table."""
+    """A Hugging Face model taken apart.
+
+    ``guess`` is what it is called where its ``model_type`` is not in the table; ``parallel``: attention and MLP of a
+    block read the same stream.
+    """
 
     family: Family
     guess: str | None
@@ -239,6 +255,7 @@ class Decoder:
     unembedding: Any
     norm: Any
     blocks: tuple[Block, ...]
+    parallel: bool
 
 
 def take_apart(model: Any) -> Decoder:
@@ -277,8 +294,9 @@ def take_apart(model: Any) -> Decoder:
         )
     _, family, blocks = max(found, key=lambda each: each[0])
     norms = [child for child in parent.children() if type(child).__name__.endswith("Norm")]
+    parallel = bool(getattr(config, family.parallel, False)) if family.parallel else False
     guess = None if known is not None else f"{kind} (model_type {config.model_type!r})"
-    return Decoder(family, guess, embedding, unembedding, norms[-1] if norms else None, blocks)
+    return Decoder(family, guess, embedding, unembedding, norms[-1] if norms else None, blocks, parallel)
 
 
 def how_to_add(model_type: str) -> str:

@@ -16,10 +16,10 @@ from dfa_lens.models import private
 from dfa_lens.models.backend.protocol import (
     AddedPoint,
     Backend,
-    FinalNorm,
     HookFunction,
     HuggingFaceBackend,
     KeysValues,
+    Norm,
 )
 
 
@@ -68,15 +68,25 @@ class LensBackend(Backend):
     def _register(self, name: str, point: Any) -> None:
         """Let TransformerLens know of a hook point, or (None) forget it."""
 
-    def norms(self) -> list[tuple[Any, FinalNorm]]:
+    def norms(self) -> list[tuple[Any, Norm]]:
         """Both classes of models have a hook point in theirs."""
         return [(each, self._norm(each)) for each in self.model.modules() if hasattr(each, "hook_normalized")]
 
-    def final_norm(self) -> FinalNorm:  # noqa: D102
+    def final_norm(self) -> Norm:  # noqa: D102
         return self._norm(self.model.ln_final)
 
+    def _norms_of_attention(self, layer: int) -> tuple[Norm | None, Norm | None]:
+        block = self.blocks[layer]
+        before, behind = getattr(block, "ln1", None), getattr(block, "ln1_post", None)
+        if getattr(block, "hook_aliases", {}).get("hook_attn_out") == "ln1.hook_out":  # a bridge's name of the only one
+            before, behind = None, before
+        return self._norm(before) if before is not None else None, self._norm(behind) if behind is not None else None
+
+    def _output_bias(self, layer: int) -> Float[Tensor, " d_model"] | None:
+        return getattr(self.blocks[layer].attn, "b_O", None)
+
     @abstractmethod
-    def _norm(self, module: Any) -> FinalNorm:
+    def _norm(self, module: Any) -> Norm:
         """A norm's numbers; a TypeError or AttributeError if it is none that we know."""
 
 
@@ -93,22 +103,11 @@ class BridgeBackend(HuggingFaceBackend, LensBackend):
         aliases = getattr(self.blocks[int(block.rpartition(".")[2])], "hook_aliases", {})
         return str(aliases.get("hook_resid_mid", "ln2.hook_in"))
 
-    def _rms_norm(self, layer: int) -> tuple[Tensor | None, float]:
-        block = self.blocks[layer]
-        norm = block.ln1.original_component
-        if "RMSNorm" not in type(norm).__name__:
-            raise TypeError(f"the norm before them is a {type(norm).__name__}, no RMS norm")
-        eps = getattr(norm, "variance_epsilon", None)
-        weight = norm.weight
-        if getattr(block.ln1.config, "rmsnorm_uses_offset", False):
-            weight = 1.0 + weight
-        return weight, float(norm.eps if eps is None else eps)
-
     def _projection(self, layer: int, letter: str) -> tuple[Tensor, Tensor | None]:
         attention = self.blocks[layer].attn
         return getattr(attention, f"W_{letter.upper()}"), getattr(attention, f"b_{letter.upper()}")
 
-    def _norm(self, module: Any) -> FinalNorm:
+    def _norm(self, module: Any) -> Norm:
         norm = module.original_component
         kind = type(norm).__name__
         if "RMSNorm" not in kind and kind != "LayerNorm":
@@ -118,7 +117,7 @@ class BridgeBackend(HuggingFaceBackend, LensBackend):
             weight = 1.0 + weight
         eps = getattr(norm, "variance_epsilon", None)
         bias = getattr(norm, "bias", None)
-        return FinalNorm(weight, bias, float(norm.eps if eps is None else eps), kind == "LayerNorm")
+        return Norm(weight, bias, float(norm.eps if eps is None else eps), kind == "LayerNorm")
 
     def unembedding_columns(  # noqa: D102
         self, tokens: Int[Tensor, " row"]
@@ -193,19 +192,12 @@ class HookedBackend(LensBackend):
 
         return [(f"{block}.hook_resid_mid", forth), (f"{block}.hook_resid_post", lambda now: now - added.pop())]
 
-    def _rms_norm(self, layer: int) -> tuple[Tensor | None, float]:
-        norm = self.blocks[layer].ln1
-        name = type(norm).__name__
-        if name not in ("RMSNorm", "RMSNormPre"):
-            raise TypeError(f"the norm before them is a {name}, no RMS norm")
-        return (norm.w if name == "RMSNorm" else None), float(norm.eps)
-
-    def _norm(self, module: Any) -> FinalNorm:
+    def _norm(self, module: Any) -> Norm:
         kind = type(module).__name__
         if kind not in ("RMSNorm", "RMSNormPre", "LayerNorm", "LayerNormPre"):
             raise TypeError(f"there is a norm that is a {kind}")
         weight = None if kind.endswith("Pre") else module.w
-        return FinalNorm(weight, getattr(module, "b", None), float(module.eps), kind.startswith("Layer"))
+        return Norm(weight, getattr(module, "b", None), float(module.eps), kind.startswith("Layer"))
 
     def unembedding_columns(  # noqa: D102
         self, tokens: Int[Tensor, " row"]

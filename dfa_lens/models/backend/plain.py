@@ -19,7 +19,7 @@ from torch import Tensor
 from dfa_lens.errors import HookError
 from dfa_lens.models import kept, private
 from dfa_lens.models.backend.families import View, affine, evaluating, plain_numbers, take_apart
-from dfa_lens.models.backend.protocol import AddedPoint, FinalNorm, HuggingFaceBackend
+from dfa_lens.models.backend.protocol import AddedPoint, HuggingFaceBackend, Norm
 from dfa_lens.models.offload import brought
 
 
@@ -73,6 +73,68 @@ class Point:
         return self.view.put(whole, now)
 
 
+@dataclass(frozen=True, eq=False)
+class ExpertsPoint(Point):
+    """What each expert of a mixture adds to the MLP's output, [batch, pos, expert, d_model]; 0 where it was not chosen.
+
+    A model adds the experts up inside one module. Here they run once more behind the MLP, every choice of a token as if
+    it were a token of its own; what a function changes of them is added to the MLP's output. Whatever else is in it, an
+    expert that all tokens share, stays.
+
+    Attributes
+    ----------
+    router, experts:
+        The modules that choose and compute them, of transformers 5: ``experts(tokens, chosen, weights)``, and a router
+        that returns its logits, the weights and the chosen.
+    """
+
+    router: Any = None
+    experts: Any = None
+
+    def add_hook(self, function: Callable[[Tensor], Tensor]) -> None:
+        """Put a function on the MLP, before those that see its output."""
+        self.module.register_forward_hook(_PutOnExperts(self, function), prepend=True)
+
+    def parts(self, hidden: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos expert d_model"]:
+        """What each expert adds.
+
+        Raises
+        ------
+        HookError
+            If router and experts are not of this kind.
+        """
+        tokens = hidden.flatten(0, 1)
+        try:
+            _, weights, chosen = self.router.forward(tokens)
+            n, own = int(self.experts.num_experts), chosen.shape[1]
+            added = self.experts.forward(
+                tokens.repeat_interleave(own, 0), chosen.reshape(-1, 1), weights.reshape(-1, 1)
+            ).unflatten(0, (-1, own))
+        except (AttributeError, TypeError, ValueError) as error:
+            raise HookError(
+                f"The experts of a {type(self.module).__name__} can't be told apart ({error}): use 'hook_mlp_out', "
+                "their sum."
+            ) from error
+        places = chosen[..., None].expand(-1, -1, hidden.shape[-1])
+        return (
+            added.new_zeros(len(tokens), n, hidden.shape[-1]).scatter(1, places, added).unflatten(0, hidden.shape[:2])
+        )
+
+
+class _PutOnExperts:
+    """A function on the experts of an MLP, as torch calls it behind the MLP."""
+
+    def __init__(self, point: ExpertsPoint, function: Callable[[Tensor], Tensor]) -> None:
+        self.point, self.function = point, function
+
+    def __call__(self, module: Any, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        parts = self.point.parts(args[0])
+        now = self.function(parts)
+        if now is parts and not (torch.is_grad_enabled() and now.requires_grad):
+            return output
+        return output + (now - parts).sum(2)
+
+
 class _Put:
     """A function on a module, as torch calls it; an object, since a hook of ours must be known for one by its looks."""
 
@@ -108,6 +170,7 @@ class Sizes:
     d_vocab: int
     n_ctx: int | None
     attn_only: bool
+    parallel_attn_mlp: bool
     original_architecture: str
 
 
@@ -161,6 +224,7 @@ class PlainModel:
             d_vocab=int(config.vocab_size),
             n_ctx=getattr(config, "max_position_embeddings", None),
             attn_only=first.mlp is None,
+            parallel_attn_mlp=self.parts.parallel,
             original_architecture=type(model).__name__,
         )
 
@@ -186,6 +250,10 @@ class PlainModel:
             if block.mlp is not None:
                 reader = "mlp.hook_in" if block.ln2 is block.mlp else "ln2.hook_in"
                 here["hook_mlp_out"] = Point(block.mlp_out, "output")
+                if block.router is not None and block.experts is not None:
+                    here["mlp.hook_experts"] = ExpertsPoint(
+                        block.mlp, "output", None, 0, False, block.router, block.experts
+                    )
                 here["hook_resid_mid"] = here[reader] = Point(block.ln2, "input")
             if block.neurons is not None:
                 here["mlp.hook_post"] = Point(block.neurons, "input")
@@ -299,32 +367,37 @@ class PlainBackend(HuggingFaceBackend):
         matrix, bias = affine(module, self.dtype)
         return view.take(matrix).transpose(0, 1), None if bias is None else view.take(bias)
 
-    def _rms_norm(self, layer: int) -> tuple[Tensor | None, float]:
-        norm = self._norm(self.model.parts.blocks[layer].ln1)
-        if norm.centred:
-            raise TypeError("the norm before them is a LayerNorm, no RMS norm")
-        return norm.weight, norm.eps
+    def _norms_of_attention(self, layer: int) -> tuple[Norm | None, Norm | None]:
+        block = self.model.parts.blocks[layer]
+        before = None if block.ln1 is block.attention else self._norm(block.ln1)
+        return before, None if block.attention_out is block.attention else self._norm(block.attention_out)
 
-    def final_norm(self) -> FinalNorm:  # noqa: D102
+    def _output_bias(self, layer: int) -> Float[Tensor, " d_model"] | None:
+        return affine(self.model.parts.blocks[layer].output, self.dtype)[1]
+
+    def final_norm(self) -> Norm:  # noqa: D102
         return self._norm(self.model.parts.norm)
 
-    def norms(self) -> list[tuple[Any, FinalNorm]]:
-        """Told by their names."""
-        modules = self.model.original_model.modules()
-        return [(each, self._norm(each)) for each in modules if type(each).__name__.endswith("Norm")]
+    def norms(self) -> list[tuple[Any, Norm]]:
+        """Told by their names; and those before and behind attention and MLP, whatever they are called."""
+        found = [each for each in self.model.original_model.modules() if type(each).__name__.endswith("Norm")]
+        for block in self.model.parts.blocks:
+            beside = (block.ln1, block.ln2, block.attention_out, block.mlp_out)
+            found += [each for each in beside if each not in (block.attention, block.mlp)]
+        return [(each, self._norm(each)) for each in dict.fromkeys(found)]
 
-    def _norm(self, norm: Any) -> FinalNorm:
+    def _norm(self, norm: Any) -> Norm:
         """A norm's numbers; of an RMS norm what it makes of ones: some multiply by the weight, some by 1 + it."""
         kind = type(norm).__name__
         eps = next((getattr(norm, name) for name in ("variance_epsilon", "eps") if hasattr(norm, name)), None)
         if kind == "LayerNorm":
             with brought(norm):
-                return FinalNorm(norm.weight.clone(), norm.bias.clone(), float(norm.eps), True)
+                return Norm(norm.weight.clone(), norm.bias.clone(), float(norm.eps), True)
         if "RMSNorm" not in kind or eps is None:
             raise TypeError(f"the norm is a {kind}")
         with torch.no_grad():
             ones = norm(torch.ones(norm.weight.shape, dtype=torch.float32, device=self._place(norm.weight)))
-        return FinalNorm(ones * (1 + float(eps)) ** 0.5, None, float(eps), False)
+        return Norm(ones * (1 + float(eps)) ** 0.5, None, float(eps), False)
 
     def unembedding_columns(  # noqa: D102
         self, tokens: Int[Tensor, " row"]

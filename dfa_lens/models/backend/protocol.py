@@ -73,27 +73,45 @@ class KeysValues(NamedTuple):
 class AttentionWeights(NamedTuple):
     """What the heads of a layer read the residual stream by, and write to it by.
 
-    ``norm`` is the weight of the norm before them, None where it is folded into the projections. ``projections`` has
-    for "q", "k" and "v" the matrix [head, d_model, d_head] and the bias [head, d_head] or None; keys and values have
-    the model's key-value heads. ``output`` is [head, d_head, d_model].
+    ``norm`` is the one before them, None where they read the stream as it is. ``projections`` has for "q", "k" and "v"
+    the matrix [head, d_model, d_head] and the bias [head, d_head] or None, what the norm's own bias adds included; keys
+    and values have the model's key-value heads. ``output`` is [head, d_head, d_model], ``output_bias`` what is added to
+    all heads' sum, and ``behind`` the norm that the whole then goes through, None where it goes to the stream as it is.
     """
 
-    norm: Float[Tensor, " d_model"] | None
-    eps: float
+    norm: Norm | None
     projections: Mapping[str, tuple[Float[Tensor, "head d_model d_head"], Float[Tensor, "head d_head"] | None]]
     output: Float[Tensor, "head d_head d_model"]
+    output_bias: Float[Tensor, " d_model"] | None = None
+    behind: Norm | None = None
 
 
-class FinalNorm(NamedTuple):
-    """The norm before the unembedding: w⊙(x − mean)/scale + b, without the mean in an RMS norm.
+class Norm(NamedTuple):
+    """A norm, the one before the unembedding or another: w⊙(x − mean)/scale + b, without the mean in an RMS norm.
 
-    ``weight`` and ``bias`` are None where there is none, or it is folded into the unembedding.
+    ``weight`` and ``bias`` are None where there is none, or it is folded into what comes next.
     """
 
     weight: Float[Tensor, " d_model"] | None
     bias: Float[Tensor, " d_model"] | None
     eps: float
     centred: bool
+
+    def centre(self, x: Float[Tensor, "*row d_model"]) -> Float[Tensor, "*row d_model"]:
+        """x less its mean, in a layer norm."""
+        return x - x.mean(-1, keepdim=True) if self.centred else x
+
+    def scale(self, x: Float[Tensor, "*row d_model"]) -> Float[Tensor, "*row 1"]:
+        """What x is divided by."""
+        return (self.centre(x).pow(2).mean(-1, keepdim=True) + self.eps).sqrt()
+
+    def weighted(self, x: Float[Tensor, "*row d_model"]) -> Float[Tensor, "*row d_model"]:
+        """x times the weight."""
+        return x if self.weight is None else x * self.weight.to(x)
+
+    def without_bias(self, x: Float[Tensor, "*row d_model"]) -> Float[Tensor, "*row d_model"]:
+        """The normed x, but for the bias."""
+        return self.weighted(self.centre(x) / self.scale(x))
 
 
 class Backend(ABC):
@@ -142,6 +160,12 @@ class Backend(ABC):
     def mlp(self, layer: int) -> Any:
         """The MLP of a block; None if it has none."""
         return getattr(self.blocks[layer], "mlp", None)
+
+    def mixes_experts(self, layer: int) -> bool:
+        """Whether the MLP of a block is a mixture of experts; a bridge has hook points of neurons even so."""
+        mlp = self.mlp(layer)
+        inner = getattr(mlp, "original_component", mlp)
+        return getattr(inner, "experts", None) is not None
 
     @property
     def unembedding(self) -> tuple[Any, Float[Tensor, "d_model vocab"], Tensor | None] | None:
@@ -194,12 +218,13 @@ class Backend(ABC):
         Raises
         ------
         ModelError
-            If they can't be read, or the norm before them is no RMS norm.
+            If they can't be read, or a norm beside them is of a kind that is not known.
         """
         try:
-            norm, eps = self._rms_norm(layer)
-            letters = {letter: self._projection(layer, letter) for letter in "qkv"}
-            weights = AttentionWeights(norm, eps, letters, self.output_weights(layer))
+            before, behind = self._norms_of_attention(layer)
+            letters = {letter: _with_bias_of(before, *self._projection(layer, letter)) for letter in "qkv"}
+            output, bias = self.output_weights(layer), self._output_bias(layer)
+            weights = AttentionWeights(before, letters, output, bias, behind)
             tensors = [weights.output, *(matrix for matrix, _ in letters.values())]
         except (AttributeError, TypeError, ValueError, RuntimeError) as error:
             raise ModelError(f"The attention weights of block {layer} can't be read ({error}).") from error
@@ -214,11 +239,11 @@ class Backend(ABC):
         return self.blocks[layer].attn.W_O
 
     @abstractmethod
-    def final_norm(self) -> FinalNorm:
+    def final_norm(self) -> Norm:
         """The norm before the unembedding; a TypeError or AttributeError if it is none that we know."""
 
     @abstractmethod
-    def norms(self) -> list[tuple[Any, FinalNorm]]:
+    def norms(self) -> list[tuple[Any, Norm]]:
         """All norms, as modules that take a stream and return it normed, with their numbers; errors as there."""
 
     @abstractmethod
@@ -228,8 +253,12 @@ class Backend(ABC):
         """What the normed stream is multiplied with for the logits of some tokens, and what is added."""
 
     @abstractmethod
-    def _rms_norm(self, layer: int) -> tuple[Tensor | None, float]:
-        """Weight (None: folded) and epsilon of the norm before a block's attention; a TypeError if it is another."""
+    def _norms_of_attention(self, layer: int) -> tuple[Norm | None, Norm | None]:
+        """The norms before and behind a block's attention, None where there is none; a TypeError if not known."""
+
+    @abstractmethod
+    def _output_bias(self, layer: int) -> Float[Tensor, " d_model"] | None:
+        """What is added to what a layer's heads write together."""
 
     @abstractmethod
     def _projection(self, layer: int, letter: str) -> tuple[Tensor, Tensor | None]:
@@ -254,6 +283,16 @@ class Backend(ABC):
     def _checked(self, layers: list[tuple[Tensor, Tensor]], tokens: Tensor, axis: int) -> KeysValues:
         private.check_cache(layers, int(self.model.cfg.n_layers), tokens.shape[1], axis)
         return KeysValues(tuple(key for key, _ in layers), tuple(value for _, value in layers), axis)
+
+
+def _with_bias_of(
+    norm: Norm | None, matrix: Float[Tensor, "head d_model d_head"], bias: Float[Tensor, "head d_head"] | None
+) -> tuple[Tensor, Tensor | None]:
+    """A projection of what a norm gives: what the norm's bias adds becomes a part of the projection's."""
+    if norm is None or norm.bias is None:
+        return matrix, bias
+    added = torch.einsum("d,hde->he", norm.bias.to(matrix), matrix)
+    return matrix, added if bias is None else bias + added
 
 
 class AddedPoint(NamedTuple):

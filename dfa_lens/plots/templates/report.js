@@ -16,11 +16,14 @@ const unpack = async script => {
   for (let i = 0; i < text.length; i++) { bytes[i] = text.charCodeAt(i); }
   return new Response(new Blob([bytes]).stream().pipeThrough(new DecompressionStream('gzip'))).text();
 };
-const loaded = async () => {
-  if (window.Plotly) { return; }
-  const script = document.createElement('script');
-  script.textContent = await unpack(by('plotly'));
-  document.head.append(script);
+let plotly = null; // once, however many figures ask for it
+const loaded = () => {
+  plotly = plotly || unpack(by('plotly')).then(text => {
+    const script = document.createElement('script');
+    script.textContent = text; // not by a blob's address, a new one each time: the browser would compile it anew on loading again
+    document.head.append(script);
+  });
+  return plotly;
 };
 // What changes a figure's colours; those of traces by trace, null where none changes.
 const painted = graph => {
@@ -59,19 +62,34 @@ const paint = async graph => {
 };
 const figures = {}; // by section, its figures by name
 const figuresOf = async id => {
+  const ready = loaded(); // unpacked beside the figures
   figures[id] = figures[id] || JSON.parse(await unpack(document.querySelector(`script[data-of="${CSS.escape(id)}"]`)));
-  await loaded();
+  await ready;
   return figures[id];
+};
+// The layout with what fit.js would arrange for this width: what is drawn so at once is not drawn twice.
+const fitting = (layout, reacts, width) => {
+  const [, {arrangements}] = reacts.find(([name]) => name === 'fit.js') || [null, {arrangements: []}];
+  const [, changes] = arrangements.find(([least]) => width >= least) || [0, {}];
+  const fitted = structuredClone(layout);
+  Object.entries(changes).forEach(([path, value]) => {
+    const keys = path.replace(/\[(\d+)\]/g, '.$1').split('.');
+    const place = keys.slice(0, -1).reduce((inner, key) => inner && inner[key], fitted);
+    if (place) { place[keys[keys.length - 1]] = value; }
+  });
+  return fitted;
 };
 const draw = async (place, {data, layout, reacts}) => {
   if (place.firstElementChild) { Plotly.Plots.resize(place.firstElementChild); return; }
   const graph = document.createElement('div');
   graph.className = 'plotly-graph-div';
+  layout = fitting(layout, reacts, place.clientWidth);
   graph.style.height = `${layout.height || 450}px`;
   place.append(graph);
   await Plotly.newPlot(graph, data, layout, CONFIG);
   if (dark()) { await paint(graph); }
   reacts.forEach(([name, given]) => reactions[name](graph, given));
+  await new Promise(resolve => setTimeout(resolve)); // the browser paints it before the next is begun
 };
 const show = which => {
   document.documentElement.dataset.scheme = which;
