@@ -35,6 +35,7 @@ from .evaluation.check import check as check
 from .evaluation.faithfulness import faithfulness_curve as faithfulness_curve
 from .evaluation.inspection import inspect as inspect
 from .evaluation.rehearsal import Rehearsal as Rehearsal
+from .evaluation.rehearsal import choose_ranking as choose_ranking
 from .evaluation.rehearsal import rehearse as rehearse
 from .experiments import study as study
 from .experiments.carry import carry as carry

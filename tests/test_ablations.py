@@ -9,6 +9,7 @@ import dfa_lens as dfa
 from dfa_lens.data.content import fingerprint
 from dfa_lens.errors import AlignmentError, DfaError, FaithfulnessError, HookError, PromptError
 from dfa_lens.models.runner import Runner
+from dfa_lens.transfer.edge_forms import FreeMask
 
 NODES = dfa.NodeSet.for_sizes(3, 4)
 NAMES = ("zero", "mean", "mean-positional")
@@ -230,8 +231,68 @@ def test_a_fit_mixes_in_what_it_is_told(model):
     assert (plain.key() == mean.key(), mean.key() == dfa.Recipe(ablation=dfa.ablations.Mean()).key()) == (False, True)
     with pytest.raises(AlignmentError, match="runs the corrupt prompts"):
         dfa.Recipe(ablation="zero", intervention="restore")
-    with pytest.raises(AlignmentError, match="ablation must be 'corrupt', not 'mean'"):
-        mean.for_edges()
+    with pytest.raises(AlignmentError, match="goes with intervention='circuit'"):
+        dfa.Recipe(direction="noising", intervention="interpolate")
+    assert dfa.Recipe(direction="noising").key() != plain.key()
+
+
+@pytest.mark.parametrize("loss", ["kl", "logit-difference"])
+def test_noising_masks_are_trained_towards_the_corrupt_run(model, loss):
+    """The first step's loss, by hooks: every node at (1 - g)·now + g·corrupt, compared with the corrupt run."""
+    pairs = random_pairs(4, 6, seed=2)
+    scores = dfa.NodeScores(torch.linspace(-1, 1, 15), NODES)
+    start = torch.randn(15, 15, generator=torch.Generator().manual_seed(0))
+    options = {"initial": start, "batch_size": 4, "direction": "noising", "loss": loss}
+    found = dfa.fit(model, {"one": scores}, {"one": pairs}, steps=1, **options)
+    gates = torch.sigmoid(scores.values / scores.values.norm() @ start)
+    with torch.no_grad():
+        corrupt, cache = model.run_with_cache(pairs.corrupt)
+
+        def mix(now, hook):
+            layer, heads = int(hook.name.split(".")[1]), hook.name.endswith("hook_z")
+            own = gates[5 * layer : 5 * layer + 4, None] if heads else gates[5 * layer + 4]
+            return (1 - own) * now + own * cache[hook.name]
+
+        masked = model.run_with_hooks(pairs.clean, fwd_hooks=[(point, mix) for point in NODES.points])
+    masked, goal = masked[:, -1], corrupt[:, -1]
+    if loss == "kl":
+        p = goal.log_softmax(-1)
+        expected = (p.exp() * (p - masked.log_softmax(-1))).sum(-1).mean()
+    else:
+        rows = torch.arange(4)
+        m, to = (each[rows, pairs.answer] - each[rows, pairs.wrong] for each in (masked, goal))
+        expected = ((m - to) ** 2).mean() / to.abs().mean() ** 2
+    assert found.history[0]["divergence"] == pytest.approx(float(expected), rel=1e-4)
+    assert found.meta["direction"] == "noising"
+    longer = dfa.fit(model, {"one": scores}, {"one": pairs}, steps=20, sparsity_weight=0.0, **options)
+    assert longer.history[-1]["divergence"] < 0.7 * found.history[0]["divergence"]
+
+
+class Given(FreeMask):
+    """A mask that begins at given numbers."""
+
+    def __init__(self, values):
+        object.__setattr__(self, "values", values.nan_to_num())
+
+    def start(self, problem):
+        made = super().start(problem)
+        made.bias.data.copy_(self.values)
+        return made
+
+
+def test_masks_of_edges_have_ablations_and_directions(model):
+    """All edges of a writer closed is the writer left out: the first loss is that of a mask of nodes."""
+    pairs = random_pairs(4, 6, ragged=True, seed=2)
+    nodes = dfa.NodeSet.heads_and_mlps(model, with_input=True)
+    edges = dfa.EdgeSet.of_model(model).where(writer="[am]*")
+    values = dfa.controls.random_scores(nodes, seed=1).values
+    of_edges = dfa.EdgeScores(values[:, None].expand(edges.shape).masked_fill(~edges.chosen, torch.nan), edges)
+    for options in ({"ablation": "mean-positional"}, {"ablation": "zero", "direction": "noising"}):
+        how = {"steps": 1, "batch_size": 4, "scaling": "raw", **options}
+        start = torch.eye(15)
+        by_nodes = dfa.fit(model, {"one": dfa.NodeScores(values[1:], nodes[1:])}, {"one": pairs}, initial=start, **how)
+        made = dfa.fit(model, {"one": of_edges}, {"one": pairs}, form=Given(of_edges.values), edges=edges, **how)
+        assert made.history[0]["divergence"] == pytest.approx(by_nodes.history[0]["divergence"], rel=1e-4)
 
 
 def test_denoising_repairs_one_node_of_the_corrupt_run(model):
@@ -368,9 +429,6 @@ def test_what_can_not_be_had_is_said_at_once(model):
     with pytest.raises(HookError, match="one of the two"), dfa.hooks.ablate(model, NODES, corrupt={}):
         pass
     edges = dfa.attribute_edges(model, pairs, method="eap")
-    for options in ({"ablation": "zero"}, {"direction": "noising"}):
-        with pytest.raises(FaithfulnessError, match="Circuits of edges"):
-            dfa.faithfulness_curve(model, pairs, edges, **options)
     noising = dfa.faithfulness_curve(model, pairs, edges.to_nodes(), direction="noising", sizes=[0, 3])
     for use in (noising.smallest, noising.smallest_size, lambda: noising.at(10)):
         with pytest.raises(FaithfulnessError, match="direction='denoising'"):
@@ -402,5 +460,7 @@ def test_the_command_line_gives_what_the_library_gives(tmp_path, monkeypatch):
     assert torch.equal(dfa.NodeScores.load("s.safetensors").values, expected.values)
     done = invoke(f"evaluate {name} --split train --scores s.safetensors --ablation zero --direction noising --json")
     assert '"circuit": null' in done.stdout
-    refused = invoke(f"attribute {name} --edges --ablation mean --out e.safetensors").exception
-    assert "--ablation and --direction are options of nodes" in str(refused)
+    done = invoke(f"attribute {name} --edges --method eap --ablation mean --out e.safetensors")
+    assert done.exit_code == 0, done.exception
+    of_edges = dfa.attribute_edges(source, pairs, method="eap", ablation="mean")
+    assert torch.equal(dfa.EdgeScores.load("e.safetensors").flat, of_edges.flat)

@@ -84,11 +84,6 @@ def test_what_is_refused(any_model):
     scores = dfa.attribute_edges(any_model, pairs, method="eap")
     for call, error, message in (
         (lambda: dfa.circuits.run(any_model, pairs, a_circuit()), ScoreError, "it comes from another model"),
-        (
-            lambda: dfa.circuits.run(any_model, pairs, scores.circuit(5), ablation="zero"),
-            CircuitError,
-            "'corrupt' only",
-        ),
         (lambda: scores.circuit(10_000), ScoreError, "number of ranked edges, "),
         (lambda: a_circuit(["m1->m0"]), EdgeError, "m0 reads before m1 writes"),
         (lambda: a_circuit(["m0->m1"], EDGES["m0", "logits"]), EdgeError, "not among the 1 of the set"),

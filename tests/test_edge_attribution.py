@@ -121,8 +121,10 @@ def test_short_cuts_and_tiles_change_nothing(backend, method, readers, monkeypat
     close(short.values, plain.values)
 
 
-def effect_by_hand(model, pairs, writer, reader):
+def effect_by_hand(model, pairs, writer, reader, instead=None):
     """m(clean) - m(clean with one edge at its writer's corrupt activation), with hooks alone: no weight is read.
+
+    ``instead``: hook point → what the writers are set to, where that is not what they do in the corrupt run.
 
     The reader's part is what it computes in a run in which all of the stream before it is changed, put into the clean run.
     """
@@ -149,7 +151,7 @@ def effect_by_hand(model, pairs, writer, reader):
         return seen, float((logits[rows, pairs.answer] - logits[rows, pairs.wrong]).mean())
 
     clean, metric = run(pairs.clean)
-    corrupt, _ = run(pairs.corrupt)
+    corrupt = run(pairs.corrupt)[0] if instead is None else instead
 
     def writes():
         """Corrupt less clean, of what the writer adds to the stream."""

@@ -59,7 +59,11 @@ def test_only_the_ranking_matters(any_model, pairs, scores):
     moved = dfa.NodeScores(scores.values * 7 + 100, NODES)
     first, second = (dfa.faithfulness_curve(any_model, pairs, s) for s in (scores, moved))
     np.testing.assert_array_equal(first.faithfulness, second.faithfulness)
-    assert dfa.faithfulness_curve(any_model, pairs, scores, ranking="absolute").cpr != first.cpr
+    absolute = dfa.faithfulness_curve(any_model, pairs, scores, ranking="absolute")
+    assert absolute.cpr != first.cpr and (first.ranking, absolute.ranking) == ("signed", "absolute")
+    by_size = dfa.NodeScores(scores.values, scores.nodes, {"ranking": "absolute"})  # their own ranking, unless asked
+    assert dfa.faithfulness_curve(any_model, pairs, by_size) == absolute
+    assert dfa.faithfulness_curve(any_model, pairs, by_size, ranking="signed").cpr == first.cpr
 
 
 def test_mib_of_scores_without_input(any_model, pairs):

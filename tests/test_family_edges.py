@@ -237,5 +237,8 @@ def test_side_by_side_is_a_property_of_edges(tmp_path):
         scores = dfa.EdgeScores(torch.randn(own.shape), own)
         scores.save(tmp_path / "edges.safetensors")
         assert dfa.EdgeScores.load(tmp_path / "edges.safetensors") == scores
+    circuit = dfa.EdgeCircuit(["input->m0", "m0->logits", "a0.h0->m1"], edges)
+    circuit.save(tmp_path / "circuit.safetensors")
+    assert dfa.EdgeCircuit.load(tmp_path / "circuit.safetensors") == circuit
     with pytest.raises(ScoreError, match="side by side are not written"):
         scores.to_mib(tmp_path / "graph.json")

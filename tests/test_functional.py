@@ -2,14 +2,16 @@
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 from helpers import unchecked
+from sklearn.ensemble import ExtraTreesRegressor
 
 import dfa_lens as dfa
 from dfa_lens.errors import AlignmentError, FileError, MeasurementError, ScoreError
 from dfa_lens.transfer.functional import LEAST_ROWS
-from dfa_lens.transfer.readers import READERS, Attention, Reader, Trees, features
+from dfa_lens.transfer.readers import READERS, Attention, Reader, Trees, edge_features, features
 
 NAMES = ["change", "direct-effect", "entropy"]
 
@@ -88,6 +90,52 @@ def test_features():
     assert found[:, 3].tolist() == [0, 1, 0, 1, 0, 1]
 
 
+@pytest.mark.parametrize("n_kv_heads", [1, 2, 4])
+def test_features_of_edges_by_name(n_kv_heads):
+    """Each edge by the names of its ends; a key-value head is the mean of the heads that it serves."""
+    edges = dfa.EdgeSet(2, 4, n_kv_heads=n_kv_heads).sample(40, seed=1)
+    nodes = dfa.NodeSet.for_sizes(2, 4)
+    given = dfa.Measurements(torch.rand(10, 2, generator=torch.Generator().manual_seed(0)), nodes, NAMES[:2])
+    phi = dict(zip(nodes.names, features(given), strict=True))
+    found = edge_features(given, edges)
+    assert found.shape == (40, 2 * 6 + 3)
+    for row, edge in zip(found, edges, strict=True):
+        name, _, kind = edge.reader.rstrip(">").partition("<")
+        layer, _, head = name.partition(".")
+        if name == "logits":
+            read = torch.zeros(6)
+        elif kind in ("k", "v"):
+            each = 4 // n_kv_heads
+            i = int(head.lstrip("khv"))
+            read = torch.stack([phi[f"{layer}.h{h}"] for h in range(i * each, (i + 1) * each)]).mean(0)
+        else:
+            read = phi[name]
+        kinds = torch.tensor([float(kind == each) for each in "qkv"])
+        torch.testing.assert_close(row, torch.cat([phi.get(edge.writer, torch.zeros(6)), read, kinds]))
+    with pytest.raises(MeasurementError, match="of 10 nodes are not those of the ends of"):
+        edge_features(given, dfa.EdgeSet(3, 4))
+
+
+def test_scores_of_edges_are_learned_from_the_ends():
+    """A law of both ends, carried to a model of another size; measurements of the ends in the wrong order do not."""
+
+    def drawn(layers, heads, seed):
+        found, edges = measured(layers, heads, seed), dfa.EdgeSet(layers, heads)
+        rows = edge_features(found, edges)
+        n = (rows.shape[1] - 3) // 2
+        return rows, rows[:, 0].clamp_min(0) + rows[:, n] * rows[
+            :, -2
+        ]  # writer's change; reader's, where keys are read
+
+    rows, scores = (torch.cat(each) for each in zip(*(drawn(3, 3, seed) for seed in range(4)), strict=True))
+    trees = ExtraTreesRegressor(20, min_samples_leaf=2, random_state=0).fit(rows, scores)
+    rows, truth = drawn(4, 4, 50)
+    n = (rows.shape[1] - 3) // 2
+    assert np.corrcoef(trees.predict(rows), truth)[0, 1] > 0.85
+    swapped = torch.cat([rows[:, n : 2 * n], rows[:, :n], rows[:, 2 * n :]], 1)
+    assert np.corrcoef(trees.predict(swapped), truth)[0, 1] < 0.5
+
+
 def test_the_guard():
     """A node that its group's exact effect calls critical, and that nothing taught, is not left out."""
 
@@ -122,6 +170,25 @@ def test_the_guard():
     assert dfa.fit_functional(scores, without, trees=2).guard == 0
     with pytest.raises(MeasurementError, match="The guard needs 'group-share'"):
         dfa.fit_functional(scores, without, trees=2, guard=1)
+
+
+def test_the_ranking_travels_with_the_scores(taught, tmp_path):
+    """By size unless it is fitted or replaced otherwise; the scores themselves are the same, and so is the W of one."""
+    target = measured(5, 4, 60)
+    size, signed = (dfa.fit_functional(*taught, trees=10, **how) for how in ({}, {"ranking": "signed"}))
+    found, other = size.transfer(target), signed.transfer(target)
+    assert torch.equal(found.values, other.values) and bool((found.values < 0).any())
+    assert (found.ranking, other.ranking) == ("absolute", "signed")
+    assert found != other and size != signed
+    assert found.order().tolist() == found.values.abs().argsort(descending=True, stable=True).tolist()
+    assert list(other.top(3)) == list(found.top(3, ranking="signed")) != list(found.top(3))
+    signed.save(tmp_path / "f.safetensors")
+    assert dfa.FunctionalAlignment.load(tmp_path / "f.safetensors").ranking == "signed"
+    attention = dfa.fit_functional(*taught, reader="attention", steps=2)
+    own = law(taught[1]["a"])
+    assert attention.alignment(target, own, taught[1]["a"]).transfer(own).ranking == "absolute"
+    with pytest.raises(AlignmentError, match="Unknown ranking 'size'"):
+        unchecked(dfa.fit_functional)(*taught, trees=2, ranking="size")
 
 
 # --- attention -----------------------------------------------------------------------------------------------------

@@ -46,6 +46,23 @@ def test_rows_are_what_the_functions_give(made):
     assert table[table["contender"] == "exact"].iloc[0]["pearson"] == pytest.approx(1)
 
 
+def test_planted_circuits_are_known(tmp_path):
+    table = leaderboard.run(["planted-lookup-source"], ["first/copy"], ["exact", "random"], out=tmp_path, **SMALL)
+    assert table["model"].tolist() == 2 * ["planted-lookup-source"]
+    side = dfa.zoo.planted.load("lookup").source
+    scores = dfa.controls.random_scores(side.nodes, seed=0)
+    inside = side.circuit("first/copy")
+    outside = [name for name in side.nodes.names if name not in inside]
+    ahead = sum(float(scores[name] > scores[other]) for name in inside for other in outside)
+    found = table.set_index("contender")["auroc"]
+    assert found["exact"] == 1.0
+    assert found["random"] == pytest.approx(ahead / (len(inside) * len(outside)))
+    every = list(leaderboard._pairs_of(None, None))
+    assert {
+        (f"planted-{pair}-target", task) for pair in ("gate", "two-hop") for task in dfa.zoo.planted.tasks(pair)
+    } < {*every}
+
+
 def test_what_can_not_be_had_says_why(made):
     row = made[1].set_index("contender").loc["gim"]
     assert "hook_attn_scores" in row["refused"]

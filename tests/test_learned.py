@@ -24,7 +24,7 @@ def top_k(scores, k, temperature):
     return torch.sigmoid((scores - b - (gates.sum() - k) / slope) / temperature)
 
 
-def by_hand(model, pairs, nodes, steps, seed, sign=lambda found, clean: -found):
+def by_hand(model, pairs, nodes, steps, seed, loss_of, kept=lambda gates: gates):
     """Matryoshka attribution with TransformerLens's own hooks, all pairs in every step."""
     rows = torch.arange(len(pairs))
 
@@ -33,15 +33,15 @@ def by_hand(model, pairs, nodes, steps, seed, sign=lambda found, clean: -found):
         return last[rows, pairs.answer] - last[rows, pairs.wrong]
 
     with torch.no_grad():
-        _, cache = model.run_with_cache(pairs.corrupt)
-        clean = metric(model(pairs.clean))
+        corrupt_logits, cache = model.run_with_cache(pairs.corrupt)
+        clean, corrupt = metric(model(pairs.clean)), metric(corrupt_logits)
     generator = torch.Generator().manual_seed(seed)
     scores = torch.zeros(len(nodes), requires_grad=True)
     optimizer = torch.optim.Adam([scores], lr=0.05)
     for _ in range(steps):
         torch.randperm(1, generator=generator)  # the order of the groups, of which there is one
         sizes = torch.randint(1, len(nodes), (len(pairs),), generator=generator).tolist()
-        gates = torch.stack([top_k(scores, k, 0.5) for k in sizes])
+        gates = kept(torch.stack([top_k(scores, k, 0.5) for k in sizes]))
         hooks = []
         for layer in range(3):
             heads = [nodes.position(f"a{layer}.h{head}") for head in range(4)]
@@ -55,19 +55,27 @@ def by_hand(model, pairs, nodes, steps, seed, sign=lambda found, clean: -found):
                 return g[:, None, None] * now + (1 - g[:, None, None]) * cache[name]
 
             hooks += [(z, mix_heads), (out, mix_mlp)]
-        loss = sign(metric(model.run_with_hooks(pairs.clean, fwd_hooks=hooks)), clean).mean()
+        loss = loss_of(metric(model.run_with_hooks(pairs.clean, fwd_hooks=hooks)), clean, corrupt).mean()
         optimizer.zero_grad()
         (scores.grad,) = torch.autograd.grad(loss, [scores])
         optimizer.step()
     return scores.detach()
 
 
-@pytest.mark.parametrize("objective", ["metric", "closeness"])
-def test_matryoshka_is_the_loop_by_hand(model, pairs, objective):
+LOSSES = {
+    ("metric", "denoising"): lambda found, clean, corrupt: -found,
+    ("closeness", "denoising"): lambda found, clean, corrupt: (found - clean).abs(),
+    ("metric", "noising"): lambda found, clean, corrupt: found,
+    ("closeness", "noising"): lambda found, clean, corrupt: (found - corrupt).abs(),
+}
+
+
+@pytest.mark.parametrize(("objective", "direction"), LOSSES)
+def test_matryoshka_is_the_loop_by_hand(model, pairs, objective, direction):
     nodes = dfa.NodeSet.heads_and_mlps(model)
-    signs = {"metric": lambda found, clean: -found, "closeness": lambda found, clean: (found - clean).abs()}
-    expected = by_hand(model, pairs, nodes, 6, 3, signs[objective])
-    method = Matryoshka(iterations=6, objective=objective)
+    kept = (lambda gates: 1 - gates) if direction == "noising" else (lambda gates: gates)
+    expected = by_hand(model, pairs, nodes, 6, 3, LOSSES[objective, direction], kept)
+    method = Matryoshka(iterations=6, objective=objective, direction=direction)
     found = dfa.attribute(model, pairs, method=method, seed=3)
     torch.testing.assert_close(found.values, expected - expected.min(), atol=2e-4, rtol=1e-3)
     assert found.meta["options"]["objective"] == objective

@@ -194,3 +194,38 @@ def test_areas_on_other_axes():
             unchecked(type(curve).area)(curve, **options)
     with pytest.raises(FaithfulnessError, match="two sizes above 0"):
         made_curve(f[:2, None], [1.0], [0.0], [0, 25], 100).area(axis="log")
+
+
+def test_the_command_line_has_every_metric_areas_and_the_control(tmp_path):
+    import json
+    from types import SimpleNamespace
+
+    from typer.testing import CliRunner
+
+    from dfa_lens.cli import app, reading
+
+    model = dfa.zoo.load("llama3-tiny-source")
+    for name in metrics.METRICS:
+        assert reading.metric(name, model) == name
+    with pytest.raises(DfaError, match="Unknown metric 'greater'.*greater-than"):
+        reading.metric("greater", model)
+
+    def written(texts, **options):
+        return {"input_ids": [[int(text)] for text in texts]}
+
+    assert reading.metric("greater-than", SimpleNamespace(tokenizer=written)).numbers == tuple(range(100))
+    pairs = dfa.tasks.load("ioi", model.tokenizer, split="test", n=4)
+    scores = dfa.attribute(model, pairs, method="nap", metric="probability-difference")
+    scores.save(tmp_path / "s.safetensors")
+    control = pairs.with_random_answers(0)
+    curve = dfa.faithfulness_curve(model, control, scores, metric="log-probability")
+    command = f"evaluate --model llama3-tiny-source --task ioi -n 4 --scores {tmp_path}/s.safetensors --control --json"
+    done = CliRunner().invoke(app, f"{command} --metric log-probability --areas".split(), catch_exceptions=False)
+    found = json.loads(done.stdout)
+    assert found["cpr"] == pytest.approx(curve.cpr, rel=1e-4)
+    assert found["areas"]["metric"]["log"] == pytest.approx(curve.area("metric", axis="log"), rel=1e-4)
+    scored = (
+        f"attribute --model llama3-tiny-source --task ioi --split test -n 4 --method nap -o {tmp_path}/t.safetensors"
+    )
+    CliRunner().invoke(app, f"{scored} --metric probability-difference".split(), catch_exceptions=False)
+    assert torch.allclose(dfa.NodeScores.load(tmp_path / "t.safetensors").values, scores.values, rtol=1e-4)

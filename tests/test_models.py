@@ -300,14 +300,14 @@ def test_weights_are_converted_as_torch_does(stored, dtype, tmp_path):
 def test_loading_takes_little_more_memory_than_the_model():
     script = Path(__file__).parent / "benchmarks" / "loading.py"
     done = subprocess.run(
-        [sys.executable, script, "--mib", "365"],
+        [sys.executable, script, "--quick"],
         capture_output=True,
         text=True,
         check=True,
         env=os.environ | {"PYTHONPATH": str(script.parents[2])},
     )
     rows = [line.split("|") for line in done.stdout.splitlines()[2:]]
-    assert len(rows) == 4 * len(BACKENDS)
+    assert len(rows) == 4 + len(BACKENDS)
     assert max(float(row[-2]) for row in rows) <= 1.15
 
 

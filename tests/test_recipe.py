@@ -21,7 +21,7 @@ OTHERS = {
     "form": "kernel", "objective": "matryoshka", "sparsity_weight": 1.0, "lr": 0.2, "steps": 3, "batch_size": 4, "seed": 1,
     "scaling": "raw", "temperature": (1.0, 0.5), "initial": torch.ones(6, 15), "initial_scale": 0.1, "anchor": ANCHOR,
     "anchor_weight": 2.0, "shuffle": False, "intervention": "restore", "positions": "all", "loss": "probability",
-    "gate_heads": False, "ablation": "mean",
+    "gate_heads": False, "ablation": "mean", "direction": "noising",
 }  # fmt: skip
 
 

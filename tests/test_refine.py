@@ -7,8 +7,10 @@ from helpers import random_model, random_pairs, unchecked
 import dfa_lens as dfa
 from dfa_lens.data.nodes import NodeSet
 from dfa_lens.errors import AlignmentError, MeasurementError
+from dfa_lens.models.paired_run import PairedRun
 from dfa_lens.models.runner import Runner
 from dfa_lens.transfer.refine import _divergence
+from dfa_lens.transfer.store import ExampleStore
 
 
 @pytest.fixture(scope="module")
@@ -39,15 +41,38 @@ def test_the_masks_are_those_of_the_curve(known):
     model, pairs, *_ = known
     nodes, runner = NodeSet.heads_and_mlps(model), Runner(model)
     mask = torch.rand(len(nodes), generator=torch.Generator().manual_seed(0)).requires_grad_(True)
+    shared = {"intervention": "circuit", "positions": "answer", "cache": "device", "share_prefix": True}
+    store, rows = ExampleStore(runner, nodes, {"a": pairs["a"]}, **shared), torch.arange(len(pairs["a"]))
     with runner.session():
-        assert float(_divergence(runner, pairs["a"], nodes, torch.ones(len(nodes)))) < 1e-5
-        loss = _divergence(runner, pairs["a"], nodes, mask)
+        store.fill(8)
+        assert float(_divergence(store, rows, torch.ones(len(nodes)))) < 1e-5
+        loss = _divergence(store, rows, mask)
         (gradient,) = torch.autograd.grad(loss, mask)
         for i in gradient.abs().topk(3).indices.tolist():
             step = torch.zeros(len(nodes))
             step[i] = 1e-2
-            ends = [float(_divergence(runner, pairs["a"], nodes, mask.detach() + sign * step)) for sign in (1, -1)]
+            ends = [float(_divergence(store, rows, mask.detach() + sign * step)) for sign in (1, -1)]
             assert (ends[0] - ends[1]) / 2e-2 == pytest.approx(float(gradient[i]), rel=0.05)
+
+
+def test_runs_are_made_once_or_at_every_step(known, monkeypatch):
+    """What is learned is the same; with a cache, clean and corrupt runs are made before the first step only."""
+    model, pairs, scores, measured = known
+    start = dfa.fit_functional(scores, measured, reader="attention", steps=2)
+    recorded, record = [], PairedRun.record
+
+    def counted(self, run, **options):
+        recorded.append(run)
+        return record(self, run, **options)
+
+    monkeypatch.setattr(PairedRun, "record", counted)
+    found = {}
+    for cache, n in (("device", 2), ("recompute", 2 * 6)):  # all pairs fit into one batch
+        recorded.clear()
+        found[cache] = dfa.refine(start, model, measured, pairs, steps=6, lr=0.1, batch_size=16, cache=cache)
+        assert len(recorded) == n
+    for name, value in found["device"].learned.items():
+        torch.testing.assert_close(value, found["recompute"].learned[name], rtol=1e-3, atol=1e-4)
 
 
 def test_a_task_is_read_from_other_families_only(known):

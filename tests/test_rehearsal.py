@@ -1,5 +1,7 @@
 """Rehearsals: each task without its family, judged on the model itself."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -43,6 +45,33 @@ def test_tasks_that_did_not_teach_are_read_from_all(rehearsed):
         dfa.rehearse(functional, model, measured, {"c": pairs["c"]})
     with pytest.raises(AlignmentError, match="between 0 and 1, not 2"):
         found.interval(confidence=2)
+
+
+def test_the_better_ranking_is_chosen(rehearsed):
+    """By the mean CMD of families; the circuits are those of the rehearsal, judged in both ways."""
+    model, pairs, _, measured, functional = rehearsed
+    chosen = dfa.choose_ranking(functional, model, measured, pairs)
+    cmd = {}
+    for ranking in ("signed", "absolute"):
+        curves = {
+            task: dfa.faithfulness_curve(
+                model,
+                pairs[task],
+                functional.without(functional.meta["families"][task]).transfer(measured[task]),
+                ranking=ranking,
+            ).cmd
+            for task in pairs
+        }
+        cmd[ranking] = ((curves["a"] + curves["b"]) / 2 + curves["c"]) / 2
+        again = dfa.rehearse(functional, model, measured, pairs, ranking=ranking)
+        assert again.cmd == pytest.approx(list(curves.values()), abs=1e-5)
+        assert again.mean_cmd == pytest.approx(cmd[ranking], abs=1e-5)
+    assert chosen.meta["rehearsed"] == pytest.approx(cmd, abs=1e-5)
+    assert abs(cmd["signed"] - cmd["absolute"]) > 1e-3  # it matters here
+    assert chosen.ranking == min(cmd, key=cmd.__getitem__)
+    for ranking in ("signed", "absolute"):  # whatever it was before
+        assert dfa.choose_ranking(replace(functional, ranking=ranking), model, measured, pairs) == chosen
+    assert chosen.table is functional.table
 
 
 def test_the_interval_holds_one_more_family():

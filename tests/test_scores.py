@@ -60,6 +60,22 @@ def test_an_interrupted_save_leaves_the_old_file(tmp_path, monkeypatch):
     assert dfa.NodeScores.load(path).values.sum() == 8
 
 
+def test_scores_may_rank_by_size(tmp_path):
+    values = torch.tensor([1.0, -3, 2, 0, 0, 0, 0, 0])
+    signed, by_size = (dfa.NodeScores(values, NODES, meta) for meta in ({}, {"ranking": "absolute"}))
+    assert (signed.ranking, by_size.ranking) == ("signed", "absolute")
+    assert list(by_size.top(2).values()) == [-3, 2] and list(signed.top(2).values()) == [2, 1]
+    assert by_size.top(3, ranking="signed") == signed.top(3)
+    assert (
+        by_size.circuit(2) == signed.circuit(2, ranking="absolute") and by_size.circuit(2).meta["ranking"] == "absolute"
+    )
+    assert by_size.ranks().tolist()[:3] == [3, 1, 2]
+    assert by_size != signed == dfa.NodeScores(values, NODES, {"method": "nap"})
+    by_size.save(tmp_path / "s.safetensors")
+    assert dfa.NodeScores.load(tmp_path / "s.safetensors") == by_size
+    assert dfa.Membership.of([by_size], 1)[NODES.names[1]] == 1 == dfa.Membership.of([signed], 1)[NODES.names[2]]
+
+
 def test_bad_input(tmp_path):
     with pytest.raises(ScoreError, match=r"Scores of shape \[3\] for 8 nodes"):
         dfa.NodeScores(torch.zeros(3), NODES)

@@ -1,6 +1,7 @@
-"""The tables and the figure of docs/leaderboard.md, from docs/results/leaderboard.csv: python tools/leaderboard.py.
+"""The tables and the figure of docs/leaderboard.md, from docs/results/leaderboard*.csv: python tools/leaderboard.py.
 
-Building the documentation does it, too. `dfa-lens bench` makes the CSV.
+Building the documentation does it, too. `dfa-lens bench` makes the CSVs: of the models that were trained, and of those
+with planted circuits.
 """
 
 from __future__ import annotations
@@ -12,11 +13,16 @@ from xml.sax.saxutils import escape
 import pandas as pd
 
 DOCS = Path(__file__).parents[1] / "docs"
-CSV, PAGE, FIGURE = (
-    DOCS / name for name in ("results/leaderboard.csv", "results/leaderboard.md", "images/leaderboard.svg")
-)
+PAGE, FIGURE = DOCS / "results/leaderboard.md", DOCS / "images/leaderboard.svg"
 CELL = ["model", "task", "seed"]
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 760, 420, 70, 190, 20, 50
+
+
+def rows() -> tuple[pd.DataFrame, pd.DataFrame]:
+    """The rows of models that were trained, and of those with planted circuits."""
+    table = pd.concat([pd.read_csv(path) for path in sorted((DOCS / "results").glob("leaderboard*.csv"))])
+    planted = table["model"].str.startswith("planted-")
+    return table[~planted], table[planted]
 
 
 def means(table: pd.DataFrame) -> pd.DataFrame:
@@ -39,7 +45,27 @@ def markdown(header: list[str], rows: list[list[str]]) -> str:
     return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)]) + "\n"
 
 
-def page(table: pd.DataFrame) -> str:
+def known_circuits(planted: pd.DataFrame) -> str:
+    """AUROC and CPR on models with planted circuits, by pair."""
+    planted = planted[planted["cpr"].notna()]
+    pair = planted["model"].str.removeprefix("planted-").str.rsplit("-", n=1).str[0]
+    wide = planted.pivot_table(index="contender", columns=pair, values="auroc", sort=False)
+    every = planted.groupby("contender")[["auroc", "cpr", "cmd_absolute"]].mean()
+    cells = planted.groupby("contender").size()
+    order = every.sort_values(["auroc", "cpr"], ascending=False, kind="stable").index
+    lines = [
+        [
+            f"`{name}`",
+            *("" if pd.isna(value) else f"{value:.2f}" for value in wide.loc[name]),
+            *(f"{value:.3f}" for value in every.loc[name]),
+            str(cells[name]),
+        ]
+        for name in order
+    ]
+    return markdown(["contender", *wide.columns, "AUROC", "CPR", "CMD by size", "cells"], lines)
+
+
+def page(table: pd.DataFrame, planted: pd.DataFrame) -> str:
     """All tables."""
     found = means(table)
     columns = {
@@ -56,8 +82,6 @@ def page(table: pd.DataFrame) -> str:
         "passes": ("passes", "{:.0f}"),
         "MB": ("megabytes", "{:.0f}"),
     }
-    if "auroc" in found and found["auroc"].notna().any():
-        columns["AUROC"] = ("auroc", "{:.2f}")
     rows = [[f"`{name}`", *(form.format(row[key]) for key, form in columns.values())] for name, row in found.iterrows()]
     parts = [
         "# Leaderboard: all tables\n",
@@ -76,6 +100,8 @@ def page(table: pd.DataFrame) -> str:
     refused = table[table["cpr"].isna()] if "refused" in table else table[:0]
     for name, part in refused.groupby("contender"):
         parts.append(f"`{name}` was refused on {len(part)} cells: {part['refused'].iloc[0]}\n")
+    if len(planted):
+        parts += ["## AUROC on planted circuits, by pair\n", known_circuits(planted)]
     return "\n".join(parts)
 
 
@@ -134,8 +160,8 @@ def svg(table: pd.DataFrame) -> str:
 
 def write() -> None:
     """Write both, if they are others than those that are there."""
-    table = pd.read_csv(CSV)
-    for path, text in ((PAGE, page(table)), (FIGURE, svg(table))):
+    trained, planted = rows()
+    for path, text in ((PAGE, page(trained, planted)), (FIGURE, svg(trained))):
         if not path.exists() or path.read_text(encoding="utf-8") != text:
             path.write_text(text, encoding="utf-8")
 

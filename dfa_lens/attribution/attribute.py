@@ -199,7 +199,7 @@ def attribute(
     if direction not in get_args(Direction):
         raise unknown("direction", direction, get_args(Direction))
     if direction == "denoising":
-        pairs = _turned(pairs, instead, metric)
+        pairs = turned(pairs, instead, metric)
     sign = -1 if direction == "denoising" else 1
     runner = Runner(model)
     nodes = nodes if nodes is not None else NodeSet.heads_and_mlps(model)
@@ -287,7 +287,7 @@ def _advice(method: str) -> str:
     return "take more steps, or steps='auto'"
 
 
-def _turned(pairs: PromptPairs, ablation: Ablation, metric: str | Callable[..., Tensor]) -> PromptPairs:
+def turned(pairs: PromptPairs, ablation: Ablation, metric: str | Callable[..., Tensor]) -> PromptPairs:
     """The pairs with clean and corrupt prompts exchanged, and the same answers: what is broken is then repaired."""
     if not isinstance(ablation, ablations.Corrupt):
         raise DfaError(

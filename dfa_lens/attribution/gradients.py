@@ -88,7 +88,7 @@ class Nap(Method):
             clean_value, clean_embed = batch.total(clean_logits, clean_logits), seen[0]
             change = clean_embed.float() - corrupt_embed.float()
         for some in batch.chunks(places[::-1]):
-            start = torch.cat([_between(corrupt_embed, clean_embed, place) for place in some])
+            start = torch.cat([between(corrupt_embed, clean_embed, place) for place in some])
             _, gradient, _, _ = backward([], start, len(some))
             input_score += float((change * summed(gradient.float(), len(change))).sum(dtype=torch.float64))
             batch.done(len(some))
@@ -173,17 +173,19 @@ class ExpectedGradients(NapIgInputs):
     def _places(self, batch: Batch) -> list[float | Float[Tensor, " pair"]]:
         own = batch.measurement
         return [
-            _places_of_draw(own.examples, own.seed, draw)[batch.rows]
+            places_of_draw(own.examples, own.seed, draw)[batch.rows]
             for draw in range(own.steps // 2 if own.only_new else 0, own.steps)
         ]
 
 
-def _places_of_draw(examples: int, seed: int, draw: int) -> Float[Tensor, " example"]:
+def places_of_draw(examples: int, seed: int, draw: int) -> Float[Tensor, " example"]:
+    """A place of the path for every example, uniform."""
     generator = torch.Generator().manual_seed((seed * 1_000_003 + draw) % 2**63)
     return torch.rand(examples, generator=generator, dtype=torch.float32)
 
 
-def _between(corrupt: Tensor, clean: Tensor, place: float | Float[Tensor, " pair"]) -> Tensor:
+def between(corrupt: Tensor, clean: Tensor, place: float | Float[Tensor, " pair"]) -> Tensor:
+    """What lies at a part of the way from one to the other: of all examples, or of each."""
     if isinstance(place, Tensor):
         place = place.to(clean).reshape(-1, *[1] * (clean.ndim - 1))
     return torch.lerp(corrupt, clean, place)

@@ -8,7 +8,7 @@ Adam. Every step takes a group of the pairs, and each of its examples draws a ma
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, Literal, get_args
 
@@ -17,6 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from dfa_lens.attribution.method import Batch, Measurement, Method, Sums
+from dfa_lens.data.curve import Direction
 from dfa_lens.data.nodes import NodeSet
 from dfa_lens.data.pairs import PromptPairs
 from dfa_lens.data.soft_top_k import gates_of_size
@@ -34,14 +35,18 @@ Objective = Literal["metric", "closeness"]
 
 
 @dataclass
-class _Kept:
+class Part:
     """A part of a group of examples: how it is run, and what is known of its clean and corrupt runs."""
 
     batch: Batch
     corrupt: Activations
     clean_logits: Tensor
     clean: Float[Tensor, " pair"]
-    corrupt_total: float
+    nothing: Float[Tensor, " pair"]  # the metric of the corrupt run
+
+
+GatedRun = Callable[[Part, Tensor], Tensor]
+"""(part, gates [pair, …]) → the logits of its clean prompts under a mask for each of them."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +63,10 @@ class Learned(Method):
         The most examples of a group. Unlike the batch size, it changes the scores.
     objective:
         See :data:`Objective`.
+    direction:
+        "denoising": a mask says what is kept. "noising": what is destroyed; the metric is then minimised, and
+        ``closeness`` is that to the corrupt run. What is ranked high by it is needed; where several nodes stand in for
+        each other, it finds all of them.
     """
 
     differentiates: ClassVar[bool] = True
@@ -67,10 +76,13 @@ class Learned(Method):
     lr: float = 0.05
     examples: int = 16
     objective: Objective = "metric"
+    direction: Direction = "denoising"
 
     def __post_init__(self) -> None:
         if self.objective not in get_args(Objective):
             raise unknown("objective", self.objective, get_args(Objective))
+        if self.direction not in get_args(Direction):
+            raise unknown("direction", self.direction, get_args(Direction))
         for field in ("iterations", "examples"):
             if getattr(self, field) < 1:
                 raise DfaError(f"{field} must be at least 1, not {getattr(self, field)}.")
@@ -133,31 +145,46 @@ class Learned(Method):
         return Need("attribute", 2 * examples + trained, trained, held, graph, working)
 
     def mean(self, measurement: Measurement, pairs: PromptPairs) -> Sums:  # noqa: D102
-        if len(measurement.nodes) < 2:
-            raise DfaError(f"{self.name!r} ranks nodes: it needs at least two.")
+        def run(part: Part, gates: Float[Tensor, "pair node"]) -> Float[Tensor, "..."]:
+            return part.batch.gated(measurement.nodes, gates, corrupt=part.corrupt)
+
+        return self.ranked(measurement, pairs, len(measurement.nodes), run)
+
+    def ranked(self, measurement: Measurement, pairs: PromptPairs, n: int, run: GatedRun) -> Sums:
+        """Scores of n nodes, or of whatever else ``run`` gates; and the metric, as means over examples.
+
+        Raises
+        ------
+        DfaError
+            If there is nothing to rank.
+        """
+        if n < 2:
+            raise DfaError(f"{self.name!r} ranks nodes or edges: it needs at least two.")
         groups = [list(group) for group in self._groups(measurement, pairs)]
         kept = [part for group in groups for part in group]
         clean = float(sum(part.clean.double().sum() for part in kept)) / len(pairs)
-        corrupt = sum(part.corrupt_total for part in kept) / len(pairs)
-        numbers = self._train(measurement, groups, scale=max(abs(clean - corrupt), 1e-6))
+        corrupt = float(sum(part.nothing.double().sum() for part in kept)) / len(pairs)
+        numbers = self._train(measurement, groups, n, run, scale=max(abs(clean - corrupt), 1e-6))
         return Sums(self.scores(numbers).double(), {"clean": clean, "corrupt": corrupt})
 
-    def _groups(self, measurement: Measurement, pairs: PromptPairs) -> Iterator[Iterator[_Kept]]:
+    def _groups(self, measurement: Measurement, pairs: PromptPairs) -> Iterator[Iterator[Part]]:
         n_groups = -(-len(pairs) // self.examples)
         for own in torch.arange(len(pairs)).chunk(n_groups):
             yield self._record(measurement, pairs, own)
 
-    def _record(self, measurement: Measurement, pairs: PromptPairs, own: Tensor) -> Iterator[_Kept]:
+    def _record(self, measurement: Measurement, pairs: PromptPairs, own: Tensor) -> Iterator[Part]:
         for rows, part in measurement.runner.batches(pairs[own], measurement.batch_size):
             batch = Batch(measurement, part, rows)
             corrupt, corrupt_logits = batch.record("corrupt")
             _, clean_logits = batch.record("clean", nodes=False)
-            clean = batch.values(clean_logits, clean_logits)
-            yield _Kept(batch, corrupt, clean_logits, clean, batch.total(corrupt_logits, clean_logits))
+            clean, nothing = (batch.values(logits, clean_logits) for logits in (clean_logits, corrupt_logits))
+            yield Part(batch, corrupt, clean_logits, clean, nothing)
 
-    def _train(self, measurement: Measurement, groups: list[list[_Kept]], scale: float) -> Float[Tensor, " node"]:
+    def _train(
+        self, measurement: Measurement, groups: list[list[Part]], n: int, run: GatedRun, scale: float
+    ) -> Float[Tensor, " node"]:
         generator = torch.Generator().manual_seed(measurement.seed)
-        numbers = self.start(len(measurement.nodes)).requires_grad_(True)
+        numbers = self.start(n).requires_grad_(True)
         multipliers = torch.zeros(2, dtype=torch.float32, requires_grad=True)
         parts: list[dict[str, Any]] = [{"params": [numbers]}, {"params": [multipliers], "maximize": True}]
         optimizer = torch.optim.Adam(parts, lr=self.lr)
@@ -165,24 +192,29 @@ class Learned(Method):
         for step in range(self.iterations):
             order = order or torch.randperm(len(groups), generator=generator).tolist()
             group = groups[order.pop()]
-            n = sum(len(part.batch) for part in group)
+            examples = sum(len(part.batch) for part in group)
             with torch.enable_grad():
-                gates = self.gates(numbers, n, generator)
+                gates = self.gates(numbers, examples, generator)
                 slope = torch.zeros_like(gates)
                 for part in group:
-                    slope[part.batch.rows] = self._slope(part, gates.detach()[part.batch.rows], scale) / n
+                    own = gates.detach()[part.batch.rows]
+                    slope[part.batch.rows] = self._slope(part, own, run, scale) / examples
                 total = (gates * slope).sum() + self.penalty(numbers, gates, multipliers, step / self.iterations)
                 numbers.grad, multipliers.grad = torch.autograd.grad(total, [numbers, multipliers], allow_unused=True)
             optimizer.step()
-            measurement.done(n)
+            measurement.done(examples)
         return numbers.detach()
 
-    def _slope(self, part: _Kept, gates: Float[Tensor, "pair node"], scale: float) -> Float[Tensor, "pair node"]:
+    def _slope(
+        self, part: Part, gates: Float[Tensor, "pair node"], run: GatedRun, scale: float
+    ) -> Float[Tensor, "pair node"]:
         """The gradient of the loss of a part's examples by their gates, in one backward pass."""
-        batch, leaf = part.batch, gates.requires_grad_(True)
-        logits = batch.gated(batch.measurement.nodes, leaf, corrupt=part.corrupt)
-        found = batch.values(logits, part.clean_logits)
-        loss = -found if self.objective == "metric" else (found - part.clean).abs()
+        leaf, noising = gates.requires_grad_(True), self.direction == "noising"
+        found = part.batch.values(run(part, 1 - leaf if noising else leaf), part.clean_logits)
+        if self.objective == "metric":
+            loss = found if noising else -found
+        else:
+            loss = (found - (part.nothing if noising else part.clean)).abs()
         (gradient,) = torch.autograd.grad(loss.sum(), [leaf])
         return gradient / scale
 

@@ -7,7 +7,8 @@ s = √(mean x² + eps), the gradient at the reader's input is
 
 The first part is linear in G/s, so its sum over passes is kept d_head wide and made d_model wide once, at the end. The
 second is x times one number for each reader, x·ĝ = s·(q - b)·G: each pass multiplies x with the writers' differences
-and is done with it. Biases play no part. In a layer norm x and g are less their means; without a norm g = ĝ.
+and is done with it. Biases play no part. In a layer norm x and g are less their means; without a norm g = ĝ. Under
+rules by which a norm's scale is a constant, the first part is all.
 
 Where norms stand behind attention, what a head's difference adds to the stream depends on the pass (the derivative of
 the norm there), so each pass is multiplied with the writers' differences in whole and is done with.
@@ -17,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from functools import partial
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -27,6 +29,7 @@ from dfa_lens.data.edges import ReaderSite
 from dfa_lens.data.nodes import Site
 from dfa_lens.errors import HookError, ModelError
 from dfa_lens.models.backend import HookFunction
+from dfa_lens.models.gradient_rules import Rules
 from dfa_lens.models.stream import Stream, head_mask
 
 Taps = list[tuple[str, HookFunction]]
@@ -46,17 +49,28 @@ class ReaderGradients:
         Hook point → clean less corrupt activation, of the writers; may still be filled while the first pass runs.
     writers:
         The sites of the writers whose edges are scored, neighbours in order; default: all.
+    rules:
+        Those that the gradients are taken under.
     """
 
     def __init__(
-        self, stream: Stream, batch: Batch, deltas: Mapping[str, Tensor], writers: tuple[Site, ...] | None = None
+        self,
+        stream: Stream,
+        batch: Batch,
+        deltas: Mapping[str, Tensor],
+        writers: tuple[Site, ...] | None = None,
+        rules: Rules | None = None,
     ) -> None:
         self.stream, self.batch, self.deltas = stream, batch, deltas
+        self.rules = Rules() if rules is None else rules
         self.writers = stream.edges.nodes.sites if writers is None else writers
         self.first = self.writers[0].positions[0]
         self.stop = self.writers[-1].positions[-1] + 1
-        #: the sites with a reader behind one of the writers
-        self.sites = tuple(site for site in stream.edges.sites if site.n_before > self.first)
+        constant = ("q", "k") if self.rules.attention == "frozen" else ()
+        #: the sites with a reader behind one of the writers, and a gradient
+        self.sites = tuple(
+            site for site in stream.edges.sites if site.n_before > self.first and site.kind not in constant
+        )
         self.sums: dict[ReaderSite, Tensor] = {}
         self.along = torch.zeros(stream.edges.shape, dtype=torch.float64)
         self.heads: dict[str, Tensor] = {}  # hook point → the running pass's z, where norms stand behind attention
@@ -65,6 +79,8 @@ class ReaderGradients:
             self._require_scores()
 
     def _require_scores(self) -> None:
+        if not any(site.kind == "k" for site in self.sites):
+            return
         try:
             self.stream.runner.points([SCORES_POINT.format(layer=0)])
         except HookError as error:
@@ -78,10 +94,9 @@ class ReaderGradients:
         self.settle()
         return -self.along
 
-    def chunks(self, fractions: list[float]) -> list[list[float]]:
+    def chunks(self, places: list[Any]) -> list[list[Any]]:
         """As many passes at a time as fit into one, and as can be added up."""
-        together = not self.stream.heads_write_together
-        return self.batch.chunks(fractions) if together else [[fraction] for fraction in fractions]
+        return [[place] for place in places] if self.stream.heads_write_together else self.batch.chunks(places)
 
     def settle(self) -> None:
         """Multiply the gradients that were added with the writers' differences, and forget them."""
@@ -101,7 +116,8 @@ class ReaderGradients:
 
     def _written(self, places: Int[Tensor, " place"], before: int) -> Float[Tensor, "writer place d_model"]:
         """What those of the writers add that are among the first ``before`` of all."""
-        return self.stream.written_until(before, self.deltas, places, self.writers, self.heads)
+        frozen = self.rules.frozen_norms
+        return self.stream.written_until(before, self.deltas, places, self.writers, self.heads, frozen=frozen)
 
     def _rows(self, site: ReaderSite) -> slice:
         """The writers before a site."""
@@ -176,7 +192,7 @@ class GradientPass:
     def taps(self) -> Taps:
         """The hooks, for one pass."""
         found: Taps = []
-        for layer in sorted({site.layer for site in self.sums.sites if site.kind == "q"}):
+        for layer in sorted({site.layer for site in self.sums.sites if site.kind in ("q", "k", "v")}):
             found.append((f"blocks.{layer}.hook_resid_pre", partial(self._keep_stream, layer)))
         for site in self.sums.sites:
             found += self._taps_of(site)
@@ -225,13 +241,15 @@ class GradientPass:
         stream = self.streams[layer].to(gradient.device)
         scale = self.stream.scale(layer, stream)
         gradient, values = gradient.to(dtype), values.to(dtype)
+        self.sums.add(site, gradient / scale[..., None])
+        if self.sums.rules.frozen_norms:
+            return
         bias = self.stream.attention(layer).projections[site.kind][1]
         if bias is not None:
             values = values - bias.to(values)
         values = values.repeat_interleave(gradient.shape[2] // values.shape[2], 2)
         along = (values * gradient).sum(-1) / (stream.shape[-1] * scale.square())
         self.along.setdefault(layer, {})[site] = along
-        self.sums.add(site, gradient / scale[..., None])
 
     def finish(self) -> None:
         """Add what could not be added while the gradient went by."""

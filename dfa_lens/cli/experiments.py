@@ -308,7 +308,9 @@ def paper(
 @app.command(epilog="Example: dfa-lens bench --model llama3-tiny-source --task ioi --contender nap --out bench")
 def bench(
     out: option.FolderOption,
-    model: Annotated[list[str] | None, typer.Option(help="A shipped model; default: all.")] = None,
+    model: Annotated[
+        list[str] | None, typer.Option(help="A shipped model, or one with a planted circuit; default: all.")
+    ] = None,
     task: Annotated[list[str] | None, typer.Option(help="A task; default: all that a model solves.")] = None,
     contender: Annotated[
         list[str] | None, typer.Option(help="A method, with its options; default: all of the leaderboard.")
@@ -323,7 +325,8 @@ def bench(
 ) -> None:
     """The leaderboard: attribution methods on the shipped models and tasks, by quality and by cost.
 
-    The folder keeps the rows; what is there already is not run again.
+    On models with planted circuits, planted-lookup-target say, also by how well they find them (AUROC). The folder
+    keeps the rows; what is there already is not run again.
     """
     from dfa_lens.experiments import leaderboard
 
@@ -340,9 +343,11 @@ def bench(
         progress=option.bars(quiet),
     )
     write_atomically(out / "leaderboard.csv", table.round(5).to_csv(index=False).encode())
-    shown = ["cpr", "cmd", "cpr_absolute", "cmd_absolute", "pearson", "spearman", "forward", "backward", "seconds", "n"]
+    shown = ["cpr", "cmd", "cpr_absolute", "cmd_absolute", "pearson", "spearman", "auroc"]
+    shown += ["forward", "backward", "seconds", "n"]
+    means = leaderboard.summary(table)
     say(
-        f"{leaderboard.summary(table)[shown].round(3).to_string()}\n{out / 'leaderboard.csv'} written.",
+        f"{means[[name for name in shown if name in means]].round(3).to_string()}\n{out / 'leaderboard.csv'} written.",
         {"table": str(out / "leaderboard.csv"), "rows": records(table) if as_json else []},
         as_json=as_json,
     )

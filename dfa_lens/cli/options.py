@@ -99,6 +99,20 @@ AblationOption = Annotated[
         "the last three are taken from the prompt pairs at hand."
     ),
 ]
+MetricOption = Annotated[
+    str,
+    typer.Option(
+        help="logit-difference, normalised-logit-difference, probability-difference, log-probability-difference, "
+        "log-probability, kl, js, top-1-accuracy, top-5-accuracy, or greater-than: the probability of the two-digit "
+        "numbers above the wrong answer, less that of the others."
+    ),
+]
+ControlOption = Annotated[
+    bool,
+    typer.Option(
+        "--control", help="Random answers in the place of the task's, as MIB's control: what is left is chance."
+    ),
+]
 CollectionOption = Annotated[str, typer.Option(help="Where the tasks come from: offline, or mib (Hugging Face hub).")]
 DeviceOption = Annotated[str, typer.Option(help="cpu, cuda, …")]
 DtypeOption = Annotated[str, typer.Option(help="float32, bfloat16, float16 or float64: of the weights.")]

@@ -64,10 +64,39 @@ def nodes(model: Any, given: Sequence[str] | None) -> Any:
     return NodeSet(kept)
 
 
+def metric(name: str, model: Any) -> Any:
+    """A metric by its name, "greater-than" with the model's own tokens of 00 to 99."""
+    from dfa_lens.data import metrics
+
+    if name == metrics.GreaterThan.name:
+        return metrics.GreaterThan.of(model.tokenizer)
+    if name not in metrics.METRICS:
+        raise unknown("metric", name, (*metrics.METRICS, metrics.GreaterThan.name))
+    return name
+
+
 def pairs(
-    model: Any, task: str | None, file: Path | None, *, split: str, examples: int, seed: int, collection: str
+    model: Any,
+    task: str | None,
+    file: Path | None,
+    *,
+    split: str,
+    examples: int,
+    seed: int,
+    collection: str,
+    control: bool = False,
 ) -> Any:
-    """The prompt pairs of one of our tasks or of a file, whose rows all count unless they name their splits."""
+    """The prompt pairs of one of our tasks or of a file, whose rows all count unless they name their splits.
+
+    With ``control``, of random answers.
+    """
+    found = _pairs(model, task, file, split, examples, seed, collection)
+    return found.with_random_answers(seed) if control else found
+
+
+def _pairs(
+    model: Any, task: str | None, file: Path | None, split: str, examples: int, seed: int, collection: str
+) -> Any:
     from dfa_lens import tasks
     from dfa_lens.tasks.own import FileTask
 

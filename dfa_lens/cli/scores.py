@@ -58,8 +58,8 @@ def attribute(
         str | None,
         typer.Option(
             help="nap, nap-ig-inputs (default), nap-ig-activations, exact, expected-gradients, relp, attnlrp, gim, "
-            "atp-star, matryoshka, node-pruning or ugs; of edges: eap, eap-ig-inputs (default), "
-            "eap-ig-activations or exact."
+            "atp-star, matryoshka, node-pruning or ugs; of edges: eap, eap-ig-inputs (default), eap-ig-activations, "
+            "exact, expected-gradients, relp, attnlrp, gim, matryoshka, edge-pruning or ugs."
         ),
     ] = None,
     integration_steps: Annotated[int, typer.Option(help="Points on the path that gradients are averaged over.")] = 5,
@@ -69,10 +69,11 @@ def attribute(
     step_points: Annotated[
         str, typer.Option(help="Of edges: to-clean (k = 1 … steps) or from-corrupt (0 … steps - 1).")
     ] = "to-clean",
+    metric: option.MetricOption = "logit-difference",
     ablation: option.AblationOption = "corrupt",
     direction: Annotated[
         str,
-        typer.Option(help="Of nodes: noising breaks a node of the clean run, denoising repairs one of the corrupt."),
+        typer.Option(help="noising breaks a node or edge of the clean run, denoising repairs one of the corrupt run."),
     ] = "noising",
     split: option.SplitOption = "train",
     examples: option.ExamplesOption = 64,
@@ -95,8 +96,6 @@ def attribute(
         raise DfaError("--readers and --step-points are options of edges: add --edges.")
     if edges and nodes:
         raise DfaError("--nodes chooses nodes; of edges all are scored.")
-    if edges and (ablation, direction) != ("corrupt", "noising"):
-        raise DfaError("--ablation and --direction are options of nodes: edges carry corrupt activations.")
     suffix = suffix_of_scores(out, edges)
     if edges and readers == "grouped" and suffix in reading.MIB_SUFFIXES:
         raise DfaError(f"MIB's graph files ({suffix}) hold per-head readers: add --readers per-head.")
@@ -104,6 +103,7 @@ def attribute(
     prompts = reading.pairs(loaded, task, pairs, split=split, examples=examples, seed=seed, collection=collection)
     size = option.batch_size_of(batch_size)
     common: dict[str, Any] = {"steps": integration_steps, "batch_size": size, "progress": option.bars(quiet)}
+    common |= {"ablation": ablation, "direction": direction, "metric": reading.metric(metric, loaded)}
     scores: Any
     if edges:
         scores = dfa.attribute_edges(
@@ -116,7 +116,6 @@ def attribute(
         )
     else:
         chosen = reading.nodes(loaded, nodes)
-        common |= {"ablation": ablation, "direction": direction}
         scores = dfa.attribute(loaded, prompts, method=method or "nap-ig-inputs", nodes=chosen, **common)
     save_scores(scores, out, suffix, as_json)
     say_scores(scores, out, as_json)
@@ -220,11 +219,19 @@ def evaluate(
     task: option.TaskOption = None,
     pairs: option.PairsOption = None,
     protocol: Annotated[str, typer.Option(help="nodes or mib.")] = "nodes",
-    ranking: Annotated[str, typer.Option(help="signed (for CPR) or absolute (for CMD).")] = "signed",
+    ranking: Annotated[
+        str | None,
+        typer.Option(help="signed (for CPR) or absolute (for CMD); default: the scores' own, or signed."),
+    ] = None,
     selection: Annotated[str, typer.Option(help="Of edges: top, or greedy, the best that lead to the logits.")] = "top",
+    metric: option.MetricOption = "logit-difference",
+    control: option.ControlOption = False,
+    areas: Annotated[
+        bool, typer.Option("--areas", help="Also print the areas on a logarithmic axis, and under the metric itself.")
+    ] = False,
     ablation: option.AblationOption = "corrupt",
     direction: Annotated[
-        str, typer.Option(help="Of nodes: denoising keeps the best and leaves the others out, noising the reverse.")
+        str, typer.Option(help="denoising keeps the best and leaves the others out, noising the reverse.")
     ] = "denoising",
     faithful: Annotated[float, typer.Option(help="Name the smallest circuit that is so faithful.")] = 0.9,
     split: option.SplitOption = "test",
@@ -246,7 +253,8 @@ def evaluate(
         require_suffix(out, "A curve", (".csv",))
     ranked = reading.scores(scores)
     loaded = reading.model(model, backend, device, dtype)
-    prompts = reading.pairs(loaded, task, pairs, split=split, examples=examples, seed=seed, collection=collection)
+    drawn: dict[str, Any] = {"split": split, "examples": examples, "seed": seed, "collection": collection}
+    prompts = reading.pairs(loaded, task, pairs, **drawn, control=control)
     curve = dfa.faithfulness_curve(
         loaded,
         prompts,
@@ -254,6 +262,7 @@ def evaluate(
         protocol=protocol,  # type: ignore[arg-type]
         ranking=ranking,  # type: ignore[arg-type]
         selection=selection,  # type: ignore[arg-type]
+        metric=reading.metric(metric, loaded),
         ablation=ablation,
         direction=direction,  # type: ignore[arg-type]
         batch_size=option.batch_size_of(batch_size),
@@ -280,6 +289,14 @@ def evaluate(
         f"(95 % intervals over {len(curve.clean_values)} prompt pairs)",
         f"empty circuit: CPR {curve.floor:.3f}, CMD {curve.cmd_floor:.3f}",
     ]
+    if areas:
+        facts["areas"] = {
+            of: {axis: curve.area(of, axis=axis) for axis in ("linear", "log")}
+            for of in ("faithfulness", "distance", "metric")
+        }
+        lines += [
+            f"area of {of}: {found['linear']:.3f}, log axis {found['log']:.3f}" for of, found in facts["areas"].items()
+        ]
     if circuit is not None:
         low, high = circuit.meta["size_interval"]
         listed = circuit.names if circuit.unit == "nodes" else circuit.names[:MOST_EDGES]

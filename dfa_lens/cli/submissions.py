@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -61,6 +61,8 @@ def evaluate(
     name: Annotated[
         str | None, typer.Option("--as", help="Which of the submission's models it is; needed if there are several.")
     ] = None,
+    metric: option.MetricOption = "logit-difference",
+    control: option.ControlOption = False,
     split: option.SplitOption = "test",
     examples: option.ExamplesOption = 64,
     seed: option.SeedOption = 0,
@@ -85,11 +87,10 @@ def evaluate(
     loaded = reading.model(model, backend, device, dtype)
     rows, texts = [], []
     for entry in chosen:
-        prompts = reading.pairs(
-            loaded, entry.task, None, split=split, examples=examples, seed=seed, collection=collection
-        )
-        size, bars = option.batch_size_of(batch_size), option.bars(quiet)
-        areas = dfa.mib.evaluate(loaded, prompts, entry, batch_size=size, progress=bars)
+        drawn: dict[str, Any] = {"split": split, "examples": examples, "seed": seed, "collection": collection}
+        prompts = reading.pairs(loaded, entry.task, None, **drawn, control=control)
+        how: dict[str, Any] = {"batch_size": option.batch_size_of(batch_size), "progress": option.bars(quiet)}
+        areas = dfa.mib.evaluate(loaded, prompts, entry, metric=reading.metric(metric, loaded), **how)
         rows.append({"task": entry.task, "model": entry.model, "circuits": len(entry.files), "cpr": areas.cpr})
         rows[-1] |= {"cmd": areas.cmd, "cpr_absolute": areas.absolute.cpr, "cmd_signed": areas.signed.cmd}
         texts.append(f"{entry.task}, {len(prompts)} prompt pairs\n{areas}")

@@ -845,8 +845,6 @@ class EdgeScores(ByContent):
             If the readers are grouped: the format has readers of keys and values for every query head. Or if attention
             and MLP run side by side.
         """
-        if self.edges.parallel:
-            raise ScoreError("MIB's graphs of models whose attention and MLP run side by side are not written.")
         if self.edges.grouped:
             raise ScoreError(
                 "MIB's format has a reader of keys and of values for every query head, and these scores have one for "

@@ -162,8 +162,8 @@ class Membership(_Probabilities):
         self.nodes = nodes
 
     @classmethod
-    def of(cls, scores: Sequence[NodeScores], k: int, *, ranking: Ranking = "signed") -> Membership:
-        """Over rankings as they are: transfers with several seeds, say, or several methods.
+    def of(cls, scores: Sequence[NodeScores], k: int, *, ranking: Ranking | None = None) -> Membership:
+        """Over rankings as they are: transfers with several seeds, say, or several methods. Default: each by its own.
 
         Raises
         ------

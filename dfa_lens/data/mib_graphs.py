@@ -44,7 +44,12 @@ class Graph:
 
 
 def write(path: str | Path, graph: Graph, writers: Sequence[str], readers: Sequence[str], existing: Tensor) -> None:
-    """Write a graph: as ``.pt`` where the path ends so, else as JSON."""
+    """Write a graph: as ``.pt`` where the path ends so, else as JSON.
+
+    A :class:`~dfa_lens.errors.ScoreError` if ``existing`` are other edges than those of MLPs that read after attention.
+    """
+    if not torch.equal(existing, per_head(graph.n_layers, graph.n_heads)[2]):
+        raise ScoreError("MIB's graphs of models whose attention and MLP run side by side are not written.")
     cfg: dict[str, Any] = {"n_layers": graph.n_layers, "n_heads": graph.n_heads, "parallel_attn_mlp": False}
     if "d_model" in graph.meta:  # EAP-IG's reader of JSON asks for it
         cfg["d_model"] = int(graph.meta["d_model"])

@@ -28,8 +28,8 @@ _FORMAT = "dfa_lens scores 1"
 class NodeScores(ByContent):
     """A score for every node of a node set.
 
-    Positive means: restoring this node's clean activation helps the metric. Scores are equal (``==``) if their values
-    and nodes are; where they come from does not count.
+    Positive means: restoring this node's clean activation helps the metric. Scores are equal (``==``) if their values,
+    nodes and :attr:`ranking` are; where they come from does not count.
 
     Parameters
     ----------
@@ -38,7 +38,8 @@ class NodeScores(ByContent):
     nodes:
         The node set that they belong to.
     meta:
-        Where they come from (method, metric, number of examples, …): JSON-like.
+        Where they come from (method, metric, number of examples, …): JSON-like. ``"ranking": "absolute"`` says that
+        they rank by size where nothing else is asked for.
 
     Raises
     ------
@@ -72,26 +73,35 @@ class NodeScores(ByContent):
 
     # --- reading ---------------------------------------------------------------------------------------------
 
-    def order(self, ranking: Ranking = "signed") -> Int[Tensor, " node"]:
-        """The nodes' positions, best first; ties keep node order."""
+    @property
+    def ranking(self) -> Ranking:
+        """How they rank where nothing else is asked for: by size if ``meta["ranking"]`` is "absolute", else signed.
+
+        A functional alignment says so of what it carries (:func:`dfa_lens.fit_functional`).
+        """
+        return "absolute" if self.meta.get("ranking") == "absolute" else "signed"
+
+    def order(self, ranking: Ranking | None = None) -> Int[Tensor, " node"]:
+        """The nodes' positions, best first; ties keep node order. Default: by their own :attr:`ranking`."""
+        ranking = self.ranking if ranking is None else ranking
         if ranking not in ("signed", "absolute"):
             raise unknown("ranking", ranking, ("signed", "absolute"), ScoreError)
         key = self.values if ranking == "signed" else self.values.abs()
         return torch.argsort(key, descending=True, stable=True)
 
-    def ranks(self, ranking: Ranking = "signed") -> Int[Tensor, " node"]:
+    def ranks(self, ranking: Ranking | None = None) -> Int[Tensor, " node"]:
         """Each node's rank: 1 for the best."""
         out = torch.empty(len(self), dtype=torch.long)
         out[self.order(ranking)] = torch.arange(1, len(self) + 1)
         return out
 
-    def top(self, k: int, *, ranking: Ranking = "signed") -> dict[str, float]:
+    def top(self, k: int, *, ranking: Ranking | None = None) -> dict[str, float]:
         """The ``k`` best nodes, best first, with their scores."""
         if not 0 <= k <= len(self):
             raise ScoreError(f"k must be between 0 and the number of nodes, {len(self)}, not {k}.")
         return {self.nodes.names[i]: float(self.values[i]) for i in self.order(ranking)[:k].tolist()}
 
-    def circuit(self, k: int, *, ranking: Ranking = "signed", name: str | None = None) -> Circuit:
+    def circuit(self, k: int, *, ranking: Ranking | None = None, name: str | None = None) -> Circuit:
         """The ``k`` best nodes as a circuit: the one that a faithfulness curve runs at size ``k``.
 
         Parameters
@@ -115,6 +125,7 @@ class NodeScores(ByContent):
         >>> scores.circuit(2)
         Circuit('top 2': 2 of 3 nodes: a0.h0, a0.h1)
         """
+        ranking = self.ranking if ranking is None else ranking
         names = self.top(k, ranking=ranking)
         return Circuit(names, self.nodes, name=name or f"top {k}", meta={**self.meta, "k": k, "ranking": ranking})
 
@@ -195,7 +206,8 @@ class NodeScores(ByContent):
         return float(self.values[self.nodes.position(name)])
 
     def _content(self) -> tuple[Any, ...]:
-        return self.values, self.nodes
+        own = self.values, self.nodes
+        return own if self.ranking == "signed" else (*own, self.ranking)
 
     def __repr__(self) -> str:
         best = ", ".join(f"{name} {score:+.3g}" for name, score in self.top(min(3, len(self))).items())

@@ -174,12 +174,11 @@ def run(
         the ``mib`` protocol.
     metric, batch_size, share_prefix, ablation:
         As in :func:`~dfa_lens.evaluation.faithfulness.faithfulness_curve`, whose value at this size is the same number.
-        Of edges ``ablation="corrupt"`` only.
 
     Raises
     ------
     CircuitError
-        If it is no circuit, one of the input alone, or one of edges with another ablation.
+        If it is no circuit, or one of the input alone.
     NodeError, ScoreError
         If it is of another model.
     ModelError
@@ -200,13 +199,8 @@ def run(
     runner.require(pairs)
     chosen, instead = metrics.checked(metric), ablations.resolve(ablation)
     if isinstance(circuit, EdgeCircuit):
-        if not isinstance(instead, ablations.Corrupt):
-            raise CircuitError(
-                "Circuits of edges are run with ablation='corrupt' only: circuit.to_nodes() is of nodes."
-            )
-        runs = run_edge_circuit(
-            runner, pairs, circuit, chosen, batch_size, progress=progress, share_prefix=share_prefix
-        )
+        how: Any = {"progress": progress, "share_prefix": share_prefix, "ablation": instead}
+        runs = run_edge_circuit(runner, pairs, circuit, chosen, batch_size, **how)
     else:
         universe, keep = _gated(circuit)
         require_model(circuit.universe, circuit.meta, model)

@@ -1,10 +1,11 @@
-"""Circuits of edges: the clean run in which edges outside the circuit carry their writers' corrupt activations."""
+"""Circuits of edges: the clean run in which edges outside the circuit carry their writers' corrupt activations, or
+whatever else stands in the place of those."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Int
@@ -12,7 +13,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from dfa_lens.data import metrics
-from dfa_lens.data.curve import FaithfulnessCurve, Protocol
+from dfa_lens.data.curve import Direction, FaithfulnessCurve, Protocol
 from dfa_lens.data.edge_circuit import EdgeCircuit
 from dfa_lens.data.edges import EdgeScores, EdgeSet, Selection
 from dfa_lens.data.pairs import PromptPairs
@@ -20,6 +21,7 @@ from dfa_lens.data.scores import Ranking
 from dfa_lens.errors import FaithfulnessError, ScoreError
 from dfa_lens.evaluation.runs import Runs, extra, grid
 from dfa_lens.models import memory
+from dfa_lens.models.ablations import Ablation
 from dfa_lens.models.edge_gates import run_gated
 from dfa_lens.models.memory import Footprint, Need
 from dfa_lens.models.paired_run import PairedRun
@@ -39,6 +41,8 @@ class CurveOfEdges:
     metric: str | Callable[..., Tensor]
     progress: bool
     share_prefix: bool
+    ablation: Ablation
+    direction: Direction
 
     def run(
         self, runner: Runner, pairs: PromptPairs, scores: EdgeScores, batch_size: int | Literal["auto"]
@@ -52,7 +56,8 @@ class CurveOfEdges:
         added = extra(self.protocol, ks)
         ends = ranked.edges.positions[order]
         always = scores.edges.existing & ~ranked.edges.chosen
-        circuits = [_with(always, ends[:k]) for k in [0] * added + ks]
+        denoising = self.direction == "denoising"
+        circuits = [_with(always, ends[:k] if denoising else ends[k:]) for k in [0] * added + ks]
         chosen = metrics.checked(self.metric)
 
         def work(size: int) -> Runs:
@@ -65,13 +70,15 @@ class CurveOfEdges:
                 batch_size=size,
                 progress=self.progress,
                 share_prefix=self.share_prefix,
+                ablation=self.ablation,
             )
 
         def need(footprint: Footprint, size: int) -> Need:
             return need_of_edge_curve(footprint, len(pairs), size, len(circuits))
 
         runs = memory.run(work, batch_size, runner, pairs, scores.edges.nodes, need)
-        curve = runs.curve(fractions, ks, added=added, protocol=self.protocol, ranking=self.ranking, n=n)
+        told: dict[str, Any] = {"ablation": self.ablation.name, "direction": self.direction}
+        curve = runs.curve(fractions, ks, added=added, protocol=self.protocol, ranking=self.ranking, n=n, **told)
         live = torch.tensor([int(scores.edges.live(kept).sum()) for kept in circuits[added:]])
         return replace(curve, unit="edges", live_sizes=live.numpy(), ranked=ranked, selection=self.selection)
 
@@ -102,6 +109,7 @@ def run_edge_circuits(
     progress: bool = False,
     share_prefix: bool = True,
     keep_logits: bool = False,
+    ablation: Ablation | None = None,
 ) -> Runs:
     """Run circuits of edges on prompt pairs.
 
@@ -113,6 +121,8 @@ def run_edge_circuits(
         Of each, which edges of the model run.
     keep_logits:
         Also keep the logits of every circuit and of the whole model at the answer.
+    ablation:
+        What edges outside carry; default: what their writers do in the corrupt run.
     """
     runs = Runs.empty(len(circuits), len(pairs), d_vocab=runner.d_vocab if keep_logits else 0)
     total = len(pairs) * len(circuits)
@@ -121,16 +131,19 @@ def run_edge_circuits(
         torch.no_grad(),
         tqdm(total=total, desc="curve", unit="run", disable=not progress) as bar,
     ):
-        stream = Stream(runner, edges)
+        stream, nodes = Stream(runner, edges), edges.nodes[1:]
+        reference = None if ablation is None else ablation.reference(runner, nodes, pairs, batch_size=batch_size)
         for rows, batch in runner.batches(pairs, batch_size):
-            run = PairedRun(runner, batch, edges.nodes, share_prefix=share_prefix)
+            run = PairedRun(runner, batch, edges.nodes, share_prefix=share_prefix, reference=reference)
             _, clean = run.record("clean", nodes=False)
             corrupt, corrupt_logits = run.record("corrupt")
             runs.record_whole(rows, batch, metric, clean, corrupt_logits)
             for i, kept in enumerate(circuits):
                 if torch.equal(kept, edges.existing):
                     logits = clean
-                elif not edges.live(kept).any():  # no clean information arrives: exactly the corrupt run
+                elif not (edges.live(kept) if reference is None else kept).any():
+                    # no clean information arrives: exactly the corrupt run. A writer that reads constants alone need
+                    # not write its own, though, so with those no edge at all may be left
                     logits = corrupt_logits
                 else:
                     logits = run_gated(stream, run, kept.to(torch.float32), corrupt)
@@ -148,6 +161,7 @@ def run_edge_circuit(
     *,
     progress: bool,
     share_prefix: bool,
+    ablation: Ablation | None = None,
 ) -> Runs:
     """Run one circuit, its logits kept."""
     require_edges(circuit.universe, runner, "The circuit belongs")
@@ -164,6 +178,7 @@ def run_edge_circuit(
             progress=progress,
             share_prefix=share_prefix,
             keep_logits=True,
+            ablation=ablation,
         )
 
     def need(footprint: Footprint, size: int) -> Need:

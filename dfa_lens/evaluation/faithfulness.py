@@ -42,7 +42,7 @@ def faithfulness_curve(
     scores: NodeScores | EdgeScores,
     *,
     protocol: Protocol = "nodes",
-    ranking: Ranking = "signed",
+    ranking: Ranking | None = None,
     selection: Selection = "top",
     batch_size: int | Literal["auto"] = 16,
     progress: bool = False,
@@ -71,7 +71,9 @@ def faithfulness_curve(
     protocol:
         See :data:`Protocol`.
     ranking:
-        "signed" (for CPR) or "absolute" (for CMD); ties keep node order.
+        "signed" (for CPR) or "absolute" (for CMD); ties keep node order. Default: the scores' own
+        (:attr:`NodeScores.ranking <dfa_lens.data.scores.NodeScores.ranking>`), which is signed but for those that a
+        functional alignment carried by size; of edges signed.
     selection:
         Of edges: the k best ("top"), or the best that lead to the logits ("greedy").
     sizes, fractions:
@@ -91,10 +93,9 @@ def faithfulness_curve(
     ablation:
         What stands in the place of nodes that are left out, instead of their corrupt activations: a name of
         :data:`~dfa_lens.models.ablations.ABLATIONS` or an object of that module. m(∅) is then the run with the
-        embedding and all nodes at it. Of edges: "corrupt" only.
+        embedding and all nodes at it. An edge outside a circuit of edges carries it.
     direction:
-        See :data:`~dfa_lens.data.curve.Direction`: whether the k best are kept, or destroyed. Of edges: "denoising"
-        only.
+        See :data:`~dfa_lens.data.curve.Direction`: whether the k best are kept, or destroyed.
 
     Raises
     ------
@@ -121,18 +122,17 @@ def faithfulness_curve(
         raise unknown("protocol", protocol, get_args(Protocol), FaithfulnessError)
     if sizes_per_pass < 1:
         raise FaithfulnessError(f"sizes_per_pass must be at least 1, not {sizes_per_pass}.")
+    if ranking is None:
+        ranking = scores.ranking if isinstance(scores, NodeScores) else "signed"
     instead = ablations.resolve(ablation)
     if direction not in get_args(Direction):
         raise unknown("direction", direction, get_args(Direction), FaithfulnessError)
     runner = Runner(model)
     runner.require(pairs)
     if isinstance(scores, EdgeScores):
-        if not isinstance(instead, ablations.Corrupt) or direction != "denoising":
-            raise FaithfulnessError(
-                "Circuits of edges are run with ablation='corrupt' and direction='denoising' only: "
-                "scores.to_nodes() makes scores of nodes."
-            )
-        asked = CurveOfEdges(protocol, ranking, selection, sizes, fractions, metric, progress, share_prefix)
+        asked = CurveOfEdges(
+            protocol, ranking, selection, sizes, fractions, metric, progress, share_prefix, instead, direction
+        )
         return asked.run(runner, pairs, scores, batch_size)
     if selection != "top":
         raise FaithfulnessError("Only circuits of edges are selected otherwise than from the top: selection='greedy'.")

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from dfa_lens.attribution.attribute import attribute
-from dfa_lens.data.scores import NodeScores
+from dfa_lens.data.scores import NodeScores, Ranking
 from dfa_lens.errors import AlignmentError
 from dfa_lens.experiments.experiment import Experiment
 from dfa_lens.experiments.setting import Circuits, Needed, Setting, Side
@@ -39,6 +39,8 @@ class Functional(Circuits):
         Teach with the scores of the wrong nodes, within kinds and thirds of depth.
     without:
         Measurements that are left out.
+    ranking:
+        As for :func:`dfa_lens.fit_functional`.
     """
 
     own: bool = False
@@ -47,6 +49,7 @@ class Functional(Circuits):
     wrong: bool = False
     scramble: bool = False
     without: tuple[str, ...] = ()
+    ranking: Ranking = "absolute"
 
     def needs(  # noqa: D102
         self, experiment: Experiment, task: str, trained: tuple[str, ...]
@@ -77,6 +80,7 @@ class Functional(Circuits):
             seed=experiment.seed,
             reader=self.reader,
             families=experiment.families,
+            ranking=self.ranking,
         )
         read = self._another(experiment, task) if self.wrong else task
         target = experiment.measured(read, "target")

@@ -1,5 +1,8 @@
 """The leaderboard: every way to score nodes, on every shipped model and task, by quality and by cost.
 
+Beside the models that were trained there are those of :mod:`dfa_lens.zoo.planted`, whose circuits are known:
+``planted-lookup-source``, ``planted-lookup-target`` and so on. They are made with the seed of the run.
+
 One unit of work is a model and a task; its rows are written as they are made, one file each, and what is there is not
 run again. Circuits are judged on prompts that no method has seen.
 """
@@ -12,7 +15,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 import pandas as pd
@@ -26,13 +29,14 @@ from dfa_lens.data import statistics
 from dfa_lens.data.files import write_atomically
 from dfa_lens.data.nodes import NodeSet
 from dfa_lens.data.pairs import PromptPairs
-from dfa_lens.data.scores import NodeScores
+from dfa_lens.data.scores import NodeScores, Ranking
 from dfa_lens.errors import DfaError, unknown
 from dfa_lens.evaluation.faithfulness import faithfulness_curve
 from dfa_lens.experiments.executors import each
 from dfa_lens.models.memory import Footprint
 from dfa_lens.models.runner import Runner
 from dfa_lens.transfer.controls import random_scores
+from dfa_lens.zoo import planted
 
 Truth = Callable[[str, str], Mapping[str, bool] | None]
 """(model, task) → node → whether it is in the circuit that is known to be there; None where none is. At module level,
@@ -78,6 +82,12 @@ CONTENDERS: Mapping[str, Contender] = {
 }
 """Who takes part, by name; ``exact`` first, which the others are compared with."""
 
+Side = Literal["source", "target"]
+PLANTED: Mapping[str, tuple[str, Side]] = {
+    f"planted-{pair}-{side}": (pair, side) for pair in planted.names() for side in get_args(Side)
+}
+"""Models with a planted circuit: name → (pair, side) of :mod:`dfa_lens.zoo.planted`."""
+
 
 @dataclass(frozen=True)
 class Cell:
@@ -115,7 +125,8 @@ def run(
     Parameters
     ----------
     models, tasks:
-        Shipped models, and tasks that are run on those of them that solve them; default: all.
+        Shipped models and those of :data:`PLANTED`, and tasks that are run on those of them that solve them; default:
+        all.
     contenders:
         Names of :data:`CONTENDERS`; default: all.
     out:
@@ -127,7 +138,7 @@ def run(
     workers:
         Processes, each of which has one model and task at a time.
     truth:
-        The circuits that are known to be there, for the AUROC.
+        The circuits that are known to be in other models, for the AUROC; of :data:`PLANTED`, those that were planted.
 
     Returns
     -------
@@ -169,8 +180,8 @@ def run(
 
 
 def _pairs_of(models: Sequence[str] | None, wanted: Sequence[str] | None) -> Iterator[tuple[str, str]]:
-    for model in zoo.names("all") if models is None else models:
-        solved = zoo.solves(model)
+    for model in (*zoo.names("all"), *PLANTED) if models is None else models:
+        solved = planted.tasks(PLANTED[model][0]) if model in PLANTED else zoo.solves(model)
         for task in solved if wanted is None else wanted:
             if task in solved:
                 yield model, task
@@ -178,7 +189,37 @@ def _pairs_of(models: Sequence[str] | None, wanted: Sequence[str] | None) -> Ite
 
 def _row_file(cell: Cell, contender: str) -> Path:
     name = contender.replace(", ", "-").replace(" ", "-")
-    return Path(cell.out) / "rows" / f"{cell.model}--{cell.task}--seed-{cell.seed}--{name}.json"
+    return Path(cell.out) / "rows" / f"{_called(cell)}--{name}.json"
+
+
+def _called(cell: Cell) -> str:
+    """A cell as files are called by it."""
+    return f"{cell.model}--{cell.task.replace('/', '-')}--seed-{cell.seed}"
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a cell is run on: a model, what the methods see, what circuits are judged on, and the known circuit."""
+
+    model: Any
+    train: PromptPairs
+    test: PromptPairs
+    circuit: Mapping[str, bool] | None
+
+
+def _setting(cell: Cell) -> Setting:
+    given: dict[str, Any] = {"device": cell.device, "backend": cell.backend}
+    if cell.model in PLANTED:
+        name, side = PLANTED[cell.model]
+        pair = planted.load(name, seed=cell.seed, **given)
+        own = pair.source if side == "source" else pair.target
+        train = pair.pairs(cell.task, split="train", n=cell.examples, seed=cell.seed)
+        test = pair.pairs(cell.task, split="test", n=cell.test, seed=cell.seed)
+        return Setting(own.model, train, test, dict.fromkeys(own.circuit(cell.task), True))
+    model = zoo.load(cell.model, **given)
+    train = tasks.load(cell.task, model.tokenizer, split="train", n=cell.examples, seed=cell.seed)
+    test = tasks.load(cell.task, model.tokenizer, split="test", n=cell.test, seed=cell.seed)
+    return Setting(model, train, test, None if cell.truth is None else cell.truth(cell.model, cell.task))
 
 
 def _run_cell(cell: Cell) -> str:
@@ -186,41 +227,37 @@ def _run_cell(cell: Cell) -> str:
     missing = [name for name in cell.contenders if not _row_file(cell, name).exists()]
     if not missing:
         return cell.task
-    given: dict[str, Any] = {"device": cell.device, "backend": cell.backend}
-    model = zoo.load(cell.model, **given)
-    train = tasks.load(cell.task, model.tokenizer, split="train", n=cell.examples, seed=cell.seed)
-    test = tasks.load(cell.task, model.tokenizer, split="test", n=cell.test, seed=cell.seed)
-    exact = _exact(cell, model, train)
+    on = _setting(cell)
+    exact = _exact(cell, on)
     for name in missing:
         row = {"model": cell.model, "task": cell.task, "seed": cell.seed, "contender": name}
-        row |= _measured(cell, CONTENDERS[name], model, train, test, exact)
+        row |= _measured(cell, CONTENDERS[name], on, exact)
         _row_file(cell, name).parent.mkdir(parents=True, exist_ok=True)
         write_atomically(_row_file(cell, name), json.dumps(row).encode())
     return cell.task
 
 
-def _exact(cell: Cell, model: Any, train: PromptPairs) -> NodeScores:
-    path = Path(cell.out) / "exact" / f"{cell.model}--{cell.task}--seed-{cell.seed}.safetensors"
+def _exact(cell: Cell, on: Setting) -> NodeScores:
+    path = Path(cell.out) / "exact" / f"{_called(cell)}.safetensors"
     if path.exists():
         return NodeScores.load(path)
-    scores = attribute(model, train, method="exact")
+    scores = attribute(on.model, on.train, method="exact")
     path.parent.mkdir(parents=True, exist_ok=True)
     scores.save(path)
     return scores
 
 
-def _measured(
-    cell: Cell, contender: Contender, model: Any, train: PromptPairs, test: PromptPairs, exact: NodeScores
-) -> dict[str, Any]:
+def _measured(cell: Cell, contender: Contender, on: Setting, exact: NodeScores) -> dict[str, Any]:
     started = time.perf_counter()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", IntegrationWarning)
-            scores = _scores(cell, contender, model, train)
+            scores = _scores(cell, contender, on)
     except DfaError as error:
         return {"refused": str(error)}
     seconds = time.perf_counter() - started
-    curves = {ranking: faithfulness_curve(model, test, scores, ranking=ranking) for ranking in ("signed", "absolute")}
+    rankings: tuple[Ranking, ...] = ("signed", "absolute")
+    curves = {ranking: faithfulness_curve(on.model, on.test, scores, ranking=ranking) for ranking in rankings}
     agreement = statistics.correlation(scores, exact)
     mlps = [i for i, node in enumerate(scores.nodes) if node.kind == "mlp"]
     return {
@@ -233,21 +270,20 @@ def _measured(
         "spearman": agreement.spearman,
         "sign": agreement.sign_agreement,
         "pearson_mlp": float(np.corrcoef(scores.values[mlps].numpy(), exact.values[mlps].numpy())[0, 1]),
-        "auroc": _auroc(cell, scores),
+        "auroc": _auroc(on.circuit, scores),
         "seconds": seconds,
         "steps": scores.meta.get("steps"),
-        **_cost(contender, model, train, scores),
+        **_cost(contender, on, scores),
     }
 
 
-def _scores(cell: Cell, contender: Contender, model: Any, train: PromptPairs) -> NodeScores:
+def _scores(cell: Cell, contender: Contender, on: Setting) -> NodeScores:
     if contender.method is None:
-        return random_scores(NodeSet.heads_and_mlps(model), seed=cell.seed)
-    return attribute(model, train, method=contender.method, seed=cell.seed, **contender.options)
+        return random_scores(NodeSet.heads_and_mlps(on.model), seed=cell.seed)
+    return attribute(on.model, on.train, method=contender.method, seed=cell.seed, **contender.options)
 
 
-def _auroc(cell: Cell, scores: NodeScores) -> float | None:
-    known = None if cell.truth is None else cell.truth(cell.model, cell.task)
+def _auroc(known: Mapping[str, bool] | None, scores: NodeScores) -> float | None:
     if known is None:
         return None
     from sklearn.metrics import roc_auc_score
@@ -255,11 +291,12 @@ def _auroc(cell: Cell, scores: NodeScores) -> float | None:
     return float(roc_auc_score([known.get(name, False) for name in scores.nodes.names], scores.values.numpy()))
 
 
-def _cost(contender: Contender, model: Any, train: PromptPairs, scores: NodeScores) -> dict[str, float]:
+def _cost(contender: Contender, on: Setting, scores: NodeScores) -> dict[str, float]:
     if contender.method is None:
         return {"forward": 0.0, "backward": 0.0, "megabytes": 0.0}
     method = contender.method if isinstance(contender.method, Method) else METHODS[contender.method]
-    footprint = Footprint(Runner(model), scores.nodes, int(train.longest.max()))
+    train = on.train
+    footprint = Footprint(Runner(on.model), scores.nodes, int(train.longest.max()))
     need = method.need(
         footprint, scores.nodes, steps=int(scores.meta.get("steps", 1)), examples=len(train), batch=min(16, len(train))
     )

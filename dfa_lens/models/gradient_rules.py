@@ -145,19 +145,28 @@ class Rules:
             raise ModelError(f"The norms of this model can't be frozen: {error}.") from error
         with ExitStack() as stack:
             for module, norm in norms:
-                stack.enter_context(private.replaced_forward(module, _frozen(module.forward, norm)))
+                stack.enter_context(private.replaced_forward(module, _frozen(module, norm)))
             yield
 
 
-def _frozen(forward: Callable[..., Tensor], norm: Norm) -> Callable[..., Tensor]:
+def _frozen(module: Any, norm: Norm) -> Callable[..., Tensor]:
     """A norm's forward whose values are the same, and whose gradient takes the scale for a constant.
 
     What goes back through the scale is taken off again: the forward keeps its own way back, for there may be nodes in
-    it (the MLP's output, where a norm is behind it).
+    it (the MLP's output, where a norm is behind it). A bridge's norm has a hook point at its beginning, which is to
+    see the gradient without that, too.
     """
+    forward, point = module.forward, getattr(module, "hook_in", None)
 
     def function(stream: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        values = forward(stream, *args, **kwargs)
+        read = [stream]
+        handle = None if point is None else point.register_forward_hook(lambda *seen: read.append(seen[-1]))
+        try:
+            values = forward(stream, *args, **kwargs)
+        finally:
+            if handle is not None:
+                handle.remove()
+        stream = read[-1]
         if not (torch.is_grad_enabled() and stream.requires_grad):
             return values
         wide = stream.to(torch.promote_types(stream.dtype, torch.float32))

@@ -83,11 +83,13 @@ class Stream:
     def places(self, batch: PairedRun) -> Int[Tensor, " place"]:
         """The tokens of a batch, counted through its examples, in which anything can differ between the two runs.
 
-        From the first token that differs to the last real one of the clean prompt, but for those not run again.
+        From the first token that differs to the last real one of the clean prompt, but for those not run again. What
+        stands in the place of the corrupt run (an ablation) differs from the first token on.
         """
         pairs = batch.pairs
         position = torch.arange(pairs.clean.shape[1])
-        differs = (position >= pairs.shared[:, None]) & (position < pairs.lengths[:, None])
+        first = pairs.shared if batch.reference is None else torch.zeros_like(pairs.lengths)
+        differs = (position >= first[:, None]) & (position < pairs.lengths[:, None])
         return differs[:, batch.first :].flatten().nonzero()[:, 0].to(self.device)
 
     def tiles(self, places: Int[Tensor, " place"], columns: int) -> Iterator[Int[Tensor, " place"]]:
@@ -118,6 +120,7 @@ class Stream:
         places: Int[Tensor, " place"],
         *,
         first_order: bool = False,
+        frozen: bool = False,
     ) -> Float[Tensor, "*writer place d_model"]:
         """What reaches the stream of a change in what the heads of a site write, where there is a norm behind them.
 
@@ -129,6 +132,8 @@ class Stream:
             The running z of all heads.
         first_order:
             By the norm's derivative.
+        frozen:
+            By the derivative, with what the norm divides by taken for a constant.
         """
         weights = self.attention(site.layer)
         norm = weights.behind
@@ -141,6 +146,8 @@ class Stream:
         if not first_order:
             return norm.without_bias(y + change) - norm.without_bias(y)
         scale, centred = norm.scale(y), norm.centre(y)
+        if frozen:
+            return norm.weighted(norm.centre(change) / scale)
         along = (centred * change).mean(-1, keepdim=True) / scale.square()
         return norm.weighted((norm.centre(change) - centred * along) / scale)
 
@@ -151,17 +158,20 @@ class Stream:
         places: Int[Tensor, " place"],
         sites: Sequence[Site] | None = None,
         heads: Mapping[str, Tensor] | None = None,
+        *,
+        frozen: bool = False,
     ) -> Float[Tensor, "writer place d_model"]:
         """What the first ``n`` writers add, or those of them that are of some ``sites``.
 
-        With ``heads``, the running z by hook point: to first order behind the norms behind attention.
+        With ``heads``, the running z by hook point: to first order behind the norms behind attention, whose scales are
+        constants with ``frozen``.
         """
         found = []
         for site in sites or self.edges.nodes.sites:
             if site.positions[0] < n:
                 own = self.written(site, activations[site.point], places)
                 if heads and site.point in heads:
-                    own = self.behind_norm(site, own, heads[site.point], places, first_order=True)
+                    own = self.behind_norm(site, own, heads[site.point], places, first_order=True, frozen=frozen)
                 found.append(own)
         return torch.cat(found)
 
@@ -222,6 +232,9 @@ class Stream:
         self._same("the stream before block 0", first - first[:1], embedded - embedded[:1], like=first)
         for layer in self._layers:
             block = {name: seen[f"blocks.{layer}.{name}"] for name in (*own, *rest)}
+            if layer:
+                last = seen[f"blocks.{layer - 1}.hook_resid_post"]
+                self._same(f"the stream before block {layer}", block["hook_resid_pre"], last)
             self._check_block(layer, block, seen[middle[layer]])
 
     def _check_block(self, layer: int, block: Mapping[str, Tensor], middle: Tensor) -> None:

@@ -21,6 +21,7 @@ from scipy.stats import rankdata
 from torch import Tensor
 
 from dfa_lens.data.alignment import Alignment
+from dfa_lens.data.arguments import same_tasks
 from dfa_lens.data.edge_alignment import EdgeAlignment
 from dfa_lens.data.edges import EdgeScores, EdgeSet
 from dfa_lens.data.nodes import Node, NodeSet
@@ -362,8 +363,7 @@ def regression(
     >>> round(dfa.statistics.correlation(fitted.transfer(given["a"]), gold["a"]).pearson, 3)
     1.0
     """
-    if set(scores) != set(gold) or not scores:
-        raise AlignmentError(f"scores and gold need the same tasks, not {sorted(scores)} and {sorted(gold)}.")
+    same_tasks(scores, gold, ("scores", "gold"))
     if ridge < 0:
         raise AlignmentError(f"ridge must be 0 or more, not {ridge}.")
     tasks = list(scores)

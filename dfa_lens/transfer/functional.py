@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -21,12 +21,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from dfa_lens.data.alignment import Alignment
+from dfa_lens.data.arguments import same_tasks
 from dfa_lens.data.content import ByContent, plain
 from dfa_lens.data.files import load_tensors, made_from, parse_json, save_tensors
 from dfa_lens.data.measurements import Measurements
 from dfa_lens.data.scaling import scale
-from dfa_lens.data.scores import NodeScores
-from dfa_lens.errors import AlignmentError, MeasurementError, short
+from dfa_lens.data.scores import NodeScores, Ranking
+from dfa_lens.errors import AlignmentError, MeasurementError, short, unknown
 from dfa_lens.transfer.readers import READERS, Attention, Reader, Table, features, made
 
 _FORMAT = "dfa_lens functional alignment 1"
@@ -61,6 +62,8 @@ class FunctionalAlignment(ByContent):
         mistakes, and what a reader averages over other tasks does not see it.
     meta:
         Tasks, families, where scores come from: JSON-like.
+    ranking:
+        How what it carries ranks where nothing else is asked for; see :func:`dfa_lens.fit_functional`.
 
     Examples
     --------
@@ -81,11 +84,13 @@ class FunctionalAlignment(ByContent):
     seed: int = 0
     guard: float = 0.0
     meta: Mapping[str, Any] = field(default_factory=dict, compare=False)
+    ranking: Ranking = "absolute"
 
     def __post_init__(self) -> None:
         number = isinstance(self.guard, (int, float)) and not isinstance(self.guard, bool)
         if not number or not 0 <= self.guard < float("inf"):
             raise AlignmentError(f"guard must be a number of at least 0, not {short(repr(self.guard))}.")
+        _require_ranking(self.ranking)
         expected = self.reader.start(self.table)
         for name in expected.keys() | self.learned.keys():
             given = self.learned.get(name)
@@ -99,7 +104,7 @@ class FunctionalAlignment(ByContent):
     def _content(self) -> tuple[Any, ...]:
         own = self.table
         table = own.features, own.scores, own.share, own.group
-        return *table, self.names, self.reader, dict(self.learned), self.seed, self.guard
+        return *table, self.names, self.reader, dict(self.learned), self.seed, self.guard, self.ranking
 
     # --- transfer ----------------------------------------------------------------------------------------------
 
@@ -131,6 +136,7 @@ class FunctionalAlignment(ByContent):
             "own source scores": scores is not None,
             "measured": dict(target_measurements.meta),
             **self.meta,
+            "ranking": self.ranking,
         }
         return NodeScores(members.mean(0), target_measurements.nodes, meta)
 
@@ -176,7 +182,8 @@ class FunctionalAlignment(ByContent):
         n = len(self.table)
         bias = K[:, :n] @ self.table.scores + self.reader.linear(phi, self.learned) + self.guard * shares(target)
         W = K[:, n:].T * len(own) ** 0.5  # scores of unit length, where the table's have a mean square of 1
-        return Alignment.of(W, scores.nodes, target_measurements.nodes, bias=bias, meta={"method": "functional"})
+        meta = {"method": "functional", "ranking": self.ranking}
+        return Alignment.of(W, scores.nodes, target_measurements.nodes, bias=bias, meta=meta)
 
     def _own(self, scores: NodeScores | None, measurements: Measurements | None) -> Table | None:
         if scores is None and measurements is None:
@@ -352,6 +359,7 @@ class FunctionalAlignment(ByContent):
             "reader": {"name": self.reader.name, "options": asdict(self.reader)},  # type: ignore[call-overload]
             "seed": self.seed,
             "guard": self.guard,
+            "ranking": self.ranking,
             "meta": plain(dict(self.meta)),
         }
         save_tensors(path, tensors, {"functional": json.dumps(description)}, _FORMAT)
@@ -378,7 +386,7 @@ class FunctionalAlignment(ByContent):
                     learned[name.removeprefix("learned.")] = value
             reader = READERS.find(description["reader"]["name"])(**description["reader"]["options"])
             seed, guard = int(description["seed"]), float(description["guard"])
-            return cls(table, names, reader, learned, seed, guard, description["meta"])
+            return cls(table, names, reader, learned, seed, guard, description["meta"], description["ranking"])
 
         return made_from(path, "a functional alignment", make)
 
@@ -418,6 +426,11 @@ def shares(measurements: Measurements) -> Float[Tensor, " node"]:
     return share / share.square().mean().sqrt().clamp_min(1e-12)
 
 
+def _require_ranking(ranking: object) -> None:
+    if ranking not in get_args(Ranking):
+        raise unknown("ranking", ranking, get_args(Ranking), AlignmentError)
+
+
 def _rows(scores: NodeScores, measurements: Measurements, group: int, what: str) -> Table:
     scores.require(measurements.nodes, f"The scores of {what}")
     values = scale(scores.values, "unit") * len(scores) ** 0.5
@@ -432,6 +445,7 @@ def fit_functional(
     reader: str | Reader = "trees",
     families: Mapping[str, str] | None = None,
     guard: float | None = None,
+    ranking: Ranking = "absolute",
     **options: Any,
 ) -> FunctionalAlignment:
     """Learn, on the source, what measurements say about scores.
@@ -453,6 +467,11 @@ def fit_functional(
     guard:
         See :class:`FunctionalAlignment`. Default: 1 where groups were measured, else 0. On the shipped models it lifts
         CPR from .79 to .81 (docs/method.md).
+    ranking:
+        By what the carried scores rank nodes where nothing else is asked for: "absolute" (default), by size, so that
+        what works against the answer is kept with what works for it, as the whole model has both; or "signed". Between
+        models that overshoot, CMD is far lower by size; :func:`dfa_lens.choose_ranking` tries both on the source. The
+        scores themselves keep their signs.
     options:
         Fields of the reader: ``trees=200``, ``leaf=2``.
 
@@ -480,11 +499,8 @@ def fit_functional(
     >>> functional.transfer(new).values.shape
     torch.Size([110])
     """
-    if set(scores) != set(measurements) or not scores:
-        raise AlignmentError(
-            f"scores and measurements need the same tasks, not {short(sorted(scores))} and "
-            f"{short(sorted(measurements))}."
-        )
+    same_tasks(scores, measurements, ("scores", "measurements"))
+    _require_ranking(ranking)
     tasks = list(scores)
     names = measurements[tasks[0]].names
     for task in tasks:
@@ -509,4 +525,4 @@ def fit_functional(
     }
     if guard is None:
         guard = 1.0 if GUARD in names else 0.0
-    return FunctionalAlignment(table, names, own, own.train(table, seed), seed, guard, meta)
+    return FunctionalAlignment(table, names, own, own.train(table, seed), seed, guard, meta, ranking)

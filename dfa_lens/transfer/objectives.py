@@ -24,7 +24,8 @@ from dfa_lens.errors import AlignmentError, unknown
 from dfa_lens.models.passes import attention_mask
 
 Loss = Literal["kl", "logit-difference", "probability"]
-"""How far the masked run is from the clean one; each averaged over examples.
+"""How far the masked run is from the clean one (with ``direction="noising"`` from the corrupt one, which stands for it
+below, too); each averaged over examples.
 
 - ``kl``: KL(P_clean ‖ P_masked) (the paper).
 - ``logit-difference``: ``((m_masked − m_clean) / mean |m_clean|)²`` with m = logit(answer) − logit(wrong); answer
@@ -35,22 +36,23 @@ Loss = Literal["kl", "logit-difference", "probability"]
 
 def distance(
     loss: Loss,
-    log_p_clean: Float[Tensor, "*position vocab"],
+    log_p_goal: Float[Tensor, "*position vocab"],
     logits: Float[Tensor, "*position vocab"],
     pairs: PromptPairs,
 ) -> Float[Tensor, " example"]:
-    """How far each example's masked run is from its clean one; the logit difference in logits, not yet in its unit.
+    """How far each example's masked run is from its goal; the logit difference in logits, not yet in its unit.
 
     Parameters
     ----------
-    log_p_clean, logits:
-        Log probabilities of the clean run and logits of the masked one: at the answer, [example, vocab], or at every
-        position, [example, pos, vocab], where ``kl`` is summed over those that are real in both prompts.
+    log_p_goal, logits:
+        Log probabilities of the run that is the goal (the clean one) and logits of the masked one: at the answer,
+        [example, vocab], or at every position, [example, pos, vocab], where ``kl`` is summed over those that are real
+        in both prompts.
     """
     log_p = logits.float().log_softmax(-1)
-    clean = log_p_clean.to(log_p.device)
+    goal = log_p_goal.to(log_p.device)
     if loss == "kl":
-        divergence = metrics.divergence(clean, log_p)
+        divergence = metrics.divergence(goal, log_p)
         if log_p.ndim == 3:
             shortest = torch.minimum(pairs.lengths, pairs.corrupt_lengths)
             real = attention_mask(shortest.to(divergence.device), divergence.shape[1])
@@ -59,9 +61,9 @@ def distance(
     rows = torch.arange(len(pairs), device=log_p.device)
     answer, wrong = pairs.answer.to(log_p.device), pairs.wrong.to(log_p.device)
     if loss == "probability":
-        return (clean[rows, answer].exp() - log_p[rows, answer].exp()) ** 2
-    masked_difference, clean_difference = (each[rows, answer] - each[rows, wrong] for each in (log_p, clean))
-    return (masked_difference - clean_difference) ** 2
+        return (goal[rows, answer].exp() - log_p[rows, answer].exp()) ** 2
+    masked_difference, goal_difference = (each[rows, answer] - each[rows, wrong] for each in (log_p, goal))
+    return (masked_difference - goal_difference) ** 2
 
 
 class Masks(NamedTuple):

@@ -21,9 +21,10 @@ from jaxtyping import Float, Int
 from scipy.stats import rankdata
 from torch import Tensor
 
+from dfa_lens.data.edges import EdgeSet
 from dfa_lens.data.measurements import Measurements
 from dfa_lens.data.registry import Registry
-from dfa_lens.errors import AlignmentError
+from dfa_lens.errors import AlignmentError, MeasurementError
 
 
 @dataclass(frozen=True)
@@ -95,6 +96,43 @@ def features(measurements: Measurements) -> Float[Tensor, "node feature"]:
     depth = values.new_tensor([max(node.layer, 0) / last for node in nodes])
     kind = values.new_tensor([float(node.kind == "mlp") for node in nodes])
     return torch.cat([values, ranks, depth[:, None], kind[:, None]], 1)
+
+
+def edge_features(measurements: Measurements, edges: EdgeSet) -> Float[Tensor, "edge feature"]:
+    """φ of edges, composed of what was measured of their two ends.
+
+    For every edge: φ of the writer (:func:`features`), φ of the node that the reader belongs to, and whether it reads
+    queries, keys or values. The input and the logits are not measured: theirs is 0. That of a key-value head is the
+    mean over its heads. Scores of edges can be learned from it as those of nodes are (docs/extend.md).
+
+    Raises
+    ------
+    MeasurementError
+        If the edges are not between the measured nodes.
+
+    Examples
+    --------
+    >>> import torch, dfa_lens as dfa
+    >>> from dfa_lens.transfer.readers import edge_features
+    >>> nodes, edges = dfa.NodeSet.for_sizes(2, 1), dfa.EdgeSet(2, 1)
+    >>> measured = dfa.Measurements(torch.rand(4, 1), nodes, ["change"])
+    >>> edge_features(measured, edges).shape == (len(edges), 2 * 4 + 3)
+    True
+    """
+    if measurements.nodes != edges.nodes[1:]:
+        raise MeasurementError(f"The measurements of {len(measurements)} nodes are not those of the ends of {edges!r}.")
+    phi, position = features(measurements), measurements.nodes.position
+    writers = torch.cat([phi.new_zeros(1, phi.shape[1]), phi])
+    readers, kinds = phi.new_zeros(edges.shape[1], phi.shape[1]), phi.new_zeros(edges.shape[1], 3)
+    for site in edges.sites:
+        if site.kind == "mlp":
+            readers[site.columns] = phi[position(f"m{site.layer}")]
+        elif site.kind != "logits":
+            own = phi[[position(f"a{site.layer}.h{i}") for i in range(edges.n_heads)]]
+            readers[site.columns] = own.unflatten(0, (len(site), -1)).mean(1)  # the heads that share a reader
+            kinds[site.columns, "qkv".index(site.kind)] = 1
+    rows, columns = edges.positions.T
+    return torch.cat([writers[rows], readers[columns], kinds[columns]], 1)
 
 
 class Reader(ABC):

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from dfa_lens.data.alignment import Alignment
 from dfa_lens.data.content import ByContent, fingerprint, plain
+from dfa_lens.data.curve import Direction
 from dfa_lens.data.scaling import Scaling
 from dfa_lens.errors import AlignmentError, short, unknown
 from dfa_lens.models import ablations
@@ -36,7 +37,13 @@ Positions = Literal["answer", "all", "all-padded"]
 - ``all-padded``: summed over all positions, padding included and not masked, as the released code does.
 """
 
-_CHOICES: dict[str, Any] = {"scaling": Scaling, "intervention": Intervention, "positions": Positions, "loss": Loss}
+_CHOICES: dict[str, Any] = {
+    "scaling": Scaling,
+    "intervention": Intervention,
+    "positions": Positions,
+    "loss": Loss,
+    "direction": Direction,
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,6 +90,10 @@ class Recipe(ByContent):
     ablation:
         What the mask mixes in, instead of the corrupt activation: a name of
         :data:`~dfa_lens.models.ablations.ABLATIONS` or an object of that module.
+    direction:
+        "denoising": the mask says what is kept, and the run is to be the clean one. "noising": it says what is
+        destroyed (each node is at (1 - g)·now + g·A_corrupt), and the run is to be the corrupt one: what is found is
+        needed, and nothing that could stand in for it is left out. With ``intervention="circuit"`` only.
 
     Raises
     ------
@@ -116,6 +127,7 @@ class Recipe(ByContent):
     loss: Loss = "kl"
     gate_heads: bool = True
     ablation: str | Ablation = "corrupt"
+    direction: Direction = "denoising"
 
     def __post_init__(self) -> None:
         for name, valid in _CHOICES.items():
@@ -141,6 +153,10 @@ class Recipe(ByContent):
                 f"loss={self.loss!r} looks at the answer: it needs positions='answer', not {self.positions!r}."
             )
         _ = self.resolved_form, self.resolved_objective  # each with its own errors
+        if self.direction == "noising" and self.intervention != "circuit":
+            raise AlignmentError(
+                f"direction='noising' goes with intervention='circuit', not with {self.intervention!r}."
+            )
         if self.intervention == "restore" and not isinstance(self.resolved_ablation, ablations.Corrupt):
             raise AlignmentError(
                 "intervention='restore' runs the corrupt prompts: it goes with ablation='corrupt', not with "
@@ -184,8 +200,6 @@ class Recipe(ByContent):
         for name, needed in (("intervention", "circuit"), ("gate_heads", True)):
             if getattr(self, name) != needed:
                 raise AlignmentError(f"With edge scores {name} must be {needed!r}, not {getattr(self, name)!r}.")
-        if not isinstance(self.resolved_ablation, ablations.Corrupt):
-            raise AlignmentError(f"With edge scores ablation must be 'corrupt', not {self.resolved_ablation.name!r}.")
         return replace(self, form=edge_forms.resolve(self.form))
 
     @cached_property
@@ -201,11 +215,24 @@ class Recipe(ByContent):
 
     def _content(self) -> tuple[Any, ...]:
         """What is asked for, however it is spelt."""
-        spelt = {"form", "initial", "objective", "sparsity_weight", "temperature", "anchor_weight", "ablation"}
+        spelt = {
+            "form",
+            "initial",
+            "objective",
+            "sparsity_weight",
+            "temperature",
+            "anchor_weight",
+            "ablation",
+            "direction",
+        }
         others = tuple(getattr(self, each.name) for each in fields(self) if each.name not in spelt)
         anchor_weight = None if self.anchor is None else self.anchor_weight
         # nothing of the default, so that a recipe goes by the same key as before there were others
-        more = () if isinstance(self.resolved_ablation, ablations.Corrupt) else (self.resolved_ablation,)
+        more: tuple[Any, ...] = ()
+        if not isinstance(self.resolved_ablation, ablations.Corrupt):
+            more += (self.resolved_ablation,)
+        if self.direction != "denoising":
+            more += (self.direction,)
         return (self.resolved_form, self.resolved_objective, self.temperatures, anchor_weight, *others, *more)
 
     def key(self) -> str:
@@ -234,6 +261,8 @@ class Recipe(ByContent):
             **{name: plain(getattr(self, name)) for name in as_it_is},
             **ablations.described(self.resolved_ablation),
         }
+        if self.direction != "denoising":
+            meta["direction"] = self.direction
         if self.anchor is not None:
             meta |= {"anchor": fingerprint(self.anchor), "anchor_weight": self.anchor_weight}
         return meta
@@ -277,6 +306,7 @@ class Options(TypedDict, total=False):
     loss: Loss
     gate_heads: bool
     ablation: str | Ablation
+    direction: Direction
 
 
 Function = TypeVar("Function", bound=Callable[..., Any])

@@ -10,22 +10,24 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
+from dfa_lens.data.arguments import same_tasks
 from dfa_lens.data.measurements import Measurements
 from dfa_lens.data.nodes import NodeSet
 from dfa_lens.data.pairs import PromptPairs
 from dfa_lens.errors import AlignmentError, MeasurementError, TrainingError
 from dfa_lens.models import backend
 from dfa_lens.models.backend import HookedModel
-from dfa_lens.models.paired_run import PairedRun
 from dfa_lens.models.runner import Runner
 from dfa_lens.transfer.functional import FunctionalAlignment, shares
 from dfa_lens.transfer.objectives import distance
 from dfa_lens.transfer.readers import Attention, features
+from dfa_lens.transfer.store import Cache, ExampleStore
 
 
 @backend.runs("model")
@@ -40,6 +42,7 @@ def refine(
     sparsity_weight: float = 3.0,
     batch_size: int = 16,
     seed: int = 0,
+    cache: Cache = "device",
 ) -> FunctionalAlignment:
     """Go on training an ``attention`` by the soft faithfulness objective, each task read from the other families.
 
@@ -60,6 +63,8 @@ def refine(
         Pairs a step.
     seed:
         Which pairs.
+    cache:
+        As in :func:`dfa_lens.fit`: the clean and corrupt runs, once before the first step.
 
     Returns
     -------
@@ -87,10 +92,7 @@ def refine(
     reader = functional.reader
     if not isinstance(reader, Attention):
         raise AlignmentError(f"Only an 'attention' can be trained by its masks, not {reader.name!r}.")
-    if set(measurements) != set(pairs) or not pairs:
-        raise AlignmentError(
-            f"measurements and pairs need the same tasks, not {sorted(measurements)} and {sorted(pairs)}."
-        )
+    same_tasks(measurements, pairs, ("measurements", "pairs"))
     if min(steps, batch_size) < 1 or not lr > 0 or not sparsity_weight >= 0:
         raise AlignmentError("steps and batch_size must be at least 1, lr positive, sparsity_weight at least 0.")
     nodes = NodeSet.heads_and_mlps(model)
@@ -113,17 +115,19 @@ def refine(
     generator = torch.Generator().manual_seed(seed)
     adam = torch.optim.Adam([*free.values(), *gate.values()], lr=lr)
     tasks, losses = list(read), []
+    shared: Any = {"intervention": "circuit", "positions": "answer", "cache": cache, "share_prefix": True}
+    store = ExampleStore(runner, nodes, {task: pairs[task] for task in tasks}, **shared)
     with runner.session(passes=3 * steps):
+        store.fill(batch_size)
         for step in range(steps):
             task = tasks[step % len(tasks)]
             phi, guard, keys = read[task]
-            rows = torch.randperm(len(pairs[task]), generator=generator)[:batch_size]
+            own_rows = (store.task == tasks.index(task)).nonzero()[:, 0]
+            rows = own_rows[torch.randperm(len(own_rows), generator=generator)[:batch_size]]
             with torch.enable_grad():
                 values = reader.read(functional.table.where(keys), None, phi, now, 0)[0] + guard
                 mask = torch.sigmoid(gate["a"] * values + gate["b"])
-                loss = sparsity_weight * mask.mean()
-                for _, batch in runner.batches(pairs[task][rows], batch_size):
-                    loss = loss + _divergence(runner, batch, nodes, mask) / len(rows)
+                loss = sparsity_weight * mask.mean() + _divergence(store, rows, mask) / len(rows)
             if not bool(loss.isfinite()):
                 raise TrainingError(f"The loss is {loss.item()} at step {step}, on task {task!r}.")
             adam.zero_grad()
@@ -143,10 +147,11 @@ def refine(
     return replace(functional, learned=learned, meta={**functional.meta, "refined": refined})
 
 
-def _divergence(runner: Runner, batch: PromptPairs, nodes: NodeSet, mask: Float[Tensor, " node"]) -> Float[Tensor, ""]:
-    """KL(P_clean ‖ P_masked) at the answer, summed over a batch."""
-    run = PairedRun(runner, batch, nodes)
-    corrupt, _ = run.record("corrupt")
-    _, clean = run.record("clean", nodes=False)
-    logits = run.gated(nodes, mask.to(runner.device), corrupt=corrupt)
-    return distance("kl", clean.float().log_softmax(-1), logits, batch).sum().to(mask.device)
+def _divergence(store: ExampleStore, rows: Int[Tensor, " example"], mask: Float[Tensor, " node"]) -> Float[Tensor, ""]:
+    """KL(P_clean ‖ P_masked) at the answer, summed over some examples."""
+    total = mask.new_zeros(())
+    for members in store.groups(rows):
+        batch = store.batch(rows[members])
+        logits = store.masked(batch, mask.to(store.runner.device).expand(len(members), -1))
+        total = total + distance("kl", batch.log_p_goal, logits, batch.pairs).sum().to(mask.device)
+    return total

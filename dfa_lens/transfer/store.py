@@ -11,6 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from typing_extensions import override
 
+from dfa_lens.data.curve import Direction
 from dfa_lens.data.edges import EdgeSet
 from dfa_lens.data.nodes import NodeSet
 from dfa_lens.data.pairs import PromptPairs
@@ -39,23 +40,23 @@ _NEEDS: Mapping[Intervention, tuple[Literal["clean", "corrupt"], ...]] = {
 
 @dataclass
 class Batch:
-    """Some examples: prompts to run, the other runs' activations, and what the clean run predicted.
+    """Some examples: prompts to run, the other runs' activations, and what the masked run is to predict.
 
     Everything begins after ``first`` tokens, those of the ``prefix``.
     """
 
     pairs: PromptPairs
     runs: Mapping[str, Activations]
-    log_p_clean: Float[Tensor, "..."]
+    log_p_goal: Float[Tensor, "..."]
     prefix: Prefix | None
     before: Activations
     first: int
 
     @property
-    def clean_difference(self) -> Float[Tensor, " example"]:
-        """logit(answer) − logit(wrong) of the clean run."""
-        two = torch.stack([self.pairs.answer, self.pairs.wrong], 1).to(self.log_p_clean.device)
-        right, wrong = self.log_p_clean.gather(1, two).unbind(1)
+    def goal_difference(self) -> Float[Tensor, " example"]:
+        """logit(answer) − logit(wrong) of the run that the masked one is to equal."""
+        two = torch.stack([self.pairs.answer, self.pairs.wrong], 1).to(self.log_p_goal.device)
+        right, wrong = self.log_p_goal.gather(1, two).unbind(1)
         return right - wrong
 
 
@@ -70,7 +71,7 @@ class ExampleStore:
         What is gated.
     pairs:
         Task → its training pairs.
-    intervention, positions, ablation:
+    intervention, positions, ablation, direction:
         As in :class:`~dfa_lens.transfer.recipe.Recipe`.
     cache:
         See :data:`Cache`.
@@ -94,9 +95,10 @@ class ExampleStore:
         cache: Cache,
         share_prefix: bool,
         ablation: str | Ablation = "corrupt",
+        direction: Direction = "denoising",
     ) -> None:
         self.runner, self.nodes, self.intervention, self.cache = runner, nodes, intervention, cache
-        self.ablation = ablations.resolve(ablation)
+        self.ablation, self.direction = ablations.resolve(ablation), direction
         self._reference: Reference | None = None
         self.tasks = tuple(pairs)
         self.pairs = PromptPairs.concat(list(pairs.values()))
@@ -113,10 +115,15 @@ class ExampleStore:
         self._keys_values: list[tuple[_Kept, _Kept]] = []
         self._prefix_axis = 0
 
+    @property
+    def _left_out(self) -> NodeSet:
+        """The nodes that an ablation puts something in the place of."""
+        return self.nodes
+
     def fill(self, batch_size: int) -> None:
         """Run everything once and keep it, unless it is to be recomputed."""
         how: Any = {"batch_size": batch_size, "positions": self.positions}
-        self._reference = self.ablation.reference(self.runner, self.nodes, self.pairs, **how)
+        self._reference = self.ablation.reference(self.runner, self._left_out, self.pairs, **how)
         if self.cache == "recompute":
             return
         layout = self.runner.layout(self.nodes.points, positions=self.positions)
@@ -150,9 +157,9 @@ class ExampleStore:
         if made.prefix is not None:
             self._keep_prefix(rows, made.prefix.kept)
         if self._log_p is None:
-            position_axes = (1,) if made.log_p_clean.ndim == 3 else ()
-            self._log_p = self._kept_like(made.log_p_clean, position_axes, here=True)
-        self._log_p.put(rows, made.first, made.log_p_clean)
+            position_axes = (1,) if made.log_p_goal.ndim == 3 else ()
+            self._log_p = self._kept_like(made.log_p_goal, position_axes, here=True)
+        self._log_p.put(rows, made.first, made.log_p_goal)
 
     def _keep_prefix(self, rows: Int[Tensor, " batch"], found: KeysValues) -> None:
         self._prefix_axis = found.axis
@@ -215,21 +222,34 @@ class ExampleStore:
         needs = _NEEDS[self.intervention]
         runs: dict[str, Activations] = {}
         if "corrupt" in needs:
-            runs["corrupt"], _ = run.record("corrupt")
-        clean, logits = run.record("clean", nodes="clean" in needs)
+            runs["corrupt"], corrupt_logits = run.record("corrupt")
+        if self.direction == "denoising" or "clean" in needs:
+            clean, logits = run.record("clean", nodes="clean" in needs)
         if "clean" in needs:
             runs["clean"] = clean
+        if self.direction == "noising":
+            logits = corrupt_logits
         return Batch(part, runs, logits.float().log_softmax(-1), run.prefix, run.before, run.first)
 
     def _again(self, batch: Batch) -> PairedRun:
         """The pairs of a batch, to be run after what they have in common."""
         return PairedRun(
-            self.runner, batch.pairs, self.nodes, share_prefix=False, prefix=batch.prefix, positions=self.positions
+            self.runner,
+            batch.pairs,
+            self.nodes,
+            share_prefix=False,
+            prefix=batch.prefix,
+            positions=self.positions,
+            reference=self._reference,
         )
+
+    def _kept_by(self, gates: Tensor) -> Tensor:
+        """How much stays of each node: under noising the mask says what is destroyed."""
+        return 1 - gates if self.direction == "noising" else gates
 
     def masked(self, batch: Batch, gates: Float[Tensor, "example node"]) -> Float[Tensor, "..."]:
         """The logits of a batch under masks: at the answer, or at every position that is run."""
-        run = self._again(batch)
+        run, gates = self._again(batch), self._kept_by(gates)
         clean, corrupt = (batch.runs.get(name) for name in ("clean", "corrupt"))
         return run.gated(self.nodes, gates, clean=clean, corrupt=corrupt, intervention=self.intervention)
 
@@ -252,6 +272,8 @@ class EdgeStore(ExampleStore):
         positions: Positions,
         cache: Cache,
         share_prefix: bool,
+        ablation: str | Ablation = "corrupt",
+        direction: Direction = "denoising",
     ) -> None:
         super().__init__(
             runner,
@@ -261,15 +283,22 @@ class EdgeStore(ExampleStore):
             positions=positions,
             cache=cache,
             share_prefix=share_prefix,
+            ablation=ablation,
+            direction=direction,
         )
         self.edges, self.stream = edges, Stream(runner, edges)
         self.chosen = edges.chosen.to(runner.device)
+
+    @property
+    @override
+    def _left_out(self) -> NodeSet:
+        return self.nodes[1:]  # an ablation has something for the input in any case
 
     @override
     def masked(self, batch: Batch, gates: Float[Tensor, "example edge"]) -> Float[Tensor, "..."]:
         """The logits of a batch under masks of the edges, in their order."""
         whole = gates.new_ones(len(gates), *self.edges.shape)
-        whole = whole.masked_scatter(self.chosen, gates)
+        whole = whole.masked_scatter(self.chosen, self._kept_by(gates))
         return run_gated(self.stream, self._again(batch), whole, batch.runs["corrupt"])
 
 

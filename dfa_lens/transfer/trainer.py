@@ -23,14 +23,14 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from dfa_lens.data.alignment import Alignment
-from dfa_lens.data.arguments import expect
+from dfa_lens.data.arguments import every_task, expect
 from dfa_lens.data.content import ByContent, fingerprint
 from dfa_lens.data.edge_alignment import EdgeAlignment
 from dfa_lens.data.edges import EdgeScores, EdgeSet
 from dfa_lens.data.nodes import NodeSet
 from dfa_lens.data.pairs import PromptPairs
 from dfa_lens.data.scores import NodeScores
-from dfa_lens.errors import AlignmentError, PromptError, TrainingError, short, unknown
+from dfa_lens.errors import AlignmentError, PromptError, TrainingError, unknown
 from dfa_lens.models import backend
 from dfa_lens.models.backend import HookedModel
 from dfa_lens.models.runner import Runner
@@ -229,7 +229,7 @@ def fit(
     if misspelt is not None:
         raise unknown("option", misspelt, known, AlignmentError)
     job: Any = Job(given, replace(recipe or Recipe(), **options))
-    _check_tasks(prompts, given, ("pairs", "scores"))
+    every_task(prompts, given, ("pairs", "scores"))
     shared: Any = {
         "cache": cache,
         "share_prefix": share_prefix,
@@ -354,7 +354,7 @@ def fit_many(
 def _used(runner: Runner, jobs: Iterable[Job], pairs: Mapping[str, PromptPairs]) -> dict[str, PromptPairs]:
     """The pairs of all tasks that are trained on, each of them checked."""
     for job in jobs:
-        _check_tasks(job.scores, pairs, ("scores", "pairs"))
+        every_task(job.scores, pairs, ("scores", "pairs"))
         job.require_one_source()
     used = {task: each for task, each in pairs.items() if any(task in job.scores for job in jobs)}
     for task, each in used.items():
@@ -386,23 +386,13 @@ def _units(
     return nodes if nodes is not None else NodeSet.heads_and_mlps(target)
 
 
-def _check_tasks(ours: Mapping[str, Any], theirs: Mapping[str, Any], names: tuple[str, str]) -> None:
-    if not ours:
-        raise AlignmentError("There is no training task: scores and pairs are empty.")
-    missing = next((task for task in ours if task not in theirs), None)
-    if missing is not None:
-        raise AlignmentError(
-            f"Task {short(repr(missing))} is in {names[0]} but not in {names[1]}; both need every task."
-        )
-
-
 def _alike(runs: Iterable[Training]) -> list[list[Training]]:
     """The trainings that can share runs and passes: those that measure the same under the same masks."""
     found: dict[Any, list[Training]] = {}
     for run in runs:
         recipe = run.recipe
-        shared = (recipe.intervention, recipe.positions, recipe.loss, recipe.gate_heads, recipe.resolved_ablation)
-        found.setdefault(shared, []).append(run)
+        how = (recipe.intervention, recipe.positions, recipe.loss, recipe.gate_heads)
+        found.setdefault((*how, recipe.resolved_ablation, recipe.direction), []).append(run)
     return list(found.values())
 
 
@@ -447,7 +437,8 @@ def _step(runs: Sequence[Training], step: int, loss: _Loss) -> None:
 
 
 class _Loss:
-    """How far the target under masks is from its clean run, on the stored examples."""
+    """How far the target under masks is from its clean run, or under noising from its corrupt one, on the stored
+    examples."""
 
     def __init__(
         self,
@@ -461,6 +452,7 @@ class _Loss:
         self.name = recipe.loss
         self.columns: Any = slice(None)
         shared: Any = {"positions": recipe.positions, "cache": cache, "share_prefix": share_prefix}
+        shared |= {"ablation": recipe.resolved_ablation, "direction": recipe.direction}
         self.store: ExampleStore
         if isinstance(units, EdgeSet):
             self.store = EdgeStore(runner, units, pairs, **shared)
@@ -469,8 +461,7 @@ class _Loss:
         gated = nodes if recipe.gate_heads else nodes.where(lambda node: node.kind != "head")
         runner.check_points(gated.points)
         self.columns = torch.tensor([nodes.position(name) for name in gated.names], device=runner.device)
-        shared |= {"intervention": recipe.intervention, "ablation": recipe.resolved_ablation}
-        self.store = ExampleStore(runner, gated, pairs, **shared)
+        self.store = ExampleStore(runner, gated, pairs, intervention=recipe.intervention, **shared)
 
     def of(
         self, rows: Int[Tensor, " example"], gates: Float[Tensor, "example node"]
@@ -486,11 +477,11 @@ class _Loss:
             group = members.to(gates.device)
             leaf = gates.detach()[group].requires_grad_(True)
             logits = self.store.masked(batch, leaf[:, self.columns])
-            own = distance(self.name, batch.log_p_clean, logits, batch.pairs).to(gates.device)
+            own = distance(self.name, batch.log_p_goal, logits, batch.pairs).to(gates.device)
             (gradient[group],) = torch.autograd.grad(own.sum(), [leaf])
             divergence[group] = own.detach()
             if self.name == "logit-difference":
-                unit[group] = batch.clean_difference.abs().to(gates.device)
+                unit[group] = batch.goal_difference.abs().to(gates.device)
         return divergence, gradient, unit
 
 

@@ -201,6 +201,25 @@ def names() -> tuple[str, ...]:
     return tuple(RECIPES)
 
 
+def tasks(name: str) -> tuple[str, ...]:
+    """The tasks of a pair, "fetch/table", without making its models.
+
+    Raises
+    ------
+    TaskError
+        If there is no such pair.
+
+    Examples
+    --------
+    >>> import dfa_lens as dfa
+    >>> dfa.zoo.planted.tasks("arithmetic")[:2]
+    ('both/sum', 'both/difference')
+    """
+    if name not in RECIPES:
+        raise unknown("planted pair", name, RECIPES, TaskError)
+    return tuple(task_of(*each) for each in RECIPES[name].tasks)
+
+
 def load(
     name: str,
     *,

@@ -198,6 +198,7 @@ class Pair:
             self.target.model,
             self.target.pairs(task, "test", TEST),
             circuit,
+            ranking="signed",  # what ranks by size is a row of its own
             sizes=sorted({round(i * n / SIZES) for i in range(SIZES + 1)}),
             batch_size=32,
         )

@@ -41,6 +41,9 @@ METHODS: dict[str, dict[str, Any]] = {
     "gim": {"method": "gim"},
     "atp-star": {"method": "atp-star"},
     "expected-gradients": {"method": "expected-gradients"},
+    "matryoshka": {"method": "matryoshka"},
+    "node-pruning": {"method": "node-pruning"},
+    "ugs": {"method": "ugs"},
 }
 #: What is carried.
 SOURCE_SCORES = "nap-ig-inputs, 5 steps"

@@ -65,7 +65,8 @@ def trusted(pair: Pair, task: str, names: list[str], groups: bool, wrong: bool) 
     if found["families"] > 1 and not wrong:
         held_out = {name: pair.source.pairs(name, "test", TEST) for name in names}
         measured = {name: pair.measured(pair.source, name, without) for name in names}
-        rehearsed = dfa.rehearse(fitted, pair.source.model, measured, held_out, batch_size=32)
+        # signed, as the circuits that are judged
+        rehearsed = dfa.rehearse(fitted, pair.source.model, measured, held_out, ranking="signed", batch_size=32)
         low, high = rehearsed.interval(confidence=0.9)
         found |= {"low": low, "high": high, "rehearsed": float(rehearsed.cpr.mean())}
     return found | pair.judged(task, fitted.transfer(read))
