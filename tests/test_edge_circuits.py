@@ -163,9 +163,12 @@ def test_bad_input(any_model, pairs, scores, options, error, message):
         unchecked(dfa.faithfulness_curve)(any_model, pairs, scores, **options)
 
 
-@pytest.mark.filterwarnings("ignore:HookedTransformer is deprecated:DeprecationWarning")
-def test_models_without_edges_are_refused(pairs):
-    from families import family_model
-
-    with pytest.raises(ModelError, match="RMS norm"):
-        dfa.faithfulness_curve(family_model("gpt2", BACKENDS[-1]), pairs, made(dfa.EdgeSet(3, 4)), sizes=[0, 20, 90])
+@pytest.mark.parametrize("point", ["blocks.1.hook_resid_pre", "blocks.1.hook_attn_out"])
+def test_models_without_edges_are_refused(any_model, pairs, point):
+    """Where what reaches the stream is not the sum of what was written, for there is somebody's hook on it."""
+    any_model.hook_dict[point].add_hook(lambda now, hook: 1.1 * now)
+    try:
+        with pytest.raises(ModelError, match="differs from the sum of its parts"):
+            dfa.faithfulness_curve(any_model, pairs, made(dfa.EdgeSet.of_model(any_model)), sizes=[0, 20, 90])
+    finally:
+        any_model.reset_hooks()

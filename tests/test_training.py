@@ -189,7 +189,7 @@ def test_metadata_hold_all_that_was_asked_for(any_model):
         "sparsity_weight": 2.0, "lr": 0.2, "steps": 2, "batch_size": 3, "seed": 1, "scaling": "rank", "temperature": (1.0, 0.5),
         "initial": torch.ones(6, 15), "initial_scale": 0.02, "anchor": near, "shuffle": False,
         "form": Kernel({"x": alike}), "objective": TargetSize(0.4), "intervention": "restore", "positions": "all",
-        "loss": "probability", "gate_heads": False, "ablation": "zero",
+        "loss": "probability", "gate_heads": False, "ablation": "zero", "direction": "noising",
     }  # fmt: skip
     forms = (
         Kernel({"x": alike}), Kernel({"x": alike + 1e-6}), Kernel({"y": alike}), Kernel({"x": alike}, strength=0.5),
@@ -300,7 +300,7 @@ def test_bad_input(any_model):
         dfa.fit(any_model, scores, {"a": pairs["a"]})
     with pytest.raises(AlignmentError, match="Task 'b' is in pairs but not in scores"):
         dfa.fit(any_model, {"a": scores["a"]}, pairs)
-    with pytest.raises(AlignmentError, match="There is no task: scores are empty"):
+    with pytest.raises(AlignmentError, match="There is no task: pairs are empty"):
         dfa.fit(any_model, {}, {})
     with pytest.raises(ScoreError, match="scores of task 'b' belong to 12 nodes"):
         dfa.fit(any_model, scores | {"b": dfa.controls.random_scores(dfa.NodeSet.for_sizes(3, 3))}, pairs)

@@ -17,7 +17,7 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from dfa_lens.data import html, mib_nodes
-from dfa_lens.data.chosen import Chosen, Overlap
+from dfa_lens.data.chosen import Chosen
 from dfa_lens.data.content import plain
 from dfa_lens.data.files import (
     checked_name,
@@ -30,8 +30,6 @@ from dfa_lens.data.files import (
 )
 from dfa_lens.data.nodes import NodeSet
 from dfa_lens.errors import CircuitError, FileError, short
-
-__all__ = ["Circuit", "Overlap", "compare", "overlaps", "side_by_side"]
 
 _FORMAT = "dfa_lens circuit 1"
 _JSON = "a circuit as JSON (format, name, nodes and universe)"

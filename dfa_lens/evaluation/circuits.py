@@ -23,7 +23,8 @@ from dfa_lens.attribution.attribute import attribute
 from dfa_lens.attribution.edges import attribute_edges
 from dfa_lens.data import html, metrics
 from dfa_lens.data.arguments import expect
-from dfa_lens.data.circuit import Circuit, Overlap, compare, overlaps, side_by_side
+from dfa_lens.data.chosen import Overlap
+from dfa_lens.data.circuit import Circuit, compare, overlaps, side_by_side
 from dfa_lens.data.content import ByContent
 from dfa_lens.data.edge_circuit import EdgeCircuit
 from dfa_lens.data.edges import EdgeSet, Selection

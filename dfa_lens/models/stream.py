@@ -232,6 +232,9 @@ class Stream:
         self._same("the stream before block 0", first - first[:1], embedded - embedded[:1], like=first)
         for layer in self._layers:
             block = {name: seen[f"blocks.{layer}.{name}"] for name in (*own, *rest)}
+            if layer:
+                last = seen[f"blocks.{layer - 1}.hook_resid_post"]
+                self._same(f"the stream before block {layer}", block["hook_resid_pre"], last)
             self._check_block(layer, block, seen[middle[layer]])
 
     def _check_block(self, layer: int, block: Mapping[str, Tensor], middle: Tensor) -> None:

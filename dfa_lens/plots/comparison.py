@@ -139,8 +139,8 @@ def _in_panels(
             beyond = 0.07 * (grid.n_layers - 1)
             figure.update_layout({f"yaxis{axis}": {"range": [-beyond, grid.n_layers - 1 + beyond]}})
         rows += [{"circuit": name, "node": node.name, "in_circuit": node.name in circuit} for node in circuit.universe]
-    told = [f"{row.circuit} {row.relative_depth:.2f}" for row in depths.itertuples()]
-    return f"two models; mean relative depth: {', '.join(told)}", pd.DataFrame(rows)
+    told = " and ".join(f"{depth:.2f}" for depth in depths["relative_depth"])
+    return f"mean relative depth {told}", pd.DataFrame(rows)
 
 
 def _stacked(tall: int, panel: int) -> list[tuple[int, dict[str, Any]]]:

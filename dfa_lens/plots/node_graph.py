@@ -9,9 +9,13 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
+import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from dfa_lens.data.circuit import Circuit
-from dfa_lens.data.edges import EdgeScores
+from dfa_lens.data.edge_circuit import EdgeCircuit
+from dfa_lens.data.edges import EdgeScores, EdgeSet
 from dfa_lens.data.inspection import Inspection, TokenLogit
 from dfa_lens.data.scores import NodeScores
 from dfa_lens.errors import CircuitError
@@ -28,14 +32,15 @@ KEPT, OUTSIDE = "#f4a582", "#b8bcc4"
 WORDS = 122
 #: The part of the width that the graph has beside an attention pattern, and the pattern's.
 LEFT, RIGHT = (0.0, 0.52), (0.62, 1.0)
-#: Attention is kept in so many steps.
-STEPS = 99
+#: A page keeps attention in fiftieths, a letter each: a third less than as numbers.
+LETTER_OF = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxy"
+STEPS = len(LETTER_OF) - 1
 #: Letters of a token that are shown, and tokens that get a label each.
 LETTERS, LABELLED = 12, 26
 
 
 def node_graph(
-    circuit: Circuit,
+    circuit: Circuit | EdgeCircuit,
     *,
     scores: NodeScores | None = None,
     edges: EdgeScores | None = None,
@@ -56,14 +61,15 @@ def node_graph(
     Parameters
     ----------
     circuit:
-        Of heads and MLP blocks.
+        Of heads and MLP blocks; or of edges, of which the nodes on a path and the edges between them are drawn (those
+        from the input and to the logits are in :func:`~dfa_lens.plots.edge_graph.circuit_graph`).
     scores:
         Of the same nodes, for colours: red where the clean activation helps and blue where it hurts, in proportion up
         to the 98th percentile; of a trained transfer the mask, from white to red. Without them, nodes of the circuit
         have one colour.
     edges, most_edges:
         Scores of edges of the same model, and how many of those within the circuit are drawn, the largest absolute
-        scores first.
+        scores first. The edges of a circuit of edges are grey without them.
     inspection:
         What :func:`dfa.inspect <dfa_lens.evaluation.inspection.inspect>` found on an example.
     style:
@@ -84,24 +90,32 @@ def node_graph(
     >>> figure.to_frame().columns.tolist()
     ['node', 'in_circuit', 'score', 'direct']
     """
+    lines = circuit if isinstance(circuit, EdgeCircuit) else None
+    circuit = circuit.to_nodes() if isinstance(circuit, EdgeCircuit) else circuit
     grid = Grid.of(circuit.universe)
     on_paper = styling.on_paper(style)
     if scores is not None and scores.nodes != circuit.universe:
         raise CircuitError("The scores are of other nodes than those among which the circuit was chosen.")
     if inspection is not None and not set(circuit.universe.names) - {"input"} <= set(inspection.nodes.names):
         raise CircuitError("The inspection is of another model than the circuit: it lacks some of its nodes.")
-    values, words, colors = _coloured(circuit, scores)
+    numbers, words, colors = _coloured(circuit, scores)
     figure = Picture()
-    if edges is not None:
-        _add_edges(figure, circuit, edges, most_edges, grid)
-    _add_nodes(figure, circuit, inspection, grid, values, words, colors, 0.6 if on_paper else 1.0)
+    drawn = None if edges is None else (edges.edges, edges.values.nan_to_num(0.0))
+    if lines is not None:
+        if edges is not None and edges.edges.shape != lines.universe.shape:
+            raise CircuitError("The scores of edges are of another model than the circuit, or have other readers.")
+        values = torch.ones(lines.universe.shape) if drawn is None else drawn[1]
+        drawn = lines.universe, torch.where(lines.live & lines.kept, values, 0.0)
+    if drawn is not None:
+        _add_edges(figure, _within(circuit, *drawn).head(most_edges), circuit, grid, scored=edges is not None)
+    _add_nodes(figure, circuit, inspection, grid, numbers, words, colors, 0.6 if on_paper else 1.0)
     tall = height or grid.tall() + AROUND + (WORDS if inspection is not None else 0)
     if inspection is not None:
         tall = max(tall, 480)
     styling.layout(figure, title, width=width, height=tall, style=style)
     grid.axes(figure, with_input="input" in circuit.universe, domain=LEFT if inspection is not None else (0, 1))
     figure.update_layout(hovermode="closest", showlegend=False)
-    table = pd.DataFrame({"node": circuit.universe.names, "in_circuit": circuit.kept.numpy(), "score": values})
+    table = pd.DataFrame({"node": circuit.universe.names, "in_circuit": circuit.kept.numpy(), "score": numbers})
     if inspection is None:
         shrink = picture.Reaction("nodes.js", None)
         plain = picture.fit([(0, {"height": tall})])
@@ -191,15 +205,13 @@ def _add_nodes(
         )
 
 
-def _add_edges(figure: go.Figure, circuit: Circuit, edges: EdgeScores, most: int, grid: Grid) -> None:
-    """The best edges between nodes of the circuit, thick and opaque by their score."""
-    table = _within(circuit, edges).head(most)
-    if not len(table):
-        return
+def _add_edges(figure: go.Figure, table: pd.DataFrame, circuit: Circuit, grid: Grid, *, scored: bool) -> None:
+    """Edges between nodes of the circuit, thick and opaque by their scores; grey where they have none."""
     limit = styling.robust_limit(table["score"].to_numpy())
     by_name = {node.name: node for node in circuit.universe}
     for row in table.iloc[::-1].itertuples():
-        strength = min(1.0, abs(row.score) / limit)
+        strength = min(1.0, abs(row.score) / limit) if scored else 0.3
+        color = (POSITIVE if row.score >= 0 else NEGATIVE) if scored else "#7a7a7a"
         (x0, y0), (x1, y1) = grid.place(by_name[row.writer]), grid.place(by_name[row.reader])
         bow = 0.35 if abs(x0 - x1) < 0.5 and y1 - y0 > 1 else 0.0
         t = np.linspace(0, 1, 15)
@@ -208,21 +220,20 @@ def _add_edges(figure: go.Figure, circuit: Circuit, edges: EdgeScores, most: int
             y=((1 - t) * y0 + t * y1).round(3),
             mode="lines",
             name=f"{row.writer}->{row.reader}",
-            line={"color": POSITIVE if row.score >= 0 else NEGATIVE, "width": round(1 + 3 * strength, 2)},
+            line={"color": color, "width": round(1 + 3 * strength, 2)},
             opacity=round(0.25 + 0.5 * strength, 2),
             hoverinfo="text",
-            text=f"<b>{row.writer} → {row.reader}</b><br>score {row.score:+.4g}",
+            text=f"<b>{row.writer} → {row.reader}</b>" + (f"<br>score {row.score:+.4g}" if scored else ""),
         )
 
 
-def _within(circuit: Circuit, edges: EdgeScores) -> pd.DataFrame:
+def _within(circuit: Circuit, edges: EdgeSet, values: Float[Tensor, "writer reader"]) -> pd.DataFrame:
     """Edges between nodes of the circuit, best first; of the readers of one node the one with the largest score."""
-    writers, known = edges.edges.writers, set(circuit.universe.names)
-    owners = [[writers[i] for i in row.nonzero()[:, 0].tolist()] for row in edges.edges.inputs]
+    writers, known = edges.writers, set(circuit.universe.names)
+    owners = [[writers[i] for i in row.nonzero()[:, 0].tolist()] for row in edges.inputs]
     if not known & {owner for each in owners for owner in each}:
         raise CircuitError("The edges are of another model than the circuit: none of them ends at one of its nodes.")
     best: dict[tuple[str, str], float] = {}
-    values = edges.values.nan_to_num(0.0)
     for column, names in enumerate(owners):
         for reader in (name for name in names if name in circuit):
             for row in values[:, column].nonzero()[:, 0].tolist():
@@ -242,7 +253,7 @@ class Told:
 
     tokens: list[str]
     words: dict[str, list[str]]
-    patterns: dict[str, list[int]]  #: row by row, in hundredths; where none looks ahead, the lower triangle alone
+    patterns: dict[str, str]  #: row by row, a letter a weight; where none looks ahead, the lower triangle alone
     causal: bool
 
     @classmethod
@@ -261,7 +272,7 @@ class Told:
             ]
         if inspection.patterns is not None:
             for name, pattern in zip(inspection.heads, inspection.patterns.float().numpy(), strict=True):
-                patterns[name] = np.rint(pattern[seen] * STEPS).astype(int).tolist()
+                patterns[name] = "".join(LETTER_OF[step] for step in np.rint(pattern[seen] * STEPS).astype(int))
         return cls([_shown(token) for token in inspection.tokens], words, patterns, causal)
 
     def first(self, table: pd.DataFrame) -> str:
@@ -278,8 +289,8 @@ class Told:
         n = len(self.tokens)
         if name not in self.patterns:
             return [[None] * n for _ in range(n)]
-        flat = iter(self.patterns[name])
-        return [[next(flat) / STEPS if k <= q or not self.causal else None for k in range(n)] for q in range(n)]
+        flat = (LETTER_OF.index(letter) / STEPS for letter in self.patterns[name])
+        return [[next(flat) if k <= q or not self.causal else None for k in range(n)] for q in range(n)]
 
     def heading(self, name: str) -> str:
         """The lines above the pattern."""
@@ -294,7 +305,7 @@ class Told:
             "words": self.words,
             "patterns": self.patterns,
             "causal": self.causal,
-            "steps": STEPS,
+            "letters": LETTER_OF,
             "first": first,
         }
 

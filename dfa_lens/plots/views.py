@@ -158,7 +158,8 @@ def _circuit(result: TaskResult, shown: list[str]) -> tuple[dict[str, Picture], 
             {main: circuit, GOLD: result.gold.circuit(k, name=GOLD)}, title=f"The {k} best nodes of {main} and of gold"
         )
     if result.by_token is not None:
-        closer["tokens"] = token_heatmap(result.by_token, title="Gold on the same test prompt, token by token")
+        method = result.by_token.meta.get("method", "scores")
+        closer["tokens"] = token_heatmap(result.by_token, title=f"Target: {method} on a test prompt, token by token")
     return below, closer
 
 

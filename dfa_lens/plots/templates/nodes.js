@@ -18,14 +18,15 @@ function (graph, told) {
   graph.on('plotly_afterplot', shrink);
   shrink();
   if (!told) { return; }
-  const {n, words, patterns, causal, steps, first} = told;
+  const {n, words, patterns, causal, letters, first} = told;
   let shown = first, room = 0;
   const safe = text => text.replace(/&/g, '&amp;').replace(/</g, '&lt;').replace(/>/g, '&gt;');
   const z = name => {
     const flat = patterns[name];
     let at = 0;
+    const weight = () => letters.indexOf(flat[at++]) / (letters.length - 1);
     return Array.from({length: n}, (_, q) =>
-      Array.from({length: n}, (_, k) => flat && (k <= q || !causal) ? flat[at++] / steps : null));
+      Array.from({length: n}, (_, k) => flat && (k <= q || !causal) ? weight() : null));
   };
   // Lines of so many pixels; letters of 12 pixels are about 6.6 wide.
   const wrapped = text => text.split(' ').reduce((lines, word) => {

@@ -67,6 +67,11 @@ const figuresOf = async id => {
   await ready;
   return figures[id];
 };
+// When the browser has painted what was drawn, or (in a page that nobody sees, it paints nothing) a little later.
+const shown = () => new Promise(resolve => {
+  requestAnimationFrame(() => setTimeout(resolve));
+  setTimeout(resolve, 100);
+});
 // The layout with what fit.js would arrange for this width: what is drawn so at once is not drawn twice.
 const fitting = (layout, reacts, width) => {
   const [, {arrangements}] = reacts.find(([name]) => name === 'fit.js') || [null, {arrangements: []}];
@@ -89,7 +94,7 @@ const draw = async (place, {data, layout, reacts}) => {
   await Plotly.newPlot(graph, data, layout, CONFIG);
   if (dark()) { await paint(graph); }
   reacts.forEach(([name, given]) => reactions[name](graph, given));
-  await new Promise(resolve => setTimeout(resolve)); // the browser paints it before the next is begun
+  await shown();
 };
 const show = which => {
   document.documentElement.dataset.scheme = which;
