@@ -178,9 +178,10 @@ def fit(
     options:
         Fields of :class:`~dfa_lens.transfer.recipe.Recipe`, where each is described; they replace those of ``recipe``:
         ``form`` (what is trained), ``objective``, ``sparsity_weight`` (λ) and ``loss`` (what is minimised),
-        ``intervention``, ``ablation``, ``positions`` and ``gate_heads`` (what a mask does, and where that is measured),
-        ``lr``, ``steps``, ``batch_size``, ``temperature`` and ``shuffle`` (how), ``scaling`` (of the scores), ``seed``,
-        ``initial`` and ``initial_scale`` (where W starts), ``anchor`` and ``anchor_weight`` (what it stays near).
+        ``intervention``, ``direction``, ``ablation``, ``positions`` and ``gate_heads`` (what a mask does, and where
+        that is measured), ``lr``, ``steps``, ``batch_size``, ``temperature`` and ``shuffle`` (how), ``scaling`` (of
+        the scores), ``seed``, ``initial`` and ``initial_scale`` (where W starts), ``anchor`` and ``anchor_weight``
+        (what it stays near).
 
     Returns
     -------
