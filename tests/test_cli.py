@@ -107,6 +107,26 @@ def test_measure_and_carry(tmp_path, monkeypatch):
     assert "way to carry 'w'" in refused(f"{command} --by w")
 
 
+def test_the_seed_is_that_of_the_method_too(tmp_path, monkeypatch):
+    """The same prompts (of a file with one row) and another seed: other draws, and only of methods that draw."""
+    monkeypatch.chdir(tmp_path)
+    model = dfa.zoo.load("llama3-tiny-source")
+    sums = "clean,corrupt,answer,wrong\n" + "1 + 2 =,1 + 3 =, 3, 4\n"
+    Path("sums.csv").write_text(sums)
+    from dfa_lens.tasks.own import FileTask
+
+    pairs = FileTask.read("sums.csv")(model.tokenizer, split=None, n=1, seed=0)
+    for seed in (0, 3):
+        for method in ("expected-gradients", "nap"):
+            given = f"--model llama3-tiny-source --pairs sums.csv -n 1 --seed {seed} --method {method}"
+            assert invoke(f"attribute {given} --integration-steps 1 -o {method}-{seed}").stdout
+    drawn = [dfa.NodeScores.load(f"expected-gradients-{seed}") for seed in (0, 3)]
+    for seed, found in zip((0, 3), drawn, strict=True):
+        assert found == dfa.attribute(model, pairs, method="expected-gradients", steps=1, seed=seed)
+    assert not torch.equal(drawn[0].values, drawn[1].values)
+    assert torch.equal(dfa.NodeScores.load("nap-0").values, dfa.NodeScores.load("nap-3").values)
+
+
 def test_the_command_line_of_edges(tmp_path, monkeypatch):
     """attribute --edges → evaluate → report, with files of ours and of MIB."""
     monkeypatch.chdir(tmp_path)
@@ -386,6 +406,22 @@ def test_a_pair_of_models_of_ones_own():
     assert reading.model_pairs(None, None, "cpu", "float32") is None
 
 
+def test_a_backend_for_shipped_models_and_ones_own():
+    from dfa_lens.cli import reading
+    from dfa_lens.models.backend import PlainModel
+
+    both = reading.model_pairs(None, None, "cpu", "float32", "transformers")
+    assert [each.name for each in both] == list(dfa.zoo.pairs())
+    assert isinstance(both[0].source(), PlainModel)
+    own = "mine=llama3-tiny-source,llama3-tiny-target"
+    shipped, mine = reading.model_pairs(["qwen2.5"], [own], "cpu", "float32", "bridge")
+    for pair in (shipped, mine):
+        assert pair.source.keywords["backend"] == pair.target.keywords["backend"] == "bridge"
+    assert len(reading.model_pairs(None, [own], "cpu", "float32", "bridge")) == 1
+    for command in ("demo -o x", "study -o x --dry-run"):
+        assert "Unknown backend 'hoked'" in refused(f"{command} --backend hoked")
+
+
 def test_a_study_from_a_file(tmp_path, monkeypatch):
     """Forecast, run, seen, collected and gone on with."""
     monkeypatch.chdir(tmp_path)
@@ -461,5 +497,6 @@ def test_bars_are_for_somebody_who_looks_on(monkeypatch):
         monkeypatch.setattr(options, "sys", SimpleNamespace(stderr=SimpleNamespace(isatty=lambda: terminal)))
         assert options.bars(quiet=False) == terminal
         assert not options.bars(quiet=True)
-    for command in ("demo", "study run", "attribute", "fit", "evaluate", "measure", "bench", "paper", "mib evaluate"):
+    shown = "demo, study run, attribute, fit, evaluate, measure, carry, bench, paper, mib evaluate"
+    for command in shown.split(", "):
         assert "--quiet" in invoke(f"{command} --help").output
