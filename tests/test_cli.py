@@ -90,6 +90,54 @@ def test_a_report_of_own_results(tmp_path, monkeypatch):
     assert "mine: CPR 0.600, 75% of gold&#39;s 0.800." in (tmp_path / "study.html").read_text(encoding="utf-8")
 
 
+def test_inspect(tmp_path, monkeypatch):
+    """What dfa.inspect says: as text, as JSON, and as a graph of the circuit; a report with clicks."""
+    monkeypatch.chdir(tmp_path)
+    model = dfa.zoo.load("llama3-tiny-source")
+    pairs = dfa.tasks.load("ioi", model.tokenizer, split="test", n=3)
+    expected = dfa.inspect(model, pairs, example=1, top=2)
+    some = "inspect --model llama3-tiny-source --task ioi -n 3 --example 1 --top 2"
+    told = json.loads(invoke(f"{some} --nodes a3.* --nodes m0 --json").stdout)
+    assert {row["node"] for row in told["nodes"]} == {*(f"a3.h{i}" for i in range(8)), "m0"}
+    direct = dict(zip(expected.nodes.names, expected.direct.tolist(), strict=True))
+    assert {row["node"]: row["direct"] for row in told["nodes"]} == pytest.approx(
+        {n: direct[n] for n in found_in(told)}
+    )
+    best = expected.promoted[expected.nodes.names.index("a3.h2")]
+    shown = next(row for row in told["nodes"] if row["node"] == "a3.h2")
+    assert [each["text"] for each in shown["promoted"]] == [each.text for each in best]
+    scores = dfa.controls.random_scores(expected.nodes)
+    scores.save("s.safetensors")
+    said = invoke(f"{some} --scores s.safetensors --size 3 -o c.html").stdout
+    assert said.startswith("".join(expected.tokens)) and "c.html written." in said
+    for name in expected.nodes.names:
+        assert (f"{name} " in said) == (name in scores.top(3))
+    assert "Plotly.newPlot" in Path("c.html").read_text(encoding="utf-8")
+    files = "report --source ioi=s.safetensors --target ioi=s.safetensors -o r.html"
+    kept = []
+    monkeypatch.setattr("dfa_lens.plots.report", lambda results, *_, **__: kept.append(results))
+    invoke(f"{files} --model llama3-tiny-source")
+    assert kept[0].tasks[0].inspection == dfa.inspect(model, pairs[:1])
+    invoke(files)
+    assert kept[1].tasks[0].inspection is None
+    dfa.controls.random_scores(dfa.NodeSet.for_sizes(2, 3)).save("other.safetensors")
+    for arguments, message in (
+        (f"{some} --scores s.safetensors --nodes m0", "either --nodes or --scores"),
+        (f"{some} --size 3", "give --scores"),
+        (f"{some} --example 5", "There is no example 5"),
+        (f"{some} -o x.png", "can't be written as .png"),
+        (f"{some} --nodes blocks.0.hook_mlp_out", "heads and MLP blocks here"),
+        (files.replace("ioi=", "oio=") + " --model llama3-tiny-source", "'oio'"),
+        (files.replace("s.saf", "other.saf") + " --model llama3-tiny-source", "other nodes than those of --model"),
+        ("report --edges a=b -o r.html --model x", "give --source and --target"),
+    ):
+        assert message in refused(arguments)
+
+
+def found_in(told):
+    return [row["node"] for row in told["nodes"]]
+
+
 def test_measure_and_carry(tmp_path, monkeypatch):
     """What the library gives; a name that is no way or task is said before models are loaded."""
     monkeypatch.chdir(tmp_path)
@@ -186,6 +234,7 @@ def test_every_command_shows_an_example():
         "fit",
         "transfer",
         "evaluate",
+        "inspect",
         "report",
         "study",
         "doctor",
