@@ -37,6 +37,18 @@ def test_the_papers_w_is_one_word_away(setup):
     assert found == alignment.transfer(scores["a"])
 
 
+@pytest.mark.parametrize(("by", "steps", "options"), [("functional", 8, {"trees": 5}), ("W", 3, {"steps": 2})])
+def test_the_bar_comes_to_its_end(setup, capsys, by, steps, options):
+    """Each attribution and measurement is a step, with that of the target and the learning; training has its own bar."""
+    source, target, ours, theirs, _ = setup
+    dfa.carry(source, target, "a", ours, theirs, by=by, method="nap", **options)
+    assert capsys.readouterr().err == ""
+    dfa.carry(source, target, "a", ours, theirs, by=by, method="nap", progress=True, **options)
+    shown = capsys.readouterr().err
+    assert f" {steps}/{steps} " in shown
+    assert ("fit: " in shown) == (by == "W")
+
+
 def test_what_is_missing_is_said_before_the_work(setup):
     source, target, ours, theirs, _ = setup
     with pytest.raises(AlignmentError, match="by='functional' needs prompts of task 'a' on the target"):

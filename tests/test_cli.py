@@ -90,6 +90,54 @@ def test_a_report_of_own_results(tmp_path, monkeypatch):
     assert "mine: CPR 0.600, 75% of gold&#39;s 0.800." in (tmp_path / "study.html").read_text(encoding="utf-8")
 
 
+def test_inspect(tmp_path, monkeypatch):
+    """What dfa.inspect says: as text, as JSON, and as a graph of the circuit; a report with clicks."""
+    monkeypatch.chdir(tmp_path)
+    model = dfa.zoo.load("llama3-tiny-source")
+    pairs = dfa.tasks.load("ioi", model.tokenizer, split="test", n=3)
+    expected = dfa.inspect(model, pairs, example=1, top=2)
+    some = "inspect --model llama3-tiny-source --task ioi -n 3 --example 1 --top 2"
+    told = json.loads(invoke(f"{some} --nodes a3.* --nodes m0 --json").stdout)
+    assert {row["node"] for row in told["nodes"]} == {*(f"a3.h{i}" for i in range(8)), "m0"}
+    direct = dict(zip(expected.nodes.names, expected.direct.tolist(), strict=True))
+    assert {row["node"]: row["direct"] for row in told["nodes"]} == pytest.approx(
+        {n: direct[n] for n in found_in(told)}
+    )
+    best = expected.promoted[expected.nodes.names.index("a3.h2")]
+    shown = next(row for row in told["nodes"] if row["node"] == "a3.h2")
+    assert [each["text"] for each in shown["promoted"]] == [each.text for each in best]
+    scores = dfa.controls.random_scores(expected.nodes)
+    scores.save("s.safetensors")
+    said = invoke(f"{some} --scores s.safetensors --size 3 -o c.html").stdout
+    assert said.startswith("".join(expected.tokens)) and "c.html written." in said
+    for name in expected.nodes.names:
+        assert (f"{name} " in said) == (name in scores.top(3))
+    assert "Plotly.newPlot" in Path("c.html").read_text(encoding="utf-8")
+    files = "report --source ioi=s.safetensors --target ioi=s.safetensors -o r.html"
+    kept = []
+    monkeypatch.setattr("dfa_lens.plots.report", lambda results, *_, **__: kept.append(results))
+    invoke(f"{files} --model llama3-tiny-source")
+    assert kept[0].tasks[0].inspection == dfa.inspect(model, pairs[:1])
+    invoke(files)
+    assert kept[1].tasks[0].inspection is None
+    dfa.controls.random_scores(dfa.NodeSet.for_sizes(2, 3)).save("other.safetensors")
+    for arguments, message in (
+        (f"{some} --scores s.safetensors --nodes m0", "either --nodes or --scores"),
+        (f"{some} --size 3", "give --scores"),
+        (f"{some} --example 5", "There is no example 5"),
+        (f"{some} -o x.png", "can't be written as .png"),
+        (f"{some} --nodes blocks.0.hook_mlp_out", "heads and MLP blocks here"),
+        (files.replace("ioi=", "oio=") + " --model llama3-tiny-source", "'oio'"),
+        (files.replace("s.saf", "other.saf") + " --model llama3-tiny-source", "other nodes than those of --model"),
+        ("report --edges a=b -o r.html --model x", "give --source and --target"),
+    ):
+        assert message in refused(arguments)
+
+
+def found_in(told):
+    return [row["node"] for row in told["nodes"]]
+
+
 def test_measure_and_carry(tmp_path, monkeypatch):
     """What the library gives; a name that is no way or task is said before models are loaded."""
     monkeypatch.chdir(tmp_path)
@@ -105,6 +153,26 @@ def test_measure_and_carry(tmp_path, monkeypatch):
     monkeypatch.setattr("dfa_lens.models.loading.load_model", None)
     assert "Unknown task 'adition'" in refused(f"{command} --teach adition")
     assert "way to carry 'w'" in refused(f"{command} --by w")
+
+
+def test_the_seed_is_that_of_the_method_too(tmp_path, monkeypatch):
+    """The same prompts (of a file with one row) and another seed: other draws, and only of methods that draw."""
+    monkeypatch.chdir(tmp_path)
+    model = dfa.zoo.load("llama3-tiny-source")
+    sums = "clean,corrupt,answer,wrong\n" + "1 + 2 =,1 + 3 =, 3, 4\n"
+    Path("sums.csv").write_text(sums)
+    from dfa_lens.tasks.own import FileTask
+
+    pairs = FileTask.read("sums.csv")(model.tokenizer, split=None, n=1, seed=0)
+    for seed in (0, 3):
+        for method in ("expected-gradients", "nap"):
+            given = f"--model llama3-tiny-source --pairs sums.csv -n 1 --seed {seed} --method {method}"
+            assert invoke(f"attribute {given} --integration-steps 1 -o {method}-{seed}").stdout
+    drawn = [dfa.NodeScores.load(f"expected-gradients-{seed}") for seed in (0, 3)]
+    for seed, found in zip((0, 3), drawn, strict=True):
+        assert found == dfa.attribute(model, pairs, method="expected-gradients", steps=1, seed=seed)
+    assert not torch.equal(drawn[0].values, drawn[1].values)
+    assert torch.equal(dfa.NodeScores.load("nap-0").values, dfa.NodeScores.load("nap-3").values)
 
 
 def test_the_command_line_of_edges(tmp_path, monkeypatch):
@@ -166,6 +234,7 @@ def test_every_command_shows_an_example():
         "fit",
         "transfer",
         "evaluate",
+        "inspect",
         "report",
         "study",
         "doctor",
@@ -386,6 +455,22 @@ def test_a_pair_of_models_of_ones_own():
     assert reading.model_pairs(None, None, "cpu", "float32") is None
 
 
+def test_a_backend_for_shipped_models_and_ones_own():
+    from dfa_lens.cli import reading
+    from dfa_lens.models.backend import PlainModel
+
+    both = reading.model_pairs(None, None, "cpu", "float32", "transformers")
+    assert [each.name for each in both] == list(dfa.zoo.pairs())
+    assert isinstance(both[0].source(), PlainModel)
+    own = "mine=llama3-tiny-source,llama3-tiny-target"
+    shipped, mine = reading.model_pairs(["qwen2.5"], [own], "cpu", "float32", "bridge")
+    for pair in (shipped, mine):
+        assert pair.source.keywords["backend"] == pair.target.keywords["backend"] == "bridge"
+    assert len(reading.model_pairs(None, [own], "cpu", "float32", "bridge")) == 1
+    for command in ("demo -o x", "study -o x --dry-run"):
+        assert "Unknown backend 'hoked'" in refused(f"{command} --backend hoked")
+
+
 def test_a_study_from_a_file(tmp_path, monkeypatch):
     """Forecast, run, seen, collected and gone on with."""
     monkeypatch.chdir(tmp_path)
@@ -461,5 +546,6 @@ def test_bars_are_for_somebody_who_looks_on(monkeypatch):
         monkeypatch.setattr(options, "sys", SimpleNamespace(stderr=SimpleNamespace(isatty=lambda: terminal)))
         assert options.bars(quiet=False) == terminal
         assert not options.bars(quiet=True)
-    for command in ("demo", "study run", "attribute", "fit", "evaluate", "measure", "bench", "paper", "mib evaluate"):
+    shown = "demo, study run, attribute, fit, evaluate, measure, carry, bench, paper, mib evaluate"
+    for command in shown.split(", "):
         assert "--quiet" in invoke(f"{command} --help").output

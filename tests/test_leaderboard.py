@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 import dfa_lens as dfa
@@ -81,10 +82,24 @@ def test_what_is_there_is_not_run_again(made, monkeypatch):
         leaderboard.run([MODEL], ["ioi"], ["nup"], out=out)
 
 
+def test_other_weights_are_other_rows(made):
+    """A folder keeps both; the batch size is memory and time."""
+    out, table = made
+    given = {**SMALL, "out": out, "backend": "transformers", "dtype": torch.bfloat16}
+    row = leaderboard.run([MODEL], ["ioi"], ["nap"], **given, batch_size=3).iloc[0]
+    model = dfa.load_model(MODEL, backend="transformers", dtype=torch.bfloat16)
+    train, test = (dfa.tasks.load("ioi", model.tokenizer, split=split, n=4) for split in ("train", "test"))
+    scores = dfa.attribute(model, train, method="nap", batch_size=3)
+    assert row["cpr"] == pytest.approx(dfa.faithfulness_curve(model, test, scores, batch_size=3).cpr, abs=1e-6)
+    assert row["cpr"] != table.set_index("contender").loc["nap", "cpr"]
+
+
 def test_the_command(tmp_path):
     given = ["--model", MODEL, "--task", "ioi", "--contender", "random", "--examples", "2", "--test", "2"]
+    given += ["--dtype", "bfloat16", "--batch-size", "1"]
     found = CliRunner().invoke(app, ["bench", *given, "--out", str(tmp_path), "--json"])
     assert found.exit_code == 0, found.output
     shown = json.loads(found.stdout[found.stdout.index("{") :])
     assert shown["rows"][0]["contender"] == "random"
     assert (tmp_path / "leaderboard.csv").exists()
+    assert len(list(tmp_path.glob("rows/*--bfloat16--random.json"))) == 1

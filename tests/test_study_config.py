@@ -56,6 +56,19 @@ def read(folder, text):
     return Config.read(path)
 
 
+def test_a_backend_of_all_models(tmp_path):
+    shipped = read(tmp_path, 'backend = "transformers"\n').run["families"]
+    assert [each.name for each in shipped] == list(dfa.zoo.pairs())
+    assert shipped[0].target.keywords["backend"] == "transformers"
+    text = 'backend = "bridge"\nfamilies = ["llama3"]\n[models.a]\nsource = "b"\ntarget = "c"\n'
+    llama, own = read(tmp_path, text).run["families"]
+    assert llama.source.keywords["backend"] == own.source.keywords["backend"] == "bridge"
+    own = read(tmp_path, f'{text}backend = "hooked"\n').run["families"][1]
+    assert own.source.keywords["backend"] == "hooked"
+    with pytest.raises(DfaError, match=r"Unknown backend in .*study.toml 'hoked'"):
+        read(tmp_path, 'backend = "hoked"\n')
+
+
 def test_what_a_file_says_is_what_a_study_is_told(tmp_path):
     (tmp_path / "sums.csv").write_text("clean,corrupt,answer,wrong,split\n1+1=,1+2=,2,3,train\n")
     config = read(tmp_path, WHOLE)

@@ -1,5 +1,5 @@
-"""The command line: ``dfa-lens demo | attribute | measure | carry | fit | transfer | evaluate | report | study | mib``
-and ``doctor``.
+"""The command line: ``dfa-lens demo | attribute | measure | carry | fit | transfer | evaluate | inspect | report |
+study | mib`` and ``doctor``.
 
 ``app`` is the application, ``options`` what commands share, ``reading`` and ``writing`` their files; the commands are
 in ``scores``, ``carrying``, ``experiments``, ``look`` and ``submissions``.

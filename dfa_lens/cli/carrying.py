@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, get_args
+from typing import Annotated, Any, get_args
 
 import typer
 
@@ -32,7 +32,11 @@ def measure(
     quiet: option.QuietOption = False,
     as_json: option.JsonOption = False,
 ) -> None:
-    """Measure every head and MLP block by forward passes, and save what was found (.safetensors, or a table: .csv)."""
+    """Measure every head and MLP block by forward passes, and save what was found (.safetensors, or a table: .csv).
+
+    There is no choice of nodes: what is measured (direct effects, where heads look, what whole layers do) is defined
+    for heads and MLP blocks, and compared with that of all the others.
+    """
     import dfa_lens as dfa
 
     suffix = require_suffix(out, "Measurements", (".safetensors", ".csv"))
@@ -71,9 +75,13 @@ def carry(
     device: option.DeviceOption = "cpu",
     dtype: option.DtypeOption = "float32",
     batch_size: Annotated[int, typer.Option(help="Examples a pass, of attribution and measurements.")] = 16,
+    quiet: option.QuietOption = False,
     as_json: option.JsonOption = False,
 ) -> None:
-    """Carry a task's circuit from one model to another in one go, and save its scores on the target."""
+    """Carry a task's circuit from one model to another in one go, and save its scores on the target.
+
+    All heads and MLP blocks of both models take part, without a choice: see dfa-lens measure for why.
+    """
     import dfa_lens as dfa
     from dfa_lens.experiments.carry import By
     from dfa_lens.tasks.own import sources
@@ -93,6 +101,7 @@ def carry(
         {name: known[name](model.tokenizer, split="train", n=examples, seed=seed) for name in chosen}
         for model, chosen in ((small, names), (large, [task] if by == "functional" else names))
     )
-    found = dfa.carry(small, large, task, ours, theirs, by=by, batch_size=batch_size, seed=seed)  # type: ignore[arg-type]
+    how: dict[str, Any] = {"batch_size": batch_size, "seed": seed, "progress": option.bars(quiet)}
+    found = dfa.carry(small, large, task, ours, theirs, by=by, **how)  # type: ignore[arg-type]
     save_scores(found, out, suffix, as_json)
     say_scores(found, out, as_json)

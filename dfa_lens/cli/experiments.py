@@ -36,9 +36,10 @@ def demo(
     quick: Annotated[bool, typer.Option("--quick", help="Fewer examples, steps and sizes.")] = False,
     pairs: option.NamedPairsOption = None,
     collection: option.CollectionOption = "offline",
+    backend: option.BackendOption = "auto",
     device: option.DeviceOption = "cpu",
     dtype: option.DtypeOption = "float32",
-    batch_size: Annotated[int | None, typer.Option(help="Examples a pass, of attribution and curves.")] = None,
+    batch_size: option.MaybeBatchOption = None,
     workers: Annotated[
         int | None,
         typer.Option(
@@ -55,7 +56,7 @@ def demo(
 
     budget = module.QUICK if quick else module.FULL
     results = module.run(
-        families=reading.model_pairs(family, models, device, dtype),
+        families=reading.model_pairs(family, models, device, dtype, backend),
         only=task,
         seed=seed,
         budget=budget if batch_size is None else replace(budget, batch_size=batch_size),
@@ -113,9 +114,10 @@ def study(
     workers: option.WorkersOption = 1,
     pairs: option.NamedPairsOption = None,
     collection: option.CollectionOption = "offline",
+    backend: option.BackendOption = "auto",
     device: option.DeviceOption = "cpu",
     dtype: option.DtypeOption = "float32",
-    batch_size: Annotated[int | None, typer.Option(help="Examples a pass, of attribution and curves.")] = None,
+    batch_size: option.MaybeBatchOption = None,
     quick: Annotated[bool, typer.Option("--quick", help="Fewer examples, steps and sizes.")] = False,
     quiet: option.QuietOption = False,
     as_json: option.JsonOption = False,
@@ -140,7 +142,7 @@ def study(
                 raise unknown("setting", name, NAMED)
         budget = module.QUICK if quick else module.FULL
         run: dict[str, Any] = {
-            "families": reading.model_pairs(family, models, device, dtype),
+            "families": reading.model_pairs(family, models, device, dtype, backend),
             "settings": {name: NAMED[name] for name in setting} if setting else None,
             "seeds": seed or (0, 1, 2),
             "test_tasks": task,
@@ -319,7 +321,12 @@ def bench(
     test: Annotated[int, typer.Option(help="Other pairs, that circuits are judged on.")] = 32,
     seed: option.SeedOption = 0,
     workers: option.WorkersOption = 1,
+    backend: option.BackendOption = "auto",
     device: option.DeviceOption = "cpu",
+    dtype: option.DtypeOption = "float32",
+    batch_size: Annotated[
+        int, typer.Option(help="Examples a pass, of attribution and curves.", callback=option.at_least_one)
+    ] = 16,
     quiet: option.QuietOption = False,
     as_json: option.JsonOption = False,
 ) -> None:
@@ -339,7 +346,10 @@ def bench(
         test=test,
         seed=seed,
         workers=workers,
+        backend=backend,
         device=device,
+        dtype=option.dtype_of(dtype),
+        batch_size=batch_size,
         progress=option.bars(quiet),
     )
     write_atomically(out / "leaderboard.csv", table.round(5).to_csv(index=False).encode())

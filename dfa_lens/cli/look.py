@@ -1,8 +1,10 @@
-"""Looking, on the command line: a page of saved scores, and what is installed."""
+"""Looking, on the command line: what nodes do on an example, a page of saved scores, and what is installed."""
 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,8 +13,98 @@ import typer
 from dfa_lens.cli import options as option
 from dfa_lens.cli import reading
 from dfa_lens.cli.app import app
-from dfa_lens.cli.writing import require_suffix, say, written
-from dfa_lens.errors import DfaError
+from dfa_lens.cli.writing import records, require_suffix, say, written
+from dfa_lens.data.files import write_atomically
+from dfa_lens.errors import DfaError, TaskError, unknown
+
+#: What a node adds to tokens' logits, most and least.
+TOKENS = ("promoted", "suppressed")
+#: How many nodes are printed; a table and JSON have all.
+MOST_NODES = 20
+
+
+@app.command(
+    epilog="Example: dfa-lens inspect --model llama3-tiny-target --task ioi --scores ioi-target.safetensors --size 20 "
+    "--out ioi.html"
+)
+def inspect(
+    model: option.ModelOption,
+    task: option.TaskOption = None,
+    pairs: option.PairsOption = None,
+    scores: Annotated[
+        Path | None, typer.Option(help="Saved scores of the model's nodes or edges: the circuit of the best of them.")
+    ] = None,
+    size: Annotated[int | None, typer.Option(help="How many nodes or edges that circuit has. Default: 20.")] = None,
+    nodes: Annotated[
+        list[str] | None,
+        typer.Option(help="Instead: a node by its name or pattern (a3.h2, m*); may be given several times."),
+    ] = None,
+    example: Annotated[int, typer.Option(help="Which of the prompt pairs, from 0 on.")] = 0,
+    top: Annotated[int, typer.Option(help="Tokens that are named for each node.")] = 5,
+    split: option.SplitOption = "test",
+    examples: option.ExamplesOption = 64,
+    seed: option.SeedOption = 0,
+    collection: option.CollectionOption = "offline",
+    backend: option.BackendOption = "auto",
+    device: option.DeviceOption = "cpu",
+    dtype: option.DtypeOption = "float32",
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out",
+            "-o",
+            help="Write the circuit as a graph with clicks (.html), or the table (.csv); - is standard output.",
+            callback=option._writable,
+        ),
+    ] = None,
+    as_json: option.JsonOption = False,
+) -> None:
+    """Say what nodes do on one example: direct effect on the logits, tokens promoted, where heads look.
+
+    All nodes of the model, those of a circuit (--scores), or some (--nodes); the largest direct effects first.
+    """
+    import dfa_lens as dfa
+
+    suffix = None if out is None else require_suffix(out, "What was seen", (".html", ".htm", ".csv"))
+    if nodes and scores is not None:
+        raise DfaError("Give either --nodes or --scores.")
+    if size is not None and scores is None:
+        raise DfaError("--size is that of a circuit of scores: give --scores.")
+    if any("hook_" in each for each in nodes or ()):
+        raise DfaError("--nodes are heads and MLP blocks here, a3.h2 or m*: nothing is said of other hook points.")
+    ranked = None if scores is None else reading.scores(scores)
+    chosen: Any = None if ranked is None else ranked.circuit(20 if size is None else size)
+    loaded = reading.model(model, backend, device, dtype)
+    every = dfa.NodeSet.heads_and_mlps(loaded)
+    if chosen is None:
+        kept = reading.nodes(loaded, nodes)
+        chosen = dfa.Circuit((every if kept is None else kept).names, every, name=", ".join(nodes or ["all nodes"]))
+    of_edges = isinstance(chosen, dfa.EdgeCircuit)
+    circuit = chosen.to_nodes() if of_edges else chosen
+    if not set(circuit.universe.names) - {"input"} <= set(every.names):
+        raise DfaError(f"{scores} holds scores of other nodes than the heads and MLP blocks of {model}.")
+    drawn: dict[str, Any] = {"split": split, "examples": examples, "seed": seed, "collection": collection}
+    found = dfa.inspect(loaded, reading.pairs(loaded, task, pairs, **drawn), example=example, top=top)
+    table = found.to_frame()
+    table = table[table["node"].isin(circuit.names)]
+    if out is not None:
+        with written(out, as_json) as path:
+            if suffix == ".csv":
+                write_atomically(path, table.to_csv(index=False).encode())
+            else:
+                coloured: dict[str, Any] = {"edges" if of_edges else "scores": ranked}
+                page = dfa.plots.node_graph(chosen, inspection=found, **coloured).to_html()
+                write_atomically(path, page.encode())
+    more = "" if len(table) <= MOST_NODES else f"\n… and {len(table) - MOST_NODES} more"
+    text = f"{''.join(found.tokens)}\n{found.answer!r} against {found.wrong!r}; direct effects on their logits:\n\n"
+    text += table.head(MOST_NODES).round({"direct": 3}).to_string(index=False) + more
+    where = dict(zip(found.nodes.names, zip(found.promoted, found.suppressed, strict=True), strict=True))
+    rows = [
+        row | {key: [each._asdict() for each in of] for key, of in zip(TOKENS, where[row["node"]], strict=True)}
+        for row in records(table)
+    ]
+    facts = {"tokens": list(found.tokens), "answer": found.answer, "wrong": found.wrong, "nodes": rows}
+    say(text if out is None else f"{text}\n{out} written.", facts | {"out": out and str(out)}, as_json=as_json, out=out)
 
 
 @app.command(
@@ -36,6 +128,15 @@ def report(
         list[str] | None, typer.Option(help="TASK=FILE, saved scores of edges or MIB's graph file; repeat for several.")
     ] = None,
     study: Annotated[Path | None, typer.Option(help="Instead: the folder of a study, or its table.csv.")] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(help="The target model: then a click on a node shows what it does on the task's first test pair."),
+    ] = None,
+    pairs: option.NamedPairsOption = None,
+    collection: option.CollectionOption = "offline",
+    backend: option.BackendOption = "auto",
+    device: option.DeviceOption = "cpu",
+    dtype: option.DtypeOption = "float32",
     as_json: option.JsonOption = False,
 ) -> None:
     """Show results in one interactive HTML file: transfers of one or several tasks, circuits of edges, or a study."""
@@ -44,12 +145,18 @@ def report(
 
     require_suffix(out, "A report", (".html", ".htm"))
     given = source or target or gold or alignment or curve or gold_curve
+    if model is not None and not given:
+        raise DfaError("--model is for clicks on the nodes of transfers: give --source and --target.")
+    if pairs and model is None:
+        raise DfaError("--pairs is for the example that --model runs on: give --model.")
     if study is not None:
         if given or edges:
             raise DfaError("Give either --study, or files of scores.")
         found: Any = _table(study)
     elif given:
         found = _results(*(values or [] for values in (source, target, gold, alignment, curve, gold_curve)))
+        if model is not None:
+            _look_at(found, pairs, collection, lambda: reading.model(model, backend, device, dtype))
     elif edges:
         found = {}
     else:
@@ -121,6 +228,25 @@ def _results(
             )
         )
     return results
+
+
+def _look_at(results: Any, pairs: list[str] | None, collection: str, load: Callable[[], Any]) -> None:
+    """Add what the target's nodes do on each task's first test pair."""
+    import dfa_lens as dfa
+    from dfa_lens.experiments.demo import looked_at
+    from dfa_lens.tasks.own import sources
+
+    known = sources({name: name for name in dfa.tasks.names("all")} | reading.own_tasks(pairs), collection)
+    for result in results.tasks:
+        if result.task not in known:
+            raise unknown("task (TASK=FILE names it)", result.task, known, TaskError)
+    model = load()
+    every = dfa.NodeSet.heads_and_mlps(model)
+    for i, result in enumerate(results.tasks):
+        if result.circuits["transfer"].nodes != every:
+            raise DfaError(f"The target's scores of {result.task!r} are of other nodes than those of --model.")
+        example = known[result.task](model.tokenizer, split="test", n=1, seed=0)
+        results.tasks[i] = replace(result, inspection=looked_at(model, example))
 
 
 def _nodes(path: Path, task: str) -> Any:

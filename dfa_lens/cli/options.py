@@ -37,6 +37,13 @@ def _workers(number: int) -> int:
     return number
 
 
+def at_least_one(number: int | None) -> int | None:
+    """A number of examples a pass, if one is given."""
+    if number is not None and number < 1:
+        raise DfaError(f"--batch-size is the number of examples a pass, at least 1, not {number}.")
+    return number
+
+
 def maybe_workers(number: int | None) -> int | None:
     """The number of processes, if one is given."""
     return None if number is None else _workers(number)
@@ -117,6 +124,9 @@ CollectionOption = Annotated[str, typer.Option(help="Where the tasks come from: 
 DeviceOption = Annotated[str, typer.Option(help="cpu, cuda, …")]
 DtypeOption = Annotated[str, typer.Option(help="float32, bfloat16, float16 or float64: of the weights.")]
 BatchOption = Annotated[str, typer.Option(help="Examples a pass, or auto: what fits into memory.")]
+MaybeBatchOption = Annotated[
+    int | None, typer.Option(help="Examples a pass, of attribution and curves.", callback=at_least_one)
+]
 SplitOption = Annotated[str, typer.Option(help="train, validation or test.")]
 ExamplesOption = Annotated[int, typer.Option("--examples", "-n", help="Prompt pairs.", callback=_examples)]
 SeedOption = Annotated[int, typer.Option(help="Of prompts and training.")]

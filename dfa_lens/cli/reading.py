@@ -5,12 +5,12 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from dfa_lens.cli import threads
 from dfa_lens.cli.options import dtype_of
 from dfa_lens.data.files import read_bytes
-from dfa_lens.errors import DfaError, FileError, TaskError, short, unknown
+from dfa_lens.errors import DfaError, FileError, ModelError, TaskError, short, unknown
 
 #: Of MIB's files: nodes or edges, as JSON or torch's.
 MIB_SUFFIXES = (".json", ".pt")
@@ -25,20 +25,33 @@ def model(name: str, backend: str = "auto", device: str = "cpu", dtype: str = "f
     return loaded
 
 
-def model_pairs(families: list[str] | None, own: list[str] | None, device: str, dtype: str) -> list[Any] | None:
+def model_pairs(
+    families: list[str] | None, own: list[str] | None, device: str, dtype: str, backend: str = "auto"
+) -> list[Any] | None:
     """Pairs of models: shipped families by name, and those of the user's; None: all that are shipped."""
+    from dfa_lens import zoo
     from dfa_lens.experiments.experiment import ModelPair
-    from dfa_lens.models.loading import load_model
+    from dfa_lens.models.loading import Backend, load_model
 
     if not own:
         threads.for_shipped()
+    if backend not in get_args(Backend):
+        raise unknown("backend", backend, get_args(Backend), ModelError)
     made: list[Any] = list(families or ())
+    how: dict[str, Any] = {"device": device, "dtype": dtype_of(dtype)}
+    if backend != "auto":
+        how["backend"] = backend
+        known = zoo.pairs("all")
+        shipped = [ModelPair.of(name).name for name in families or ([] if own else zoo.pairs())]
+        made = [
+            ModelPair(name, *(functools.partial(load_model, model, **how) for model in known[name])) for name in shipped
+        ]
     for value in own or ():
         name, separator, models = value.partition("=")
         both = models.split(",")
         if not separator or not name or len(both) != 2 or not all(both):
             raise DfaError(f"--models are given as NAME=SOURCE,TARGET, not {short(value)!r}.")
-        load = [functools.partial(load_model, each, device=device, dtype=dtype_of(dtype)) for each in both]
+        load = [functools.partial(load_model, each, **how) for each in both]
         made.append(ModelPair(name, *load))
     return made or None
 

@@ -77,7 +77,7 @@ def attribute(
     ] = "noising",
     split: option.SplitOption = "train",
     examples: option.ExamplesOption = 64,
-    seed: option.SeedOption = 0,
+    seed: Annotated[int, typer.Option(help="Of prompts, and of methods that draw random numbers.")] = 0,
     collection: option.CollectionOption = "offline",
     backend: option.BackendOption = "auto",
     device: option.DeviceOption = "cpu",
@@ -103,7 +103,7 @@ def attribute(
     prompts = reading.pairs(loaded, task, pairs, split=split, examples=examples, seed=seed, collection=collection)
     size = option.batch_size_of(batch_size)
     common: dict[str, Any] = {"steps": integration_steps, "batch_size": size, "progress": option.bars(quiet)}
-    common |= {"ablation": ablation, "direction": direction, "metric": reading.metric(metric, loaded)}
+    common |= {"ablation": ablation, "direction": direction, "metric": reading.metric(metric, loaded), "seed": seed}
     scores: Any
     if edges:
         scores = dfa.attribute_edges(

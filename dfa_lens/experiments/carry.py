@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
+from tqdm.auto import tqdm
+
 from dfa_lens.attribution.attribute import attribute
 from dfa_lens.data.pairs import PromptPairs
 from dfa_lens.data.scores import NodeScores
@@ -37,6 +39,7 @@ def carry(
     families: Mapping[str, str] | None = None,
     batch_size: int = 16,
     seed: int = 0,
+    progress: bool = False,
     **options: Any,
 ) -> NodeScores:
     """Scores of a task on the target, from what is known of it and other tasks on the source.
@@ -66,6 +69,8 @@ def carry(
         Of attribution and measurements, not of training.
     seed:
         Of what is learned.
+    progress:
+        Show a progress bar, a step for each attribution and measurement; training W has one of its own.
     options:
         As for :func:`dfa_lens.fit_functional`, or with ``by="W"`` for :func:`dfa_lens.fit`.
 
@@ -101,21 +106,27 @@ def carry(
             raise AlignmentError(f"by={by!r} needs prompts of task {short(missing[0])!r} on the {side}.")
     if not others:
         raise AlignmentError(f"There is no task but {short(task)!r} to learn from.")
-    scores = {
-        each: attribute(source, pairs, method=method, steps=attribution_steps, batch_size=batch_size)
-        for each, pairs in source_pairs.items()
-    }
-    if by == "W":
-        taught = {each: scores[each] for each in others}
-        alignment = fit(target, taught, {each: target_pairs[each] for each in others}, seed=seed, **options)
-        return alignment.transfer(scores[task])
-    measured = {each: measure(source, pairs, batch_size=batch_size) for each, pairs in source_pairs.items()}
-    functional = fit_functional(
-        {each: scores[each] for each in others},
-        {each: measured[each] for each in others},
-        families=FAMILIES if families is None else families,
-        seed=seed,
-        **options,
-    )
-    read = measure(target, target_pairs[task], batch_size=batch_size)
-    return functional.transfer(read, scores.get(task), measured.get(task))
+    n_steps = len(source_pairs) if by == "W" else 2 * len(source_pairs) + 2
+    with tqdm(total=n_steps, desc="carry", unit="step", disable=not progress) as bar:
+        scores, measured = {}, {}
+        for each, given in source_pairs.items():
+            scores[each] = attribute(source, given, method=method, steps=attribution_steps, batch_size=batch_size)
+            bar.update()
+            if by == "functional":
+                measured[each] = measure(source, given, batch_size=batch_size)
+                bar.update()
+        if by == "functional":
+            functional = fit_functional(
+                {each: scores[each] for each in others},
+                {each: measured[each] for each in others},
+                families=FAMILIES if families is None else families,
+                seed=seed,
+                **options,
+            )
+            bar.update()
+            read = measure(target, target_pairs[task], batch_size=batch_size)
+            bar.update()
+            return functional.transfer(read, scores.get(task), measured.get(task))
+    taught = {each: scores[each] for each in others}
+    on_target = {each: target_pairs[each] for each in others}
+    return fit(target, taught, on_target, seed=seed, progress=progress, **options).transfer(scores[task])

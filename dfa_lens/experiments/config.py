@@ -26,7 +26,7 @@ from dfa_lens.experiments.functional import FUNCTIONAL
 from dfa_lens.experiments.setting import Regime, Setting
 from dfa_lens.experiments.settings import SETTINGS
 from dfa_lens.experiments.table import Control
-from dfa_lens.models.loading import load_model
+from dfa_lens.models.loading import Backend, load_model
 from dfa_lens.tasks.own import FileTask
 from dfa_lens.transfer.recipe import Recipe
 
@@ -87,7 +87,7 @@ class Config:
 
         - ``out``: the folder; ``families``, ``settings`` (names of ``dfa.study.SETTINGS`` and ``FUNCTIONAL``),
           ``seeds``, ``test_tasks``, ``collection``, ``device``, ``dtype``, ``protocol``, ``workers``,
-          ``retries``.
+          ``retries``; ``backend``, of all models that do not say their own.
         - ``[budget]``: the fields of :class:`~dfa_lens.experiments.experiment.Budget`; ``quick = true`` starts from
           the quick one.
         - ``[attribution]``: the fields of :class:`~dfa_lens.experiments.experiment.Attribution`.
@@ -134,6 +134,7 @@ _TOP: dict[str, Any] = {
     "collection": str,
     "device": str,
     "dtype": str,
+    "backend": str,
     "protocol": str,
     "workers": int,
     "retries": int,
@@ -152,6 +153,7 @@ _EXECUTOR = {"kind": str, "gpus": int, "cpus": int, "memory": float, "time": int
 #: Values that are one of a few texts.
 _CHOICES: dict[str, Any] = {
     "protocol": get_args(Protocol),
+    "backend": get_args(Backend),
     "kind": get_args(Kind),
     "regime": get_args(Regime),
     "control": get_args(Control),
@@ -178,14 +180,7 @@ class _Reader:
         run["out"] = self._beside(content.get("out", "study"))
         run["budget"] = self._budget(content.get("budget", {}))
         run["attribution"] = self._made("attribution", Attribution, content.get("attribution", {}), _ATTRIBUTION)
-        models = [*content.get("families", ()), *content.get("models", {})]
-        load = {"device": run["device"], "dtype": run["dtype"]}
-        run["families"] = [
-            self._pair(name, content["models"][name], load)
-            if name in content.get("models", {})
-            else self._inside("families", ModelPair.of, name)
-            for name in models
-        ] or None
+        run["families"] = self._families(content, {"device": run["device"], "dtype": run["dtype"]})
         run["settings"] = self._settings(content)
         run["tasks"] = self._tasks(content.get("tasks", {}))
         return Config(run, self._made("executor", Resources, content.get("executor", {}), _EXECUTOR))
@@ -197,6 +192,21 @@ class _Reader:
         if wrong is not None:
             raise self._wrong(f"budget.{wrong}", "at least 1", given[wrong])
         return replace(QUICK if found.get("quick") else FULL, **given)
+
+    def _families(self, content: dict[str, Any], load: dict[str, Any]) -> list[ModelPair] | None:
+        own, backend = content.get("models", {}), content.get("backend", "auto")
+        names = [*content.get("families", ()), *own]
+        given = {} if backend == "auto" else {"backend": backend}
+        made = []
+        for name in names or (zoo.pairs() if given else ()):
+            if name in own:
+                found = given | own[name] if isinstance(own[name], dict) else own[name]
+                made.append(self._pair(name, found, load))
+                continue
+            shipped = self._inside("families", ModelPair.of, name)
+            sides = {"source": shipped.source, "target": shipped.target}
+            made.append(self._pair(name, sides | given, load) if given else shipped)
+        return made or None
 
     def _pair(self, name: str, found: Any, load: dict[str, Any]) -> ModelPair:
         where = f"models.{name}"

@@ -205,12 +205,12 @@ def task_result(experiment: Experiment, outcomes: Sequence[Outcome]) -> TaskResu
         {each.name: each.curve for each in outcomes},
         experiment.seed,
         {each.name: each.labels for each in outcomes},
-        _looked_at(experiment.target, example),
+        looked_at(experiment.target, example),
         attribute(experiment.target, tokens.apply(example), nodes=nodes, method="nap"),
     )
 
 
-def _looked_at(model: HookedModel, example: PromptPairs) -> Inspection | None:
+def looked_at(model: HookedModel, example: PromptPairs) -> Inspection | None:
     """What the nodes do on an example; None of models that do not show it (fused attention, a norm behind it)."""
     try:
         return inspect(model, example)

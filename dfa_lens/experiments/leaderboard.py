@@ -19,6 +19,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 import pandas as pd
+import torch
 from tqdm.auto import tqdm
 
 from dfa_lens import tasks, zoo
@@ -102,6 +103,8 @@ class Cell:
     out: str
     device: str
     backend: str
+    dtype: torch.dtype = torch.float32
+    batch_size: int = 16
     truth: Truth | None = None
 
 
@@ -117,6 +120,8 @@ def run(
     workers: int = 1,
     device: str = "cpu",
     backend: str = "auto",
+    dtype: torch.dtype = torch.float32,
+    batch_size: int = 16,
     truth: Truth | None = None,
     progress: bool = False,
 ) -> pd.DataFrame:
@@ -137,6 +142,11 @@ def run(
         Of the prompts, and of methods that draw random numbers.
     workers:
         Processes, each of which has one model and task at a time.
+    device, backend, dtype:
+        As in :func:`dfa_lens.load_model`. Rows of another dtype than float32 are kept beside those of float32.
+    batch_size:
+        Examples a pass, of attribution and curves. Of the results it changes ``seconds`` and ``megabytes``, others by
+        rounding only.
     truth:
         The circuits that are known to be in other models, for the AUROC; of :data:`PLANTED`, those that were planted.
 
@@ -171,7 +181,7 @@ def run(
     for name in chosen:
         if name not in CONTENDERS:
             raise unknown("contender", name, CONTENDERS)
-    own = Cell("", "", chosen, examples, test, seed, str(out), device, backend, truth)
+    own = Cell("", "", chosen, examples, test, seed, str(out), device, backend, dtype, batch_size, truth)
     cells = [replace(own, model=model, task=task) for model, task in _pairs_of(models, tasks)]
     for cell in tqdm(each(_run_cell, cells, workers), total=len(cells), unit="task", disable=not progress):
         del cell
@@ -194,7 +204,8 @@ def _row_file(cell: Cell, contender: str) -> Path:
 
 def _called(cell: Cell) -> str:
     """A cell as files are called by it."""
-    return f"{cell.model}--{cell.task.replace('/', '-')}--seed-{cell.seed}"
+    dtype = "" if cell.dtype == torch.float32 else f"--{str(cell.dtype).removeprefix('torch.')}"
+    return f"{cell.model}--{cell.task.replace('/', '-')}--seed-{cell.seed}{dtype}"
 
 
 @dataclass(frozen=True)
@@ -208,7 +219,7 @@ class Setting:
 
 
 def _setting(cell: Cell) -> Setting:
-    given: dict[str, Any] = {"device": cell.device, "backend": cell.backend}
+    given: dict[str, Any] = {"device": cell.device, "backend": cell.backend, "dtype": cell.dtype}
     if cell.model in PLANTED:
         name, side = PLANTED[cell.model]
         pair = planted.load(name, seed=cell.seed, **given)
@@ -241,7 +252,7 @@ def _exact(cell: Cell, on: Setting) -> NodeScores:
     path = Path(cell.out) / "exact" / f"{_called(cell)}.safetensors"
     if path.exists():
         return NodeScores.load(path)
-    scores = attribute(on.model, on.train, method="exact")
+    scores = attribute(on.model, on.train, method="exact", batch_size=cell.batch_size)
     path.parent.mkdir(parents=True, exist_ok=True)
     scores.save(path)
     return scores
@@ -257,7 +268,10 @@ def _measured(cell: Cell, contender: Contender, on: Setting, exact: NodeScores) 
         return {"refused": str(error)}
     seconds = time.perf_counter() - started
     rankings: tuple[Ranking, ...] = ("signed", "absolute")
-    curves = {ranking: faithfulness_curve(on.model, on.test, scores, ranking=ranking) for ranking in rankings}
+    curves = {
+        ranking: faithfulness_curve(on.model, on.test, scores, ranking=ranking, batch_size=cell.batch_size)
+        for ranking in rankings
+    }
     agreement = statistics.correlation(scores, exact)
     mlps = [i for i, node in enumerate(scores.nodes) if node.kind == "mlp"]
     return {
@@ -273,14 +287,15 @@ def _measured(cell: Cell, contender: Contender, on: Setting, exact: NodeScores) 
         "auroc": _auroc(on.circuit, scores),
         "seconds": seconds,
         "steps": scores.meta.get("steps"),
-        **_cost(contender, on, scores),
+        **_cost(contender, on, scores, cell.batch_size),
     }
 
 
 def _scores(cell: Cell, contender: Contender, on: Setting) -> NodeScores:
     if contender.method is None:
         return random_scores(NodeSet.heads_and_mlps(on.model), seed=cell.seed)
-    return attribute(on.model, on.train, method=contender.method, seed=cell.seed, **contender.options)
+    how = {"seed": cell.seed, "batch_size": cell.batch_size, **contender.options}
+    return attribute(on.model, on.train, method=contender.method, **how)
 
 
 def _auroc(known: Mapping[str, bool] | None, scores: NodeScores) -> float | None:
@@ -291,15 +306,15 @@ def _auroc(known: Mapping[str, bool] | None, scores: NodeScores) -> float | None
     return float(roc_auc_score([known.get(name, False) for name in scores.nodes.names], scores.values.numpy()))
 
 
-def _cost(contender: Contender, on: Setting, scores: NodeScores) -> dict[str, float]:
+def _cost(contender: Contender, on: Setting, scores: NodeScores, batch_size: int) -> dict[str, float]:
     if contender.method is None:
         return {"forward": 0.0, "backward": 0.0, "megabytes": 0.0}
     method = contender.method if isinstance(contender.method, Method) else METHODS[contender.method]
     train = on.train
     footprint = Footprint(Runner(on.model), scores.nodes, int(train.longest.max()))
-    need = method.need(
-        footprint, scores.nodes, steps=int(scores.meta.get("steps", 1)), examples=len(train), batch=min(16, len(train))
-    )
+    batch = min(batch_size, len(train))
+    steps = int(scores.meta.get("steps", 1))
+    need = method.need(footprint, scores.nodes, steps=steps, examples=len(train), batch=batch)
     n = len(train)
     return {"forward": need.forward / n, "backward": need.backward / n, "megabytes": need.peak_bytes / 2**20}
 
