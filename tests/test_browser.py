@@ -389,6 +389,36 @@ def test_the_address_says_what_is_shown(browser, made_up):
     browser.get("about:blank")
 
 
+@pytest.mark.parametrize("width", [400, 1280])
+def test_a_heatmap_of_a_report_is_drawn_once(browser, made_up, width):
+    """In its place and in the reader's colours at once: a large figure takes long to draw again."""
+    browser.execute_cdp_cmd(
+        "Emulation.setEmulatedMedia", {"features": [{"name": "prefers-color-scheme", "value": "dark"}]}
+    )
+    look(browser, made_up, width)
+    browser.execute_script(
+        """
+        window.calls = [];
+        for (const name of ['newPlot', 'react', 'relayout', 'restyle', 'update']) {
+          const original = Plotly[name];
+          Plotly[name] = (graph, ...given) => {
+            if (graph.closest('figure[data-setting]')) { calls.push(name); }
+            return original(graph, ...given);
+          };
+        }
+        location.hash = 'family=made up&task=two';
+        """
+    )
+    browser.execute_async_script(
+        "const done = arguments[0];"
+        "const wait = () => calls.length ? setTimeout(done, 1000) : setTimeout(wait, 50); wait();"
+    )
+    calls = browser.execute_script("return calls")
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
+    browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+    assert calls == ["newPlot"]
+
+
 def test_tables_sort_and_filter_and_hide_no_column(browser, made_up):
     from selenium.webdriver.common.by import By
 
@@ -647,7 +677,9 @@ def all_figures(tmp_path_factory):
         plots.aligned_heatmap(source["one"], target["one"], alignment=alignment, curve=curve["gold"], title=title),
         plots.aligned_heatmap(source, target, alignment=alignment, gold=dict.fromkeys(source, gold), title=title),
         plots.scores_heatmap(gold, title="gold"),
-        plots.curves(curve, title=title),
+        plots.curves(
+            curve, title=f"{title}, and goes on for so long that a narrow window needs four lines for it, or five"
+        ),
         plots.alignment_explorer(alignment, title=title),
         plots.recovery_bars(table, title=title),
         plots.transfer_matrix(cells, title=title),

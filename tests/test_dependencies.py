@@ -95,11 +95,11 @@ def test_writing(environment, tmp_path, monkeypatch):
     """A file that its own environment passes; doctor's file has this package's dependencies of all lock files."""
     monkeypatch.setattr(lock, "TESTED", tmp_path / "tested.json")
     monkeypatch.setattr(lock, "REQUIREMENTS", tmp_path)
-    (tmp_path / "old.txt").write_text("torch==2.9.0\nfsspec==4.0\n")
+    (tmp_path / "tl-old.txt").write_text("torch==2.9.0\nfsspec==4.0\n")
     found = environment(torch=["2.13.0+cpu"], fsspec=["4.3.1"], dfa_lens=["0.1.0"])
-    lock.write(tmp_path / "new.txt", found)
-    assert (tmp_path / "new.txt").read_text().splitlines()[1:] == ["fsspec==4.3.1", "torch==2.13.0"]
-    assert lock.problems(lock.read(tmp_path / "new.txt"), found) == []
+    lock.write(tmp_path / "tl-new.txt", found)
+    assert (tmp_path / "tl-new.txt").read_text().splitlines()[1:] == ["fsspec==4.3.1", "torch==2.13.0"]
+    assert lock.problems(lock.read(tmp_path / "tl-new.txt"), found) == []
     tested = json.loads((tmp_path / "tested.json").read_text())
     assert tested["torch"] == ["2.9.0", "2.13.0"]
     assert "fsspec" not in tested

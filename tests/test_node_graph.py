@@ -117,6 +117,8 @@ def test_a_circuit_of_edges():
     scores = dfa.EdgeScores(torch.full(edges.shape, -2.0), edges)
     lines = [t for t in dfa.plots.node_graph(circuit, edges=scores).data if "->" in t.name]
     assert {(t.line.color, t.text[-8:]) for t in lines} == {("#2166ac", "score -2")}
+    alone = dfa.EdgeCircuit(["input->m1", "m1->logits"], edges)  # no edge between two nodes
+    assert not [t for t in dfa.plots.node_graph(alone, edges=scores).data if "->" in t.name]
     with pytest.raises(CircuitError, match="edges are of another model"):
         dfa.plots.node_graph(
             circuit, edges=dfa.EdgeScores(torch.ones(dfa.EdgeSet(2, 4, 4).shape), dfa.EdgeSet(2, 4, 4))

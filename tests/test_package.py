@@ -4,6 +4,7 @@ import pkgutil
 import re
 import subprocess
 import sys
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from textwrap import dedent
@@ -64,6 +65,10 @@ def quick_start():
 
 
 def test_the_quick_start_runs_as_printed(tmp_path, monkeypatch):
+    """Every line, with fewer prompts and steps than it asks for."""
+    load = dfa.tasks.load
+    monkeypatch.setattr(dfa.tasks, "load", lambda *names, n, **options: load(*names, n=n // 4, **options))
+    monkeypatch.setattr(dfa, "fit", partial(dfa.fit, steps=50))
     monkeypatch.chdir(tmp_path)
     scope = {}
     exec(compile(quick_start(), "README.md", "exec"), scope)

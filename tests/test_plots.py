@@ -490,7 +490,7 @@ def test_the_report_shows_the_smallest_faithful_circuit(tmp_path):
     figures = figures_of(page)
     assert set(figures) == {"summary", "view-family-family-task-task-0"}
     shown = figures["view-family-family-task-task-0"]
-    assert set(shown) == {"0", "zero-shot"}
+    assert set(shown) == {"0", "zero-shot", "circuit", "beside gold"}
     layout = shown["zero-shot"]["layout"]
     assert [note["text"] for note in layout["annotations"]][1:] == [
         "<b>target</b>",

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -111,7 +112,7 @@ def test_bad_input(tmp_path):
 
 
 @pytest.mark.slow
-def test_training_script(tmp_path):
+def test_training_script(tmp_path, monkeypatch):
     """A few steps: it trains, writes a complete folder that loads, and goes on from a checkpoint."""
     import warnings
 
@@ -119,6 +120,7 @@ def test_training_script(tmp_path):
         warnings.simplefilter("ignore")
         from dfa_lens.zoo import train
 
+        monkeypatch.setattr(train, "accuracy", partial(train.accuracy, n=16))
         plain = SPECS["qwen2.5-tiny-source"].recipe
         recipe = replace(plain, steps=3, batch_size=8, pairs_per_task=40)
         folder = train.train("qwen2.5-tiny-source", out=tmp_path, work=tmp_path / "work", recipe=recipe, device="cpu")

@@ -326,15 +326,17 @@ def _make_buffers_again(model: Any, stored: torch.dtype | None, dtype: torch.dty
     """Make in ``dtype`` what a model computed for itself in the dtype of its file, rounded as that is.
 
     It is the scale of Gemma's embeddings, beside which its unrounded number stands. False, and nothing is of use, if
-    there is anything else.
+    there is anything else; in float32, which no dtype is finer than, there may be: frequencies of rotations are float32
+    in every model.
     """
     for module in model.modules():
         for name, buffer in module.named_buffers(recurse=False):
             if buffer.dtype == stored:
                 number = getattr(module, f"scalar_{name}", None)
-                if not isinstance(number, (int, float)):
+                if isinstance(number, (int, float)):
+                    setattr(module, name, torch.tensor(number, dtype=dtype, device=buffer.device))
+                elif stored != torch.float32:
                     return False
-                setattr(module, name, torch.tensor(number, dtype=dtype, device=buffer.device))
     return True
 
 

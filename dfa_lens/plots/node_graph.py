@@ -241,6 +241,7 @@ def _within(circuit: Circuit, edges: EdgeSet, values: Float[Tensor, "writer read
                 if key[0] in circuit and abs(value) > abs(best.get(key, 0.0)):
                     best[key] = value
     table = pd.DataFrame([(*key, value) for key, value in best.items()], columns=["writer", "reader", "score"])
+    table["score"] = table["score"].astype(float)  # also where there is none
     return table.sort_values("score", key=abs, ascending=False, kind="stable", ignore_index=True)
 
 

@@ -1,14 +1,9 @@
 // Fits a figure into its window: panels are stacked where it is narrow, and title, menus and legend stand one below
 // the other above the plot, slider and the line of a click below it. The arrangements are made in style.py.
-function (graph, {arrangements, captions, below}) {
+// Without a graph nothing is drawn yet: it returns what it would change in that layout in a place of that width (a legend
+// is only measured when it is drawn). A figure that is drawn so at once is not drawn again.
+function (graph, {arrangements, captions, below}, undrawn) {
   const NARROW = 600, BAR = 30, MENU = 34, LINE = 1.3, AXIS = 46, SLIDER = 58;
-  if (!document.getElementById('dfa-lens-narrow')) {
-    const style = document.createElement('style');
-    style.id = 'dfa-lens-narrow';
-    style.textContent = '.dfa-lens-narrow .modebar { display: none !important; }';
-    document.head.append(style);
-  }
-  const title = graph.layout.title && graph.layout.title.text;
   const round = value => Math.round(value * 1000) / 1000;
   // Words in lines of so many pixels; letters are about half as wide as the font is high.
   const wrapped = (text, size, room) => text.split(' ').reduce((lines, word) => {
@@ -16,53 +11,80 @@ function (graph, {arrangements, captions, below}) {
     if (last && (last.length + 1 + word.length) * size * 0.55 > room) { return [...lines, word]; }
     return [...lines.slice(0, -1), last ? `${last} ${word}` : word];
   }, []);
-  let before = '', tries = 0, width = 0;
+  const at = (layout, path) => path.replace(/\[(\d+)\]/g, '.$1').split('.').reduce((inner, key) => inner && inner[key], layout);
+  const titled = layout => ((layout.title && layout.title.text) || '').replace(/<br>/g, ' ');
+  const arrangement = width => ({...(arrangements.find(([least]) => width >= least) || [0, {}])[1]});
+  // What to change, by name; `size` is that of the plot as it is now, `legend` that of a legend above it.
+  const arranged = (layout, title, width, height, size, legend) => {
+    const narrow = width < NARROW;
+    const change = arrangement(width);
+    delete change.height;
+    let y = narrow ? 6 : BAR;
+    if (title) {
+      const font = layout.title.font.size;
+      const lines = wrapped(title, font, width - 20 - (narrow ? 0 : 190));
+      Object.assign(change, {
+        'title.text': lines.join('<br>'), 'title.yref': 'container', 'title.yanchor': 'top',
+        // plotly sets one line below this, but of several the first one on it
+        'title.y': round(1 - (6 + (lines.length > 1 ? 0.7 * font : 0)) / height),
+      });
+      y = Math.max(y, 10 + lines.length * font * LINE);
+    }
+    const {width: long, height: tall} = legend || {width: 0, height: 0};
+    const menus = layout.updatemenus || [];
+    const beside = legend && long + 170 <= size.w; // a legend beside the menus
+    const top = y;
+    if (menus.length && !beside) { y += MENU; }
+    if (legend) {
+      Object.assign(change, {'legend.yref': 'container', 'legend.y': round(1 - y / height), 'legend.yanchor': 'top'});
+      y += Math.max(tall, menus.length && beside ? MENU : 0);
+    }
+    change['margin.t'] = Math.round(y + captions + 10);
+    const sliders = layout.sliders || [];
+    if (sliders.length) { change['margin.b'] = AXIS + SLIDER + below; }
+    // The plot as it will be, so that what hangs on its height is right at once.
+    const grown = side => (`margin.${side}` in change ? change[`margin.${side}`] - layout.margin[side] : 0);
+    const [t, h] = [size.t + grown('t'), size.h - grown('t') - grown('b')];
+    sliders.forEach((_, i) => { change[`sliders[${i}].y`] = round(-AXIS / h); });
+    if (menus.length) {
+      change['updatemenus[0].y'] = round(1 + (t - top) / h);
+      change['updatemenus[0].yanchor'] = 'top';
+    }
+    return change;
+  };
+  if (!graph) {
+    const {layout, width} = undrawn;
+    const change = arrangement(width);
+    const height = change.height || layout.height || 450;
+    const {l, r, t, b} = layout.margin;
+    const size = {t, w: width - l - r, h: height - t - b};
+    return {...arranged(layout, titled(layout), width, height, size, null), height};
+  }
+  if (!document.getElementById('dfa-lens-narrow')) {
+    const style = document.createElement('style');
+    style.id = 'dfa-lens-narrow';
+    style.textContent = '.dfa-lens-narrow .modebar { display: none !important; }';
+    document.head.append(style);
+  }
+  const title = titled(graph.layout);
+  let tries = 0, width = 0; // a few for each width, should one change bring another
   const fit = () => {
     const full = graph._fullLayout, size = full._size;
     if (!size || !graph.clientWidth) { return; }
     if (full.width !== width) { width = full.width; tries = 0; }
-    if (tries++ > 6) { return; }
-    const narrow = width < NARROW;
-    graph.classList.toggle('dfa-lens-narrow', narrow);
-    const fitting = arrangements.find(([least]) => width >= least);
-    const change = fitting ? {...fitting[1]} : {};
-    const height = change.height || full.height;
-    delete change.height;
+    graph.classList.toggle('dfa-lens-narrow', width < NARROW);
+    const height = arrangement(width).height || full.height;
+    const legend = full.legend && full.legend.orientation === 'h' ? graph.querySelector('.legend .bg') : null;
+    const change = arranged(full, title, width, height, size, legend && legend.getBoundingClientRect());
+    const differs = ([path, value]) => JSON.stringify(at(graph.layout, path)) !== JSON.stringify(value);
+    const needed = Object.entries(change).filter(differs);
+    if ((height === full.height && !needed.length) || tries++ > 6) { return; }
     if (height !== full.height) { // not by plotly's layout, which would fix the width as well
       graph.style.height = `${height}px`;
       Plotly.Plots.resize(graph);
-      return;
+    } else {
+      Plotly.relayout(graph, Object.fromEntries(needed));
     }
-    let y = narrow ? 6 : BAR;
-    if (title) {
-      const font = full.title.font.size;
-      const lines = wrapped(title, font, width - 20 - (narrow ? 0 : 190));
-      Object.assign(change, {
-        'title.text': lines.join('<br>'), 'title.yref': 'container', 'title.yanchor': 'top',
-        'title.y': round(1 - (6 + (lines.length - 1) * font * LINE * 0.65) / height), // of several lines plotly lifts the first
-      });
-      y = Math.max(y, 10 + lines.length * font * LINE);
-    }
-    const menus = full.updatemenus || [];
-    const legend = full.legend && full.legend.orientation === 'h' ? graph.querySelector('.legend .bg') : null;
-    const {width: long, height: tall} = legend ? legend.getBoundingClientRect() : {width: 0, height: 0};
-    if (menus.length) {
-      change['updatemenus[0].y'] = round(1 + (size.t - y) / size.h);
-      change['updatemenus[0].yanchor'] = 'top';
-      if (!legend || long + 170 > size.w) { y += MENU; }
-    }
-    if (legend) {
-      Object.assign(change, {'legend.yref': 'container', 'legend.y': round(1 - y / height), 'legend.yanchor': 'top'});
-      y += Math.max(tall, menus.length && long + 170 <= size.w ? MENU : 0);
-    }
-    change['margin.t'] = Math.round(y + captions + 10);
-    const sliders = full.sliders || [];
-    sliders.forEach((_, i) => { change[`sliders[${i}].y`] = round(-AXIS / size.h); });
-    if (sliders.length) { change['margin.b'] = AXIS + SLIDER + below; }
-    const key = JSON.stringify(change);
-    if (key === before) { return; }
-    before = key;
-    Plotly.relayout(graph, change);
   };
   graph.on('plotly_afterplot', fit);
   // A scroll bar that appears, or a closed part that opens, changes the width without a resize of the window.

@@ -72,28 +72,34 @@ const shown = () => new Promise(resolve => {
   requestAnimationFrame(() => setTimeout(resolve));
   setTimeout(resolve, 100);
 });
-// The layout with what fit.js would arrange for this width: what is drawn so at once is not drawn twice.
-const fitting = (layout, reacts, width) => {
-  const [, {arrangements}] = reacts.find(([name]) => name === 'fit.js') || [null, {arrangements: []}];
-  const [, changes] = arrangements.find(([least]) => width >= least) || [0, {}];
-  const fitted = structuredClone(layout);
-  Object.entries(changes).forEach(([path, value]) => {
-    const keys = path.replace(/\[(\d+)\]/g, '.$1').split('.');
-    const place = keys.slice(0, -1).reduce((inner, key) => inner && inner[key], fitted);
-    if (place) { place[keys[keys.length - 1]] = value; }
-  });
-  return fitted;
+// What relayout and restyle would write, in what is not drawn yet.
+const put = (target, changes) => Object.entries(changes).forEach(([path, value]) => {
+  const keys = path.replace(/\[(\d+)\]/g, '.$1').split('.');
+  const last = keys.pop();
+  keys.reduce((inner, key) => { inner[key] = inner[key] || {}; return inner[key]; }, target)[last] = value;
+});
+// The figure in the reader's colours, and as fit.js would arrange it for this width: what is drawn so at once is not drawn
+// again.
+const prepared = ({data, layout, reacts}, width) => {
+  const figure = structuredClone({data, layout});
+  const given = reacts.find(([name]) => name === 'fit.js');
+  if (given) { put(figure.layout, reactions['fit.js'](null, given[1], {layout: figure.layout, width})); }
+  if (dark()) {
+    const [change, traces] = painted(figure);
+    put(figure.layout, change);
+    traces.forEach((one, i) => put(figure.data[i], one));
+  }
+  return figure;
 };
-const draw = async (place, {data, layout, reacts}) => {
+const draw = async (place, figure) => {
   if (place.firstElementChild) { Plotly.Plots.resize(place.firstElementChild); return; }
   const graph = document.createElement('div');
   graph.className = 'plotly-graph-div';
-  layout = fitting(layout, reacts, place.clientWidth);
+  const {data, layout} = prepared(figure, place.clientWidth);
   graph.style.height = `${layout.height || 450}px`;
   place.append(graph);
   await Plotly.newPlot(graph, data, layout, CONFIG);
-  if (dark()) { await paint(graph); }
-  reacts.forEach(([name, given]) => reactions[name](graph, given));
+  figure.reacts.forEach(([name, given]) => reactions[name](graph, given));
   await shown();
 };
 const show = which => {
