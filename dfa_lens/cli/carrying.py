@@ -94,6 +94,7 @@ def carry(
     for name in (task, *(teach or ())):
         if name not in known:
             raise unknown("task", name, known, TaskError)
+    reading.require_models(source, target)
     usual = dfa.zoo.solves(source) if source in dfa.zoo.names("all") else dfa.tasks.names()
     names = dict.fromkeys([*(teach or (*usual, *own)), task])
     small, large = (reading.model(name, backend, device, dtype) for name in (source, target))

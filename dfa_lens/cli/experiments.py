@@ -92,6 +92,7 @@ app.add_typer(studies, name="study", help="Compare settings (regimes, controls, 
 
 @studies.command("run", epilog="Example: dfa-lens study --quick --setting zero-shot --setting uniform-s --out study")
 def study(
+    context: typer.Context,
     out: option.MaybeFolderOption = None,
     config: Annotated[
         Path | None, typer.Option(help="A TOML file that says all of the study; then nothing else but the next.")
@@ -130,8 +131,9 @@ def study(
     from dfa_lens.experiments.config import NAMED, Config
 
     if config is not None:
-        given = [each for each in (out, setting, family, models, task, seed, pairs) if each is not None]
-        if given:
+        beside = ("config", "dry_run", "quiet", "as_json")
+        given = {name: context.get_parameter_source(name) for name in context.params if name not in beside}
+        if any(source is not None and source.name == "COMMANDLINE" for source in given.values()):
             raise DfaError("--config says all of a study: give no other options beside it.")
         found = Config.read(config)
     else:
@@ -317,8 +319,8 @@ def bench(
     contender: Annotated[
         list[str] | None, typer.Option(help="A method, with its options; default: all of the leaderboard.")
     ] = None,
-    examples: Annotated[int, typer.Option(help="Pairs that the methods see.")] = 64,
-    test: Annotated[int, typer.Option(help="Other pairs, that circuits are judged on.")] = 32,
+    examples: Annotated[int, typer.Option(help="Pairs that the methods see.", callback=option.examples)] = 64,
+    test: Annotated[int, typer.Option(help="Other pairs, that circuits are judged on.", callback=option.examples)] = 32,
     seed: option.SeedOption = 0,
     workers: option.WorkersOption = 1,
     backend: option.BackendOption = "auto",

@@ -25,9 +25,10 @@ def _writable_folder(path: Path | None) -> Path | None:
     return path if path is None else writable(path, folder=True)
 
 
-def _examples(number: int) -> int:
+def examples(parameter: typer.CallbackParam, number: int) -> int:
+    """A number of prompt pairs."""
     if not 1 <= number <= MOST_EXAMPLES:
-        raise DfaError(f"--examples is between 1 and {MOST_EXAMPLES:,}, not {number:,}.")
+        raise DfaError(f"--{parameter.name} is between 1 and {MOST_EXAMPLES:,}, not {number:,}.")
     return number
 
 
@@ -128,7 +129,7 @@ MaybeBatchOption = Annotated[
     int | None, typer.Option(help="Examples a pass, of attribution and curves.", callback=at_least_one)
 ]
 SplitOption = Annotated[str, typer.Option(help="train, validation or test.")]
-ExamplesOption = Annotated[int, typer.Option("--examples", "-n", help="Prompt pairs.", callback=_examples)]
+ExamplesOption = Annotated[int, typer.Option("--examples", "-n", help="Prompt pairs.", callback=examples)]
 SeedOption = Annotated[int, typer.Option(help="Of prompts and training.")]
 OutOption = Annotated[
     Path, typer.Option("--out", "-o", help="File to write, or - for standard output.", callback=_writable)

@@ -25,6 +25,14 @@ def model(name: str, backend: str = "auto", device: str = "cpu", dtype: str = "f
     return loaded
 
 
+def require_models(*names: str) -> None:
+    """That there are such models, asked before the first of them is loaded."""
+    from dfa_lens.models import checkpoint
+
+    for name in names:
+        checkpoint.locate(name)
+
+
 def model_pairs(
     families: list[str] | None, own: list[str] | None, device: str, dtype: str, backend: str = "auto"
 ) -> list[Any] | None:
@@ -51,6 +59,7 @@ def model_pairs(
         both = models.split(",")
         if not separator or not name or len(both) != 2 or not all(both):
             raise DfaError(f"--models are given as NAME=SOURCE,TARGET, not {short(value)!r}.")
+        require_models(*both)
         load = [functools.partial(load_model, each, **how) for each in both]
         made.append(ModelPair(name, *load))
     return made or None

@@ -181,6 +181,11 @@ def run(
     for name in chosen:
         if name not in CONTENDERS:
             raise unknown("contender", name, CONTENDERS)
+    if tasks is not None:
+        known = dict.fromkeys(task for _, task in _pairs_of(models, None))
+        for name in tasks:
+            if name not in known:
+                raise unknown("task of these models", name, known)
     own = Cell("", "", chosen, examples, test, seed, str(out), device, backend, dtype, batch_size, truth)
     cells = [replace(own, model=model, task=task) for model, task in _pairs_of(models, tasks)]
     for cell in tqdm(each(_run_cell, cells, workers), total=len(cells), unit="task", disable=not progress):
