@@ -1,5 +1,7 @@
 """Ablations: what stands in the place of nodes that are left out, against hooks written by hand."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -248,12 +250,12 @@ def test_noising_masks_are_trained_towards_the_corrupt_run(model, loss):
     with torch.no_grad():
         corrupt, cache = model.run_with_cache(pairs.corrupt)
 
-        def mix(now, hook):
-            layer, heads = int(hook.name.split(".")[1]), hook.name.endswith("hook_z")
+        def mix(point, now, hook):
+            layer, heads = int(point.split(".")[1]), point.endswith("hook_z")
             own = gates[5 * layer : 5 * layer + 4, None] if heads else gates[5 * layer + 4]
-            return (1 - own) * now + own * cache[hook.name]
+            return (1 - own) * now + own * cache[point]
 
-        masked = model.run_with_hooks(pairs.clean, fwd_hooks=[(point, mix) for point in NODES.points])
+        masked = model.run_with_hooks(pairs.clean, fwd_hooks=[(point, partial(mix, point)) for point in NODES.points])
     masked, goal = masked[:, -1], corrupt[:, -1]
     if loss == "kl":
         p = goal.log_softmax(-1)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 from families import bridge, family_model, hugging_face
-from helpers import plain_passes, random_pairs
+from helpers import BACKENDS, plain_passes, random_pairs
 
 import dfa_lens as dfa
 from dfa_lens.errors import ScoreError
@@ -194,7 +194,7 @@ def test_row_sums_are_node_scores(family, method, monkeypatch):
 
 @pytest.mark.filterwarnings("ignore:HookedTransformer is deprecated:DeprecationWarning")
 @pytest.mark.parametrize(
-    "made", [lambda: family_model("gpt2", "hooked"), lambda: bridge("gemma2")], ids=["gpt2", "gemma2"]
+    "made", [lambda: family_model("gpt2", BACKENDS[0]), lambda: bridge("gemma2")], ids=["gpt2", "gemma2"]
 )
 def test_transformer_lens_s_classes_per_head(made, monkeypatch):
     plain_passes(monkeypatch)
