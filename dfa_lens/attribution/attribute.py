@@ -196,11 +196,7 @@ def attribute(
     if own.differentiates:
         metrics.require_gradient(metric, name)
     instead = ablations.resolve(ablation)
-    if direction not in get_args(Direction):
-        raise unknown("direction", direction, get_args(Direction))
-    if direction == "denoising":
-        pairs = turned(pairs, instead, metric)
-    sign = -1 if direction == "denoising" else 1
+    pairs, sign = directed(direction, pairs, instead, metric)
     runner = Runner(model)
     nodes = nodes if nodes is not None else NodeSet.heads_and_mlps(model)
     runner.require(pairs)
@@ -287,8 +283,17 @@ def _advice(method: str) -> str:
     return "take more steps, or steps='auto'"
 
 
-def turned(pairs: PromptPairs, ablation: Ablation, metric: str | Callable[..., Tensor]) -> PromptPairs:
-    """The pairs with clean and corrupt prompts exchanged, and the same answers: what is broken is then repaired."""
+def directed(
+    direction: Direction, pairs: PromptPairs, ablation: Ablation, metric: str | Callable[..., Tensor]
+) -> tuple[PromptPairs, int]:
+    """The pairs that are run, and the sign of what they give.
+
+    Denoising: those with clean and corrupt prompts exchanged, and the same answers; what is broken is then repaired.
+    """
+    if direction not in get_args(Direction):
+        raise unknown("direction", direction, get_args(Direction))
+    if direction == "noising":
+        return pairs, 1
     if not isinstance(ablation, ablations.Corrupt):
         raise DfaError(
             "direction='denoising' repairs one node of the corrupt run: it goes with ablation='corrupt', not with "
@@ -299,7 +304,7 @@ def turned(pairs: PromptPairs, ablation: Ablation, metric: str | Callable[..., T
             f"direction='denoising' begins at the corrupt run, and the metric {metrics.name_of(metric)!r} compares "
             "with the clean one: take another metric."
         )
-    return replace(
+    exchanged = replace(
         pairs,
         clean=pairs.corrupt,
         corrupt=pairs.clean,
@@ -308,6 +313,7 @@ def turned(pairs: PromptPairs, ablation: Ablation, metric: str | Callable[..., T
         choices=None,
         corrupt_choices=None,
     )
+    return exchanged, -1
 
 
 def _until_settled(sums: Callable[..., Sums], made: Callable[[int, Sums], NodeScores], tolerance: float) -> NodeScores:

@@ -25,7 +25,7 @@ from typing import Any, Literal, get_args
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from dfa_lens.attribution.attribute import INCOMPLETE, IntegrationWarning, turned
+from dfa_lens.attribution.attribute import INCOMPLETE, IntegrationWarning, directed
 from dfa_lens.attribution.edge_methods import (
     AttnLrpEdges,
     Eap,
@@ -175,11 +175,7 @@ def attribute_edges(
     if own.differentiates:
         metrics.require_gradient(metric, name)
     instead = ablations.resolve(ablation)
-    if direction not in get_args(Direction):
-        raise unknown("direction", direction, get_args(Direction))
-    if direction == "denoising":
-        pairs = turned(pairs, instead, metric)
-    sign = -1 if direction == "denoising" else 1
+    pairs, sign = directed(direction, pairs, instead, metric)
     chosen = EdgeSet.of_model(model, readers=readers) if edges is None else _of_this_model(edges, model)
     runner = Runner(model)
     runner.require(pairs)

@@ -6,13 +6,14 @@ import operator
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 from jaxtyping import Bool
 from torch import Tensor
 
 from dfa_lens.data.content import ByContent
-from dfa_lens.data.files import LONGEST_NAME, checked_name
+from dfa_lens.data.files import LONGEST_NAME, checked_name, write_atomically
 from dfa_lens.errors import CircuitError
 
 Own = TypeVar("Own", bound="Chosen")
@@ -56,6 +57,10 @@ class Chosen(ByContent):
         """[part] of the universe: whether it is in the circuit."""
 
     @abstractmethod
+    def to_frame(self) -> Any:
+        """A pandas table with a row for each part of the universe."""
+
+    @abstractmethod
     def summary(self) -> dict[str, Any]:
         """How large it is and where it lies: its row in :func:`~dfa_lens.data.circuit.compare`."""
 
@@ -83,6 +88,10 @@ class Chosen(ByContent):
     def fraction(self) -> float:
         """The part of the universe that is in it."""
         return len(self) / len(self.flags)
+
+    def to_csv(self, path: str | Path) -> None:
+        """Write the table of :meth:`to_frame` as CSV, for spreadsheets."""
+        write_atomically(path, self.to_frame().to_csv(index=False).encode())
 
     def named(self: Own, name: str) -> Own:
         """The same circuit under another name."""

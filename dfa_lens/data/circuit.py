@@ -29,7 +29,7 @@ from dfa_lens.data.files import (
     write_atomically,
 )
 from dfa_lens.data.nodes import NodeSet
-from dfa_lens.errors import CircuitError, FileError, short
+from dfa_lens.errors import CircuitError, short
 
 _FORMAT = "dfa_lens circuit 1"
 _JSON = "a circuit as JSON (format, name, nodes and universe)"
@@ -244,9 +244,7 @@ class Circuit(Chosen):
         FileError
             If the file is missing, broken, or not such a file.
         """
-        data = read_json(path, _JSON)
-        if data.get("format") != _FORMAT:
-            raise FileError(f"{path} is not {_JSON}.")
+        data = read_json(path, _JSON, _FORMAT)
 
         def make() -> Circuit:
             names, meta = data["nodes"], data["meta"]
@@ -255,10 +253,6 @@ class Circuit(Chosen):
             return cls(names, NodeSet.from_records(data["universe"]), name=data["name"], meta=meta)
 
         return made_from(path, _JSON, make)
-
-    def to_csv(self, path: str | Path) -> None:
-        """Write the table of :meth:`to_frame` as CSV, for spreadsheets."""
-        write_atomically(path, self.to_frame().to_csv(index=False).encode())
 
     def to_mib(self, path: str | Path, *, d_model: int | None = None) -> None:
         """Write one of MIB's files (``.pt`` or JSON): ``in_graph`` says which nodes are in it, and the score is 1 or 0.

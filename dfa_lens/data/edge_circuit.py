@@ -26,7 +26,7 @@ from dfa_lens.data.files import (
     save_tensors,
     write_atomically,
 )
-from dfa_lens.errors import CircuitError, FileError, ScoreError, short
+from dfa_lens.errors import CircuitError, ScoreError, short
 
 _FORMAT = "dfa_lens edge circuit 1"
 _JSON = "a circuit of edges as JSON (format, name, sizes, edges and universe)"
@@ -305,9 +305,7 @@ class EdgeCircuit(Chosen):
         FileError
             If the file is missing, broken, or not such a file.
         """
-        data = read_json(path, _JSON)
-        if data.get("format") != _FORMAT:
-            raise FileError(f"{path} is not {_JSON}.")
+        data = read_json(path, _JSON, _FORMAT)
 
         def make() -> EdgeCircuit:
             names, meta, universe = data["edges"], data["meta"], data["universe"]
@@ -321,10 +319,6 @@ class EdgeCircuit(Chosen):
             return cls(names, edges, name=data["name"], meta=meta)
 
         return made_from(path, _JSON, make)
-
-    def to_csv(self, path: str | Path) -> None:
-        """Write the table of :meth:`to_frame` as CSV, for spreadsheets."""
-        write_atomically(path, self.to_frame().to_csv(index=False).encode())
 
     def to_mib(self, path: str | Path) -> None:
         """Write MIB's (EAP-IG's) graph: as ``.pt`` where the path ends so, else as JSON.

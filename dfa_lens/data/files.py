@@ -224,21 +224,24 @@ def read_bytes(path: str | Path) -> bytes:
         return path.read_bytes()
 
 
-def read_json(path: str | Path, what: str) -> dict[str, Any]:
-    """The JSON object in a file that should be ``what``.
+def read_json(path: str | Path, what: str, kind: str | None = None) -> dict[str, Any]:
+    """The JSON object in a file that should be ``what``, and say that its format is ``kind``.
 
     Raises
     ------
     FileError
-        If the file is missing, not UTF-8, not JSON, nested too deeply, no object, or names a key twice.
+        If the file is missing, not UTF-8, not JSON, nested too deeply, no object, or names a key twice; or of
+        another format.
     """
     try:
         data = parse_json(read_bytes(path).decode("utf-8-sig"))  # some editors begin a file with a byte-order mark
         if not isinstance(data, dict):
             raise ValueError(f"it holds a {type(data).__name__}, not an object")
-        return data
     except ValueError as error:
         raise FileError(f"{path} is not {what}: {_reason(error)}.") from error
+    if kind is not None and data.get("format") != kind:
+        raise FileError(f"{path} is not {what}.")
+    return data
 
 
 def parse_json(text: str) -> Any:
