@@ -3,6 +3,7 @@
     make bench-real-pair                          # makes both checkpoint folders first; hours on a CPU
     python tests/benchmarks/real_pair.py --source NAME --target NAME    # checkpoint folders or hub names
     python tests/benchmarks/real_pair.py --tasks ioi addition calendar --settings gold functional --minutes 30
+    python tests/benchmarks/real_pair.py --settings "nap on the target, by size"    # any setting by |score|
 
 A task is used if both models solve it. Prompts' tokens are part of what a file is called by, so that scores,
 measurements, trained W and curves in ``build/real-pair`` are used again as long as they are of the same prompts (and
@@ -78,7 +79,7 @@ METHODS = ("functional", "functional, own scores", "functional, by size", "own s
 #: Other ways to teach, to guard and to rank, that were tried: ``--settings tried`` runs them all.
 TRIED = (
     "gold, by size",
-    "group-share, by size",
+    "group-share alone, by size",
     "sizes teach",
     "places teach",
     "the best fifth teach",
@@ -88,6 +89,7 @@ TRIED = (
     "own scores, twice the guard",
 )
 BATCH = 16
+BY_SIZE = ", by size"
 
 
 def draw(task: str, tokenizer: Any, *, split: str, n: int, seed: int, **options: Any) -> dfa.PromptPairs:
@@ -191,10 +193,8 @@ class RealPair(Pair):
             return lambda task: changed(source.scores(task), how)
 
         self.settings |= {
-            "gold, by size": lambda task: changed(target.scores(task), torch.abs),
-            "group-share, by size": lambda task: changed(target.measured(task).scores("group-share"), torch.abs),
-            "functional, by size": lambda task: changed(self.functional(task), torch.abs),
-            "own scores, by size": lambda task: changed(own(task), torch.abs),
+            "functional, by size": self.by_size("functional"),
+            "own scores, by size": self.by_size("functional, own scores"),
             "sizes teach": lambda task: self.taught(task, from_scores(torch.abs), sizes=True),
             "places teach": lambda task: self.taught(task, from_scores(places)),
             "the best fifth teach": lambda task: self.taught(task, from_scores(best_fifth)),
@@ -203,6 +203,16 @@ class RealPair(Pair):
             "own scores, half the guard": partial(own, guard=0.5),
             "own scores, twice the guard": partial(own, guard=2.0),
         }
+
+    def circuit(self, task: str, setting: str) -> dfa.NodeScores:
+        """The scores of a setting; of any of them "…, by size" ranks by |score|."""
+        if setting not in self.settings and setting.endswith(BY_SIZE):
+            return self.by_size(setting.removesuffix(BY_SIZE))(task)
+        return self.settings[setting](task)
+
+    def by_size(self, setting: str) -> Callable[[str], dfa.NodeScores]:
+        """The sizes of a setting's scores, for every task."""
+        return lambda task: changed(self.settings[setting](task), torch.abs)
 
     def taught(self, task: str, teacher: Callable[[str], dfa.NodeScores], *, sizes: bool = False) -> dfa.NodeScores:
         """A functional alignment, with the task's own, that learns something else than the source's scores."""
@@ -257,7 +267,7 @@ class RealPair(Pair):
 
     def curve(self, task: str, setting: str) -> dict[str, np.ndarray]:
         """The curve of a setting's circuit, from the disk if it is there."""
-        circuit = self.settings[setting](task)
+        circuit = self.circuit(task, setting)
         n, steps = len(circuit), self.given.sizes - 1
         sizes = sorted({round(n * (i / steps) ** 1.5) for i in range(steps + 1)})  # denser where circuits are small
         pairs = self.target.pairs(task, "test")
