@@ -20,7 +20,7 @@ from dfa_lens.data.edges import EdgeScores, EdgeSet
 from dfa_lens.data.inspection import Inspection, TokenLogit
 from dfa_lens.data.scores import NodeScores
 from dfa_lens.errors import CircuitError
-from dfa_lens.plots import picture
+from dfa_lens.plots import arguments, picture
 from dfa_lens.plots import style as styling
 from dfa_lens.plots.grid import AROUND, Grid
 from dfa_lens.plots.masks import mask_of
@@ -95,6 +95,7 @@ def node_graph(
     >>> figure.to_frame().columns.tolist()
     ['node', 'in_circuit', 'score', 'direct']
     """
+    arguments.expect(1, "circuit", circuit, Circuit, EdgeCircuit)
     lines = circuit if isinstance(circuit, EdgeCircuit) else None
     circuit = circuit.to_nodes() if isinstance(circuit, EdgeCircuit) else circuit
     grid = Grid.of(circuit.universe)

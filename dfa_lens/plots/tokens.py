@@ -8,7 +8,7 @@ import pandas as pd
 from dfa_lens.data.nodes import SpanNode
 from dfa_lens.data.scores import NodeScores
 from dfa_lens.errors import ScoreError
-from dfa_lens.plots import picture
+from dfa_lens.plots import arguments, picture
 from dfa_lens.plots import style as styling
 from dfa_lens.plots.picture import Picture
 from dfa_lens.plots.style import Style
@@ -59,6 +59,7 @@ def token_heatmap(
     >>> dfa.plots.token_heatmap(scores).to_frame().columns.tolist()
     ['layer', 'token', 'kind', 'score']
     """
+    arguments.expect(1, "scores", scores, NodeScores)
     table = _by_node(scores)
     sums = table.groupby(["layer", "token", "kind"], as_index=False, sort=False)["score"].sum()
     tokens = list(dict.fromkeys(table["token"]))
