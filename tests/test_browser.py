@@ -704,7 +704,7 @@ def all_figures(tmp_path_factory):
         plots.node_graph(gold.circuit(40), edges=made_up_edges(10, 10, 5), title=title),
         plots.circuit_comparison({name: gold.circuit(9 + len(name)) for name in tasks[:2]}, title=title),
         plots.circuit_comparison({"source": source["one"].circuit(20), "target": gold.circuit(40)}, title=title),
-        plots.token_heatmap(dfa.controls.random_scores(A.at_spans([f"{i} word{i}" for i in range(14)])), title=title),
+        plots.token_heatmap(dfa.controls.random_scores(A.at_spans([f"{i} word{i}" for i in range(30)])), title=title),
     ]
     path = tmp_path_factory.mktemp("all") / "all.html"
     parts = [each.to_html(full_html=False, include_plotlyjs=i == 0) for i, each in enumerate(figures)]
@@ -747,6 +747,39 @@ def test_words_beside_a_graph_fit(browser, tmp_path):
         browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
         assert n > least
         assert (over, cut) == ([], [])
+
+
+def test_the_line_of_a_click_is_not_cut_off(browser, tmp_path):
+    """In a narrow window it is several lines."""
+    scores, alignment = dfa.controls.random_scores(A), dfa.controls.random_w(A, B)
+    edges = made_up_edges(4, 6, 3)
+    title = "A title that says at some length what is seen in the figure below"
+    figures = {
+        "heatmap": dfa.plots.aligned_heatmap(scores, alignment.transfer(scores), alignment=alignment, title=title),
+        "scores": dfa.plots.circuit_graph(edges, size=200, most=300, title=title),
+        "circuit": dfa.plots.circuit_graph(edges.circuit(150, ranking="absolute"), title=title),
+    }
+    for name, figure in figures.items():
+        figure.write_html(tmp_path / f"{name}.html")
+        look(browser, tmp_path / f"{name}.html", 400)
+        browser.execute_async_script(
+            """
+            const graph = document.querySelector('.plotly-graph-div');
+            const at = graph.data.findIndex(trace => trace.name === 'target heads');
+            const point = at < 0 ? {customdata: 'm1'} : {curveNumber: at, pointIndex: [4, 5]};
+            graph.emit('plotly_click', {points: [point]});
+            setTimeout(arguments[0], 500);
+            """
+        )
+        note = browser.execute_script(
+            "const note = document.querySelector('.plotly-graph-div').layout.annotations"
+            ".find(each => each.name === 'what was clicked'); return note && note.text"
+        )
+        assert "<br>" in note
+        n, *found = browser.execute_script(OVERLAPS)
+        browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+        assert n > 20
+        assert found == [[], [], True], name
 
 
 @pytest.mark.parametrize("width", [400, 800, 1400])

@@ -273,6 +273,8 @@ def test_edges_outside_a_circuits_universe_make_paths():
     assert all(not name.startswith("input") for name in circuit)
     for figure in (dfa.plots.circuit_graph(circuit), dfa.plots.circuit_graph(circuit, scores=scores)):
         assert visible(figure) == set(circuit.pruned().names)
+        n = len(scores.edges) - len(scores.edges.without_input())
+        assert f"{n} edges of the input run, too" in [trace.name for trace in figure.data]
     assert visible(figure)
 
 

@@ -35,9 +35,11 @@ LAYER = 3.0
 KEYS, QUERIES, HEADS, BLOCK = 0.5, 1.05, 1.75, 2.7
 #: Where the y axis begins, and how far it goes beyond the logits.
 FLOOR, CEILING = -2.0, 1.1
-#: Pixels of a unit (of models with more than twelve layers less), and above and below the graph.
+#: Pixels of a unit (of models with more than twelve layers less), above the graph, and below it on paper.
 UNIT, UNIT_OF_MANY, UNIT_ON_PAPER = 25, 20, 11
-TOP, BOTTOM = 80, 224
+TOP, ON_PAPER = 80, 60
+#: Below it on the screen: what the axis takes, the slider (both as in fit.js), and the line of a click.
+AXIS, SLIDER, NOTE = 46, 58, 110
 #: How far from the middle of a node, and of a reader, edges begin and end: what is hovered there is the node.
 NEAR_NODE, NEAR_READER = 0.35, 0.2
 #: Points of a curve: hovering finds the nearest.
@@ -46,8 +48,6 @@ N_POINTS = 24
 LISTED = 4
 #: Of edges; the second is that of edges which a click leaves out.
 OPACITY, FAINT = 0.85, 0.06
-
-_NOTE = {**picture.NOTE, "yshift": -118}
 
 
 class Point(NamedTuple):
@@ -315,12 +315,14 @@ def circuit_graph(
     entries = [entry for entry, _ in traces]
     figure = Picture([go.Scatter(**trace, visible=entry <= first, showlegend=False) for entry, trace in traces])
     unit = UNIT_ON_PAPER if on_paper else UNIT if scores.edges.n_layers <= 12 else UNIT_OF_MANY
-    tall = height or round(unit * (place.top - FLOOR + CEILING) + TOP + (BOTTOM if slider else 60))
+    bottom = ON_PAPER if on_paper else AXIS + SLIDER * slider + NOTE
+    tall = height or round(unit * (place.top - FLOOR + CEILING) + TOP + bottom)
     styling.layout(figure, title, width=width, height=tall, style=style)
-    _axes(figure, place, tall, scored=found.scored)
+    _axes(figure, place, tall, bottom)
+    _legend(figure, found)
     if slider:
         labels = [f"{k} of {len(scores)}" + (f", {n} on a path" * prune) for k, n in zip(sizes, numbers, strict=True)]
-        _add_slider(figure, labels, first, entries)
+        _add_slider(figure, labels, first, entries, -AXIS / max(tall - TOP - bottom, 1))
     table = pd.DataFrame(
         {
             "edge": [edge.name for edge in drawn],
@@ -331,8 +333,11 @@ def circuit_graph(
             "size": [sizes[edge.entry] for edge in drawn],
         }
     )
-    clicks = Clicks.of(drawn, place)
-    return figure.carry(table, click=None if on_paper else clicks.reaction(place), react=clicks.wire)
+    clicks = Clicks.of(drawn, place, AXIS + SLIDER * slider + 4)
+    if on_paper:
+        return figure.carry(table, react=clicks.wire)
+    fit = picture.fit([(0, {"height": tall})], below=NOTE)
+    return figure.carry(table, click=clicks.reaction(place), fit=fit, react=clicks.wire)
 
 
 def _check_plain(n: int, size: int | None, most: int) -> None:
@@ -519,8 +524,8 @@ def _reader_text(name: str) -> str:
     return f"{kind} of {of}, layer {layer}"
 
 
-def _axes(figure: go.Figure, place: Map, tall: int, *, scored: bool) -> None:
-    """Layers and heads along the sides, layers on stripes, a legend of the two colours."""
+def _axes(figure: go.Figure, place: Map, tall: int, bottom: int) -> None:
+    """Layers and heads along the sides, layers on stripes."""
     layers, heads = place.edges.n_layers, place.edges.n_heads
     every = 1 if heads <= 12 else 4 if heads <= 32 else 8
     plain = {"showgrid": False, "zeroline": False, "showline": False, "ticks": "", "fixedrange": False}
@@ -528,7 +533,7 @@ def _axes(figure: go.Figure, place: Map, tall: int, *, scored: bool) -> None:
         range=[-1.2, place.mlps + 1.7],
         tickvals=[*range(0, heads, every), place.mlps],
         ticktext=[*map(str, range(0, heads, every)), "MLP"],
-        title={"text": "head", "standoff": 6},
+        title={"text": "head", "standoff": 2},
         **plain,
     )
     figure.update_yaxes(
@@ -561,20 +566,31 @@ def _axes(figure: go.Figure, place: Map, tall: int, *, scored: bool) -> None:
             "yanchor": "top",
             "x": 0,
         },
-        margin={"t": TOP, "b": 60},
+        margin={"t": TOP, "b": bottom},
     )
     if figure.layout.title.text:
         figure.update_layout(title={"y": 1 - 8 / tall, "yanchor": "top"})
-    for name, color in (("helps", POSITIVE), ("hurts", NEGATIVE)) if scored else ():
+
+
+def _legend(figure: go.Figure, edges: Edges) -> None:
+    """The two colours, or what is grey; and that edges run besides which are not drawn."""
+    entries = [("helps", POSITIVE), ("hurts", NEGATIVE)] if edges.scored else [("in the circuit", PLAIN)]
+    for name, color in entries:
         figure.add_scatter(x=[None], y=[None], mode="lines", name=name, line={"color": color, "width": 4})
+    besides = int(edges.beyond.sum())
+    if besides:
+        of_input = not edges.beyond[1:].any()
+        name = f"{besides:,} {'edges of the input' if of_input else 'other edges'} run, too"
+        line = {"color": PLAIN, "width": 1, "dash": "dot"}
+        figure.add_scatter(x=[None], y=[None], mode="lines", name=name, line=line)
+    figure.update_layout(showlegend=True)  # also of one entry alone
 
 
-def _add_slider(figure: go.Figure, labels: Sequence[str], first: int, entries: Sequence[int]) -> None:
+def _add_slider(figure: go.Figure, labels: Sequence[str], first: int, entries: Sequence[int], y: float) -> None:
     """Circuit sizes; each step shows what has appeared by then, and notes its number for clicks."""
     indices = list(range(len(entries)))
     figure.update_layout(
         meta=first,
-        margin={"b": BOTTOM},
         sliders=[
             {
                 "active": first,
@@ -588,8 +604,8 @@ def _add_slider(figure: go.Figure, labels: Sequence[str], first: int, entries: S
                 ],
                 "x": 0,
                 "len": 1,
-                "y": 0,
-                "pad": {"t": 54, "b": 0},
+                "y": y,
+                "pad": {"t": 0, "b": 0},
                 "currentvalue": {"prefix": "edges: ", "font": {"size": 13, "color": styling.INK}},
                 "ticklen": 0,
                 "minorticklen": 0,
@@ -610,9 +626,10 @@ class Clicks:
     edges: list[tuple[str, str, int]]
     reads: dict[str, list[int]]
     writes: dict[str, list[int]]
+    below: int  #: pixels from the graph down to the line
 
     @classmethod
-    def of(cls, drawn: Sequence[Drawn], place: Map) -> Clicks:
+    def of(cls, drawn: Sequence[Drawn], place: Map, below: int) -> Clicks:
         """For the edges in the order in which they are drawn."""
         edges = drawn[::-1]
         reads: dict[str, list[int]] = {}
@@ -622,14 +639,19 @@ class Clicks:
             writes.setdefault(edge.writer, []).append(trace)
             for name in {edge.reader, *place.owners[edge.reader]}:
                 reads.setdefault(name, []).append(trace)
-        return cls([(edge.as_read, edge.as_written, edge.entry) for edge in edges], reads, writes)
+        return cls([(edge.as_read, edge.as_written, edge.entry) for edge in edges], reads, writes, below)
+
+    @property
+    def note(self) -> dict[str, Any]:
+        """The line, still without its text."""
+        return {**picture.NOTE, "yshift": -self.below}
 
     def reaction(self, place: Map) -> picture.Reaction:
         """What makes the HTML of a figure react to clicks, and fits the labels into its width."""
         columns = place.mlps + 2.9
         data = {"edges": self.edges, "reads": self.reads, "writes": self.writes}
         return picture.Reaction(
-            "graph.js", data | {"note": _NOTE, "listed": LISTED, "columns": columns, "opacity": [OPACITY, FAINT]}
+            "graph.js", data | {"note": self.note, "listed": LISTED, "columns": columns, "opacity": [OPACITY, FAINT]}
         )
 
     def text(self, name: str, step: int) -> str:
@@ -653,7 +675,7 @@ class Clicks:
                 with widget.batch_update():
                     for i in range(len(self.edges)):
                         widget.data[i].opacity = OPACITY if i in mine else FAINT
-                    widget.layout.annotations = [{**_NOTE, "text": self.text(name, step)}]
+                    widget.layout.annotations = [{**self.note, "text": self.text(name, step)}]
 
         for trace in widget.data:
             if trace.name in ("nodes", "readers"):

@@ -504,7 +504,7 @@ def aligned_heatmap(
         _add_dropdown(figure, grids, sliders, parts)
     table = pd.concat([view.table(task) for task, view in views.items()], ignore_index=True)
     linked = all(view.alignment is not None for view in views.values())
-    fit = picture.fit(_arrangements(parts, height, slider), captions=24, below=40 * linked) if controls else None
+    fit = picture.fit(_arrangements(parts, height, slider), captions=24, below=56 * linked) if controls else None
     if not linked:
         return figure.carry(table, fit=fit)
     links = [linking.Links.of(v.alignment, v.source, contributors) for v in views.values() if v.alignment is not None]

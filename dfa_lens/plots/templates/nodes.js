@@ -28,24 +28,16 @@ function (graph, told) {
     return Array.from({length: n}, (_, q) =>
       Array.from({length: n}, (_, k) => flat && (k <= q || !causal) ? weight() : null));
   };
-  const pen = document.createElement('canvas').getContext('2d');
-  // Lines of so many pixels.
-  const wrapped = text => text.split(' ').reduce((lines, word) => {
-    const last = lines[lines.length - 1];
-    if (last && pen.measureText(`${last} ${word}`).width > room) { return [...lines, word]; }
-    return [...lines.slice(0, -1), last ? `${last} ${word}` : word];
-  }, []);
   const heading = name => {
     const none = patterns[name] ? 'attention pattern:' : 'no attention pattern: it is an MLP block';
     const last = Object.keys(patterns).length ? none : '';
-    const lines = [...words[name], ...(last ? [last] : [])].flatMap(wrapped);
-    return [`<b>${safe(name)}</b>`, ...lines.map(safe)].join('<br>');
+    return [`<b>${safe(name)}</b>`, ...words[name].map(safe), ...(last ? [last] : [])].join('<br>');
   };
   const number = name => graph.data.findIndex(trace => trace.name === name);
   const write = () => {
     const i = graph.layout.annotations.findIndex(each => each.name === 'node');
-    pen.font = `${graph.layout.annotations[i].font.size}px ${graph.layout.font.family}`;
-    const change = {[`annotations[${i}].text`]: heading(shown)};
+    const {font: {size}} = graph.layout.annotations[i];
+    const change = {[`annotations[${i}].text`]: graph.wrapped(heading(shown), size, room)};
     ['xaxis2', 'yaxis2'].forEach(axis => { change[`${axis}.visible`] = Boolean(patterns[shown]); });
     return Plotly.relayout(graph, change);
   };
