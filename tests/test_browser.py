@@ -389,6 +389,29 @@ def test_the_address_says_what_is_shown(browser, made_up):
     browser.get("about:blank")
 
 
+def test_plotly_learns_the_kinds_of_traces_that_are_drawn(browser, made_up):
+    """Not all of them at once, which takes long; and those of other figures when they come."""
+    open_page(browser, made_up)
+    left, kinds = browser.execute_script(
+        "return [Plotly.later.length, [...document.querySelectorAll('.plotly-graph-div')]"
+        ".flatMap(graph => graph._fullData.map(trace => trace.type))]"
+    )
+    assert set(kinds) == {"bar", "heatmap", "scatter"}
+    assert left > 40  # if not, plotly.js is written in another way, and report.py has to be told
+    drawn = browser.execute_async_script(
+        """
+        const done = arguments[0];
+        const place = document.createElement('figure');
+        document.body.append(place);
+        const sankey = {type: 'sankey', node: {label: ['a', 'b']}, link: {source: [0], target: [1], value: [1]}};
+        const layout = {margin: {l: 0, r: 0, t: 0, b: 0}};
+        draw(place, {data: [sankey], layout, reacts: []}).then(() => done(place.querySelectorAll('.sankey-node').length));
+        """
+    )
+    assert drawn == 2
+    assert not [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"]
+
+
 @pytest.mark.parametrize("width", [400, 1280])
 def test_a_heatmap_of_a_report_is_drawn_once(browser, made_up, width):
     """In its place and in the reader's colours at once: a large figure takes long to draw again."""
@@ -695,6 +718,7 @@ def all_figures(tmp_path_factory):
         ),
         plots.alignment_explorer(alignment, title=title),
         plots.recovery_bars(table, title=title),
+        plots.recovery_bars(pd.concat([table.assign(family=name) for name in ("llama3", "qwen2.5")]), title=title),
         plots.transfer_matrix(cells, title=title),
         plots.circuit_overlap({name: gold.circuit(9 + len(name), name=name) for name in tasks}, title=title),
         plots.training_history({"zero-shot": alignment, "uniform-s": alignment, "one-task": alignment}, title=title),
@@ -702,6 +726,7 @@ def all_figures(tmp_path_factory):
         plots.score_scatter(gold, target["one"], title=title),
         plots.node_graph(gold.circuit(40), scores=gold, inspection=wordy(B), title=title),
         plots.node_graph(gold.circuit(40), edges=made_up_edges(10, 10, 5), title=title),
+        plots.edge_heatmap(made_up_edges(4, 6, 3), title=title),
         plots.circuit_comparison({name: gold.circuit(9 + len(name)) for name in tasks[:2]}, title=title),
         plots.circuit_comparison({"source": source["one"].circuit(20), "target": gold.circuit(40)}, title=title),
         plots.token_heatmap(dfa.controls.random_scores(A.at_spans([f"{i} word{i}" for i in range(30)])), title=title),

@@ -472,6 +472,22 @@ def figures_of(page):
     return {name: json.loads(unpacked(text)) for name, text in packed}
 
 
+def test_plotly_defines_kinds_of_traces_when_they_are_needed():
+    """All of the list are there, for later; what is written in another way stays as it is."""
+    from plotly.offline import get_plotlyjs
+
+    from dfa_lens.plots.report import _by_need
+
+    kinds = ",".join(f"k{i}$()" for i in range(25))
+    expected = ",".join(f"()=>k{i}$()" for i in range(25))
+    assert _by_need(f"a;$P.register([{kinds}]);b=$P") == f"a;$P.later=[{expected}];b=$P"
+    for other in ("P.register([a(),b()])", f"P.register({kinds})", "P.register([x, y])"):
+        assert _by_need(other) == other
+    text = get_plotlyjs()
+    changed = _by_need(text)
+    assert ".later=[()=>" in changed  # of the plotly that is installed
+
+
 def test_the_report_shows_the_smallest_faithful_circuit(tmp_path):
     """Transferred, gold and their difference in one figure, preset to it; what is said of it is what the curve says."""
     from dataclasses import replace
@@ -506,6 +522,13 @@ def test_the_report_shows_the_smallest_faithful_circuit(tmp_path):
     assert dimmed
     assert "smallest circuit with f ≥ 0.9: 22 of 24 nodes [22, 22]" in page.read_text(encoding="utf-8")
     assert "keeps 92% of the nodes (gold&#39;s 92%)" in page.read_text(encoding="utf-8")
+    assert shown["circuit"]["layout"]["title"]["text"] == "zero-shot: the 22 best nodes"
+    # a circuit of all nodes is no picture: then a fifth of them, and the title says why
+    whole = replace(curve, per_example=np.tile([[0], [0.85], [1]], 4))
+    results.tasks[0] = replace(results.tasks[0], curves={"gold": curve, "zero-shot": whole})
+    (shown,) = (each for name, each in figures_of(dfa.plots.report(results, tmp_path)).items() if name != "summary")
+    assert shown["circuit"]["layout"]["title"]["text"] == "zero-shot: the 5 best nodes (f ≥ 0.9 takes all 24)"
+    assert [len(trace["x"]) for trace in shown["circuit"]["data"] if trace["name"] == "circuit"] == [5]
 
 
 def test_the_overlap_of_circuits_is_counted_by_hand():

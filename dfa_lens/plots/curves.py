@@ -16,6 +16,9 @@ from dfa_lens.plots import style as styling
 from dfa_lens.plots.picture import Picture
 from dfa_lens.plots.style import Style
 
+#: Pixels of a line of the legend.
+LINE = 27
+
 
 def curves(
     curves: Mapping[str, FaithfulnessCurve],
@@ -133,10 +136,15 @@ def curves(
         ],
     )
     parts = [curve.to_frame().assign(setting=label) for label, curve in curves.items()]
-    return figure.carry(pd.concat(parts, ignore_index=True), fit=None if paper else picture.fit(_arrangements(height)))
+    return figure.carry(
+        pd.concat(parts, ignore_index=True), fit=None if paper else picture.fit(_arrangements(height, len(curves)))
+    )
 
 
-def _arrangements(height: int) -> list[tuple[int, dict[str, Any]]]:
-    """The legend is beside the plot or, in a narrow window, above it."""
+def _arrangements(height: int, n_curves: int) -> list[tuple[int, dict[str, Any]]]:
+    """The legend is beside the plot or, in a narrow window, above it, a line for each curve and the empty circuit."""
     beside = {"legend.orientation": "v", "legend.x": 1.02, "legend.y": 1, "legend.yref": "paper"}
-    return [(700, beside | {"height": height}), (0, {"legend.orientation": "h", "legend.x": 0, "height": height + 140})]
+    return [
+        (700, beside | {"height": height}),
+        (0, {"legend.orientation": "h", "legend.x": 0, "height": height + LINE * (n_curves + 1)}),
+    ]

@@ -205,7 +205,10 @@ def edge_heatmap(
     lower = (1 - gap) * LOWER / (LOWER + ROW * len(blocks.rows))
     _arrange(figure, blocks, first, (lower, gap))
     clicks = Clicks(details)
-    return figure.carry(blocks.table(), click=None if on_paper else clicks.reaction(), react=clicks.wire)
+    if on_paper:
+        return figure.carry(blocks.table(), react=clicks.wire)
+    fit = picture.fit([(0, {"height": tall})], captions=20)
+    return figure.carry(blocks.table(), click=clicks.reaction(), fit=fit, react=clicks.wire)
 
 
 def _named(blocks: Blocks, block: tuple[str, str] | None) -> Block:

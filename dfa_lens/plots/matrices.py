@@ -119,8 +119,8 @@ def transfer_matrix(
         plot_bgcolor=styling.NO_NODE,
         margin={"b": 70},
     )
-    steep = [(700, {"xaxis.tickangle": 0, "height": height}), (0, {"xaxis.tickangle": -90, "height": height + 60})]
-    return figure.carry(cells, fit=None if styling.on_paper(style) else picture.fit(steep))
+    fit = None if styling.on_paper(style) else picture.fit(picture.labelled([str(c) for c in columns], height))
+    return figure.carry(cells, fit=fit)
 
 
 def _of_one(table: pd.DataFrame) -> pd.DataFrame:

@@ -98,5 +98,5 @@ def circuit_overlap(
         xaxis={"side": "bottom", "showgrid": False, "automargin": True, "type": "category"},
         yaxis={"autorange": "reversed", "showgrid": False, "automargin": True, "type": "category"},
     )
-    steep = [(700, {"xaxis.tickangle": 0, "height": height}), (0, {"xaxis.tickangle": -90, "height": height + 60})]
-    return figure.carry(table, fit=None if styling.on_paper(style) else picture.fit(steep))
+    fit = None if styling.on_paper(style) else picture.fit(picture.labelled(names, height))
+    return figure.carry(table, fit=fit)

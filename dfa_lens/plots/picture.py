@@ -65,6 +65,18 @@ def fit(arrangements: Sequence[tuple[int, dict[str, Any]]] = (), *, captions: in
     return Reaction("fit.js", {"arrangements": arrangements, "captions": captions, "below": below})
 
 
+#: Pixels of a letter below an axis, between two labels, and of what stands beside a plot.
+LETTER, BETWEEN, BESIDE = 7.2, 14, 150
+
+
+def labelled(labels: Sequence[str], height: int) -> list[tuple[int, dict[str, Any]]]:
+    """For :func:`fit`: labels of the horizontal axis lie where all fit, else they stand, and the figure is higher."""
+    longest = max(map(len, labels), default=0)
+    least = round(BESIDE + len(labels) * (LETTER * longest + BETWEEN))
+    stand = {"xaxis.tickangle": -90, "height": height + round(LETTER * longest)}
+    return [(least, {"xaxis.tickangle": 0, "height": height}), (0, stand)]
+
+
 class Picture(go.Figure):
     """A plotly Figure with its numbers as a table and, where it reacts to clicks, what makes it react.
 

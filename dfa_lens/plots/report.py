@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -97,7 +98,7 @@ def report(
     page = _TEMPLATES.get_template("report.html.j2").render(
         font=FONT,
         config=json.dumps(CONFIG),
-        plotly_js=packed(get_plotlyjs()) if views or found.figure is not None else "",
+        plotly_js=packed(_by_need(get_plotlyjs())) if views or found.figure is not None else "",
         provenance=results.provenance,
         significant=SIGNIFICANT,
         above=ABOVE,
@@ -111,3 +112,21 @@ def report(
     )
     write_atomically(path, page.encode())
     return path
+
+
+#: Where plotly.js takes in its kinds of traces, some fifty, each of which is run by that.
+_KINDS = re.compile(r"\b([\w$]+)\.register\(\[((?:[\w$]+\(\),?){20,})\]\)")
+
+
+def _by_need(plotly: str) -> str:
+    """plotly.js with its kinds of traces in ``Plotly.later``, to be taken in when a figure has them (``report.js``).
+
+    To run what defines all kinds takes a third of the time until the page shows its first figure, which has one of
+    them. A plotly.js that is written in another way stays as it is, and has them all at once.
+    """
+
+    def later(found: re.Match[str]) -> str:
+        kinds = ",".join(f"()=>{kind}" for kind in found[2].split(",") if kind)
+        return f"{found[1]}.later=[{kinds}]"
+
+    return _KINDS.sub(later, plotly, count=1)

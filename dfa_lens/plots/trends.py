@@ -135,8 +135,8 @@ def recovery_bars(
         yaxis={"title": {"text": styling.text(value) + " (* gold's CPR below 0.5)" * bool(weak)}, **styling.AXIS},
         legend=styling.LEGEND_ABOVE,
     )
-    steep = [(700, {"xaxis.tickangle": 0, "height": height}), (0, {"xaxis.tickangle": -90, "height": height + 180})]
-    return figure.carry(means, fit=None if styling.on_paper(style) else picture.fit(steep))
+    fit = None if styling.on_paper(style) else picture.fit(picture.labelled(list(ticks.values()), height))
+    return figure.carry(means, fit=fit)
 
 
 def training_history(
@@ -363,7 +363,7 @@ def score_scatter(
                     "size": 8,
                     "color": part["layer"],
                     "coloraxis": "coloraxis",
-                    "line": {"color": styling.INK, "width": 0.5},
+                    "line": {"color": styling.INK, "width": 0.8},
                 },
                 name=styling.text(kind),
                 hovertemplate="<b>%{text}</b><br>%{x:.4g}, %{y:.4g}<extra></extra>",

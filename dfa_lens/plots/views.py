@@ -32,7 +32,7 @@ from dfa_lens.plots.trends import score_scatter, training_history
 REACTIONS = ("fit.js", "links.js", "graph.js", "blocks.js", "nodes.js")
 #: Source nodes that a hover names and a click outlines: many figures share the page.
 CONTRIBUTORS = 3
-#: The part of the nodes that is drawn as the circuit where no curve says how many are faithful.
+#: The part of the nodes that is drawn as the circuit where no curve says how many are faithful, or only all are.
 WITHOUT_CURVE = 0.2
 
 
@@ -146,9 +146,13 @@ def _circuit(result: TaskResult, shown: list[str]) -> tuple[dict[str, Picture], 
     if scores is None or any(node.kind not in ("head", "mlp", "input") for node in scores.nodes):
         return {}, {}
     size = smallest(result.curves.get(main))
-    k = min(size[0], len(scores)) if size is not None else max(1, round(WITHOUT_CURVE * len(scores)))
+    k = len(scores) if size is None else size[0]
+    of = ""
+    if k >= len(scores):  # nothing to see
+        of = f" (f ≥ {FAITHFUL:g} takes all {len(scores)})" if size is not None else ""
+        k = max(1, round(WITHOUT_CURVE * len(scores)))
     circuit = scores.circuit(k, name=main)
-    of = f"{main}: the {k} best nodes"
+    of = f"{main}: the {k} best nodes{of}"
     told = result.inspection if result.inspection is not None and len(result.inspection.nodes) else None
     does = "" if told is None else ", and on click what a node does on a test prompt"
     below = {"circuit": node_graph(circuit, scores=scores, inspection=told, title=f"{of}{does}")}

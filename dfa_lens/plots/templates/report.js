@@ -25,6 +25,15 @@ const loaded = () => {
   });
   return plotly;
 };
+// plotly.js has most kinds of traces in a list, for later (see report.py): those of a figure are taken in before it is drawn.
+const known = new Set(['scatter']);
+const learn = data => {
+  while ((Plotly.later || []).length && data.some(({type}) => !known.has(type || 'scatter'))) {
+    const kind = Plotly.later.shift()();
+    Plotly.register(kind);
+    known.add(kind.name);
+  }
+};
 // What changes a figure's colours; those of traces by trace, null where none changes.
 const painted = graph => {
   const to = dark() ? DARK : LIGHT;
@@ -45,6 +54,8 @@ const painted = graph => {
   });
   const traces = graph.data.map(trace => ({
     ...(trace.line && to[trace.line.color] ? {'line.color': to[trace.line.color]} : {}),
+    ...(trace.marker && trace.marker.line && to[trace.marker.line.color]
+      ? {'marker.line.color': to[trace.marker.line.color]} : {}),
     ...(trace.type === 'bar' && to[trace.marker.color] ? {'marker.color': to[trace.marker.color]} : {}),
     ...((trace.name || '').endsWith(' outside')
       ? {colorscale: trace.colorscale.map(([at, color]) => [at, to[color] || color])} : {}),
@@ -98,6 +109,7 @@ const draw = async (place, figure) => {
   const {data, layout} = prepared(figure, place.clientWidth);
   graph.style.height = `${layout.height || 450}px`;
   place.append(graph);
+  learn(data);
   await Plotly.newPlot(graph, data, layout, CONFIG);
   figure.reacts.forEach(([name, given]) => reactions[name](graph, given));
   await shown();
