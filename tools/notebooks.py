@@ -39,6 +39,9 @@ plotly.io.renderers.default = "still"
 del Still, PngRenderer, plotly
 """
 
+#: Of a warning: where on this machine it arose, what it says, and the line of code.
+WHERE = re.compile(r"/[\w./-]*/(?:dfa_lens/[\w./]*|ipykernel_\d+/\d+\.py):\d+: (.*)\n  .*\n")
+
 
 def run(path: Path) -> float:
     notebook = nbformat.read(path, as_version=4)
@@ -52,8 +55,8 @@ def run(path: Path) -> float:
         for output in cell.outputs:
             if "execution_count" in output:
                 output.execution_count = number
-            if "text" in output:  # of warnings, not where on this machine they arose
-                output.text = re.sub(r"/[\w./-]*/(?:dfa_lens/[\w./]*|ipykernel_\d+/\d+\.py):\d+: ", "", output.text)
+            if "text" in output:
+                output.text = WHERE.sub(r"\1\n", output.text)
     for cell in notebook.cells:
         cell.metadata.pop("execution", None)  # times of day
     notebook.metadata = {name: notebook.metadata[name] for name in ("kernelspec", "language_info")}
