@@ -650,6 +650,19 @@ def look(browser, path, width):
     browser.execute_async_script("setTimeout(arguments[0], 600)")
 
 
+def wordy(nodes):
+    """What nodes do, in as many words as there can be."""
+    from dataclasses import replace
+
+    from dfa_lens.data.inspection import TokenLogit
+
+    words = (" Constantinople", "ization", "国際連合総会決議録音版", " WWWWWWWWWWWW", " responsibilities")
+    named = (tuple(TokenLogit(word, i, -12.345) for i, word in enumerate(words)),) * len(nodes)
+    return replace(
+        made_inspection(nodes), answer=" Constantinople", wrong=" responsibilities", promoted=named, suppressed=named
+    )
+
+
 @pytest.fixture(scope="module")
 def all_figures(tmp_path_factory):
     """One page with every figure, long titles and many labels."""
@@ -687,11 +700,11 @@ def all_figures(tmp_path_factory):
         plots.training_history({"zero-shot": alignment, "uniform-s": alignment, "one-task": alignment}, title=title),
         plots.size_sensitivity(table, title=title),
         plots.score_scatter(gold, target["one"], title=title),
-        plots.node_graph(gold.circuit(40), scores=gold, inspection=made_inspection(B), title=title),
+        plots.node_graph(gold.circuit(40), scores=gold, inspection=wordy(B), title=title),
         plots.node_graph(gold.circuit(40), edges=made_up_edges(10, 10, 5), title=title),
         plots.circuit_comparison({name: gold.circuit(9 + len(name)) for name in tasks[:2]}, title=title),
         plots.circuit_comparison({"source": source["one"].circuit(20), "target": gold.circuit(40)}, title=title),
-        plots.token_heatmap(dfa.controls.random_scores(A.at_spans([f"{i} word{i}" for i in range(14)])), title=title),
+        plots.token_heatmap(dfa.controls.random_scores(A.at_spans([f"{i} word{i}" for i in range(30)])), title=title),
     ]
     path = tmp_path_factory.mktemp("all") / "all.html"
     parts = [each.to_html(full_html=False, include_plotlyjs=i == 0) for i, each in enumerate(figures)]
@@ -709,6 +722,64 @@ def test_no_words_of_a_figure_overlap_or_are_cut_off(browser, all_figures, width
     assert over == []
     assert cut == []
     assert fits
+
+
+def test_words_beside_a_graph_fit(browser, tmp_path):
+    """Also where no script fits them: in images and notebooks, as wide as plotly makes a figure by default, and on
+    paper. In a page, where graph and pattern just stand side by side."""
+    import plotly.graph_objects as go
+
+    circuit = dfa.Circuit(B.names[:40], B)
+    made = [
+        dfa.plots.node_graph(circuit, inspection=wordy(B)),
+        dfa.plots.node_graph(circuit, inspection=wordy(B), width=1000),
+        dfa.plots.node_graph(circuit, inspection=wordy(B), style="paper"),
+    ]
+    parts = [
+        go.Figure(each).to_html(full_html=False, include_plotlyjs=i == 0, default_width="700px")
+        for i, each in enumerate(made)
+    ]
+    (tmp_path / "still.html").write_text(f"<!DOCTYPE html><html><body>{''.join(parts)}</body></html>", encoding="utf-8")
+    made[0].write_html(tmp_path / "page.html")
+    for name, width, least in (("still", 1400, 200), ("page", 920, 60)):
+        look(browser, tmp_path / f"{name}.html", width)
+        n, over, cut, _ = browser.execute_script(OVERLAPS)
+        browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+        assert n > least
+        assert (over, cut) == ([], [])
+
+
+def test_the_line_of_a_click_is_not_cut_off(browser, tmp_path):
+    """In a narrow window it is several lines."""
+    scores, alignment = dfa.controls.random_scores(A), dfa.controls.random_w(A, B)
+    edges = made_up_edges(4, 6, 3)
+    title = "A title that says at some length what is seen in the figure below"
+    figures = {
+        "heatmap": dfa.plots.aligned_heatmap(scores, alignment.transfer(scores), alignment=alignment, title=title),
+        "scores": dfa.plots.circuit_graph(edges, size=200, most=300, title=title),
+        "circuit": dfa.plots.circuit_graph(edges.circuit(150, ranking="absolute"), title=title),
+    }
+    for name, figure in figures.items():
+        figure.write_html(tmp_path / f"{name}.html")
+        look(browser, tmp_path / f"{name}.html", 400)
+        browser.execute_async_script(
+            """
+            const graph = document.querySelector('.plotly-graph-div');
+            const at = graph.data.findIndex(trace => trace.name === 'target heads');
+            const point = at < 0 ? {customdata: 'm1'} : {curveNumber: at, pointIndex: [4, 5]};
+            graph.emit('plotly_click', {points: [point]});
+            setTimeout(arguments[0], 500);
+            """
+        )
+        note = browser.execute_script(
+            "const note = document.querySelector('.plotly-graph-div').layout.annotations"
+            ".find(each => each.name === 'what was clicked'); return note && note.text"
+        )
+        assert "<br>" in note
+        n, *found = browser.execute_script(OVERLAPS)
+        browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+        assert n > 20
+        assert found == [[], [], True], name
 
 
 @pytest.mark.parametrize("width", [400, 800, 1400])

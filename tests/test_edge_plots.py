@@ -231,6 +231,173 @@ def test_bad_sizes_of_a_graph():
     assert set(lines(dfa.plots.circuit_graph(scores.where(writer="m0", reader="m1"), prune=False))) == {"m0->m1"}
 
 
+# --- circuits ------------------------------------------------------------------------------------------------------
+
+
+def test_a_circuit_is_drawn_as_its_scores_are(scores):
+    """With scores, the graph of a circuit of the k best edges is that of the scores at that size."""
+    circuit = scores.circuit(40, ranking="absolute", with_input=True)
+    figure = dfa.plots.circuit_graph(circuit, scores=scores)
+    same = dfa.plots.circuit_graph(scores, size=40, most=40)
+    assert visible(figure) == visible(same) == set(circuit.pruned().names)
+    for name, line in lines(figure).items():
+        assert (line.line, line.text, list(line.x)) == (
+            lines(same)[name].line,
+            lines(same)[name].text,
+            list(lines(same)[name].x),
+        )
+    assert figure.layout.sliders[0].steps[-1].label.startswith("40 of 40, ")
+    assert visible(dfa.plots.circuit_graph(circuit, scores=scores, size=20)) < visible(figure)
+
+
+def test_a_circuit_without_scores(scores):
+    circuit = scores.circuit(30, with_input=True)
+    figure = dfa.plots.circuit_graph(circuit)
+    assert set(lines(figure)) == visible(figure) == set(circuit.pruned().names)
+    assert set(lines(dfa.plots.circuit_graph(circuit, prune=False))) == set(circuit.names)
+    assert {line.line.color for line in lines(figure).values()} == {edge_graph.PLAIN}
+    assert not figure.layout.sliders
+    assert not {trace.name for trace in figure.data} & {"helps", "hurts"}  # it has no signs
+    table = figure.to_frame()
+    assert table["score"].isna().all()
+    assert set(table["edge"]) == set(lines(figure))
+    words = [word for edge in script_data(figure)["edges"] for word in edge[:2]]
+    assert not any("nan" in word for word in words)
+    assert all("nan" not in line.text for line in lines(figure).values())
+
+
+def test_edges_outside_a_circuits_universe_make_paths():
+    """Those of the input run beside a circuit that was chosen among the others; they are not drawn."""
+    scores = scores_of(3, 4, 2)
+    circuit = scores.circuit(25)
+    assert all(not name.startswith("input") for name in circuit)
+    for figure in (dfa.plots.circuit_graph(circuit), dfa.plots.circuit_graph(circuit, scores=scores)):
+        assert visible(figure) == set(circuit.pruned().names)
+        n = len(scores.edges) - len(scores.edges.without_input())
+        assert f"{n} edges of the input run, too" in [trace.name for trace in figure.data]
+    assert visible(figure)
+
+
+def test_what_a_graph_of_a_circuit_refuses():
+    scores = scores_of(2, 2)
+    circuit = scores.circuit(20, with_input=True)
+    other = scores_of(3, 2)
+    part = scores.where(writer="a*")
+    for kind, call, message in (
+        (
+            EdgeError,
+            lambda: dfa.plots.circuit_graph(circuit, size=10),
+            "without scores has no best edges: give scores=",
+        ),
+        (EdgeError, lambda: dfa.plots.circuit_graph(circuit, most=19), "has 20 edges, and the figure is to hold 19"),
+        (EdgeError, lambda: dfa.plots.circuit_graph(scores, scores=scores), "has scores of its own"),
+        (EdgeError, lambda: dfa.plots.circuit_graph(circuit, scores=part), "The circuit's edge .* has no score"),
+        (dfa.errors.ScoreError, lambda: dfa.plots.circuit_graph(circuit, scores=other), "from another model"),
+        (dfa.errors.CircuitError, lambda: dfa.plots.circuit_graph(circuit - circuit), "is empty"),
+    ):
+        with pytest.raises(kind, match=message):
+            call()
+
+
+def test_figures_name_what_they_take():
+    """An edge circuit where it makes no sense: one error, which says what draws it."""
+    scores = scores_of(2, 2)
+    circuit = scores.circuit(5)
+    nodes = dfa.controls.random_scores(dfa.NodeSet.for_sizes(2, 2))
+    plots = dfa.plots
+    for figure, given, must, drawn in (
+        (
+            plots.scores_heatmap,
+            (circuit,),
+            "first argument (scores) must be NodeScores, got EdgeCircuit",
+            "circuit_graph",
+        ),
+        (
+            plots.token_heatmap,
+            (circuit,),
+            "first argument (scores) must be NodeScores, got EdgeCircuit",
+            "circuit_graph",
+        ),
+        (
+            plots.edge_heatmap,
+            (circuit,),
+            "first argument (scores) must be EdgeScores, got EdgeCircuit",
+            "circuit_graph",
+        ),
+        (
+            plots.aligned_heatmap,
+            (nodes, circuit),
+            "second argument (target) must be NodeScores, got EdgeCir",
+            "node_graph",
+        ),
+        (
+            plots.score_scatter,
+            (nodes, scores),
+            "second argument (second) must be NodeScores, got EdgeSc",
+            "edge_heatmap",
+        ),
+        (
+            plots.alignment_explorer,
+            (circuit,),
+            "first argument (alignment) must be Alignment, got EdgeCir",
+            "node_graph",
+        ),
+        (
+            plots.node_graph,
+            (nodes,),
+            "first argument (circuit) must be Circuit or EdgeCircuit, got Nod",
+            "scores_heatmap",
+        ),
+        (
+            plots.node_graph,
+            (scores,),
+            "first argument (circuit) must be Circuit or EdgeCircuit, got Edge",
+            "circuit_graph",
+        ),
+        (
+            plots.circuit_graph,
+            (nodes,),
+            "first argument (edges) must be EdgeScores or EdgeCircuit, got No",
+            "scores_heat",
+        ),
+        (
+            plots.curves,
+            ({"one": circuit},),
+            "must be name → FaithfulnessCurve, and that of 'one' is Edge",
+            "circuit_graph",
+        ),
+        (
+            plots.circuit_comparison,
+            ({"a": circuit, "b": circuit},),
+            "name → Circuit, and that of 'a' is E",
+            ".to_nodes()",
+        ),
+        (
+            plots.report,
+            ({"a": circuit}, "a.html"),
+            "name → EdgeScores, and that of 'a' is EdgeCircuit",
+            "circuit_graph",
+        ),
+        (
+            plots.report,
+            (circuit, "a.html"),
+            "must be Results or EdgeScores or Mapping or DataFrame, got E",
+            "circuit_g",
+        ),
+        (plots.circuit_overlap, (circuit,), "must be name → Circuit or EdgeCircuit, got EdgeCircuit", "circuit_graph"),
+    ):
+        with pytest.raises(dfa.errors.ArgumentError, match=re.escape(must)) as caught:
+            unchecked(figure)(*given)
+        assert drawn in str(caught.value), figure.__name__
+
+
+def test_the_overlap_of_circuits_of_edges():
+    scores = scores_of(2, 2)
+    figure = dfa.plots.circuit_overlap({"five": scores.circuit(5), "nine": scores.circuit(9)})
+    assert "5 edges of 5 and 9" in figure.data[0].customdata[0][1]
+    assert figure.to_frame()["jaccard"].tolist() == pytest.approx([5 / 9])
+
+
 # --- blocks ----------------------------------------------------------------------------------------------------------
 
 

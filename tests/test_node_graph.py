@@ -50,10 +50,11 @@ def test_what_a_node_does():
     np.testing.assert_allclose(table["direct"], found.direct)
     heads = {name: abs(float(found.direct[NODES.position(name)])) for name in ("a0.h1", "a2.h3")}
     first = max(heads, key=heads.get)  # a head of the circuit: m1 has no pattern to show
-    words = figure.layout.annotations[0].text
-    assert words.startswith(f"<b>{first}</b><br>direct effect on logit(␣Mary) − logit(␣John): ")
+    words = figure.layout.annotations[0].text.replace("<br>", " ")
+    assert words.startswith(f"<b>{first}</b> direct effect on logit(␣Mary) − logit(␣John): ")
     assert f"{float(found.direct[NODES.position(first)]):+.3f}" in words
-    assert f"promotes ␣&lt;b&gt;{NODES.position(first)} {1 + NODES.position(first) / 10:+.2f}, x +0.50" in words
+    one = f"␣&lt;b&gt;{NODES.position(first)}\N{NO-BREAK SPACE}{1 + NODES.position(first) / 10:+.2f}"
+    assert f"promotes {one}, x\N{NO-BREAK SPACE}+0.50" in words
     z = np.array(drawn(figure, "pattern").z, dtype=float)
     expected = found.pattern(first).numpy()
     rows = np.tril_indices(len(TOKENS))

@@ -11,7 +11,7 @@ import plotly.graph_objects as go
 from dfa_lens.data.circuit import Circuit, compare
 from dfa_lens.data.nodes import Node
 from dfa_lens.errors import CircuitError
-from dfa_lens.plots import picture
+from dfa_lens.plots import arguments, picture
 from dfa_lens.plots import style as styling
 from dfa_lens.plots.grid import AROUND, Grid
 from dfa_lens.plots.picture import Picture
@@ -56,6 +56,7 @@ def circuit_comparison(
     >>> dfa.plots.circuit_comparison(circuits).to_frame()["where"].value_counts().to_dict()
     {'neither': 14, 'both': 4, 'ioi': 1, 'mcqa': 1}
     """
+    arguments.expect_each("circuits", circuits, Circuit)
     if len(circuits) != 2:
         raise CircuitError(f"This figure compares two circuits, not {len(circuits)}; circuit_overlap takes several.")
     (a, first), (b, second) = circuits.items()

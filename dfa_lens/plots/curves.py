@@ -11,7 +11,7 @@ import plotly.graph_objects as go
 
 from dfa_lens.data.curve import FaithfulnessCurve
 from dfa_lens.errors import FaithfulnessError
-from dfa_lens.plots import picture
+from dfa_lens.plots import arguments, picture
 from dfa_lens.plots import style as styling
 from dfa_lens.plots.picture import Picture
 from dfa_lens.plots.style import Style
@@ -55,6 +55,7 @@ def curves(
     >>> dfa.plots.curves({"nap": curve}).to_frame().shape[0]
     3
     """
+    arguments.expect_each("curves", curves, FaithfulnessCurve)
     if not curves:
         raise FaithfulnessError("There are no curves to draw.")
     protocols = {curve.protocol for curve in curves.values()}

@@ -11,11 +11,14 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 import torch
+from jaxtyping import Bool
+from torch import Tensor
 
+from dfa_lens.data.edge_circuit import EdgeCircuit
 from dfa_lens.data.edges import EdgeScores, EdgeSet, ReaderSite, Selection
 from dfa_lens.data.scores import Ranking
 from dfa_lens.errors import EdgeError
-from dfa_lens.plots import picture
+from dfa_lens.plots import arguments, picture
 from dfa_lens.plots import style as styling
 from dfa_lens.plots.picture import Picture
 from dfa_lens.plots.style import Style
@@ -23,6 +26,8 @@ from dfa_lens.plots.style import Style
 POSITIVE, NEGATIVE = styling.DIVERGING[-1][1], styling.DIVERGING[0][1]
 PALE = {POSITIVE: styling.DIVERGING[-2][1], NEGATIVE: styling.DIVERGING[1][1]}
 HEAD, MLP = "#f2f6fa", "#fdf1e8"
+#: Edges without scores: their colour, and how strong they look of 1.
+PLAIN, PLAINLY = "#7a7a7a", 0.15
 ENDS = {"input": "the embedding", "logits": "what the unembedding reads"}
 
 #: Height of a layer and, within it, of what it holds, in units of the y axis.
@@ -30,9 +35,11 @@ LAYER = 3.0
 KEYS, QUERIES, HEADS, BLOCK = 0.5, 1.05, 1.75, 2.7
 #: Where the y axis begins, and how far it goes beyond the logits.
 FLOOR, CEILING = -2.0, 1.1
-#: Pixels of a unit (of models with more than twelve layers less), and above and below the graph.
+#: Pixels of a unit (of models with more than twelve layers less), above the graph, and below it on paper.
 UNIT, UNIT_OF_MANY, UNIT_ON_PAPER = 25, 20, 11
-TOP, BOTTOM = 80, 224
+TOP, ON_PAPER = 80, 60
+#: Below it on the screen: what the axis takes, the slider (both as in fit.js), and the line of a click.
+AXIS, SLIDER, NOTE = 46, 58, 110
 #: How far from the middle of a node, and of a reader, edges begin and end: what is hovered there is the node.
 NEAR_NODE, NEAR_READER = 0.35, 0.2
 #: Points of a curve: hovering finds the nearest.
@@ -41,8 +48,6 @@ N_POINTS = 24
 LISTED = 4
 #: Of edges; the second is that of edges which a click leaves out.
 OPACITY, FAINT = 0.85, 0.06
-
-_NOTE = {**picture.NOTE, "yshift": -118}
 
 
 class Point(NamedTuple):
@@ -131,8 +136,8 @@ class Drawn:
 
     writer: str
     reader: str
-    score: float
-    rank: int
+    score: float  #: NaN of an edge without one, as its rank
+    rank: float
     entry: int  #: the number of the slider's step at which it appears
 
     @property
@@ -144,19 +149,55 @@ class Drawn:
     def as_read(self) -> str:
         """How its reader's node speaks of it."""
         at = f" ({self.reader[self.reader.index('<') + 1]})" if "<" in self.reader else ""
-        return f"{self.writer} {self.score:+.3g}{at}"
+        return f"{self.writer}{self._number}{at}"
 
     @property
     def as_written(self) -> str:
         """How its writer speaks of it."""
-        return f"{styling.text(self.reader)} {self.score:+.3g}"
+        return f"{styling.text(self.reader)}{self._number}"
+
+    @property
+    def _number(self) -> str:
+        return "" if np.isnan(self.score) else f" {self.score:+.3g}"
+
+
+@dataclass(frozen=True)
+class Edges:
+    """What is drawn: the edges, with their scores if they have some, and those that run besides and are not drawn."""
+
+    scores: EdgeScores
+    scored: bool
+    beyond: Bool[Tensor, "writer reader"]
+
+    @classmethod
+    def of(cls, edges: EdgeScores | EdgeCircuit, scores: EdgeScores | None) -> Edges:
+        """Of edge scores, or of a circuit and perhaps scores of its edges."""
+        arguments.expect(1, "edges", edges, EdgeScores, EdgeCircuit)
+        if isinstance(edges, EdgeScores):
+            if scores is not None:
+                raise EdgeError("scores= are of the edges of a circuit: the first argument has scores of its own.")
+            return cls(edges, True, torch.zeros(edges.edges.shape, dtype=torch.bool))
+        beyond = edges.open & ~edges.kept
+        if scores is None:
+            return cls(EdgeScores(torch.zeros(edges.universe.shape), edges.edges), False, beyond)
+        scores.require(edges.universe, "The scores")
+        missing = (edges.kept & ~scores.edges.chosen).nonzero()
+        if len(missing):
+            row, column = missing[0].tolist()
+            raise EdgeError(f"The circuit's edge {scores.writers[row]}->{scores.readers[column]} has no score.")
+        return cls(EdgeScores(scores.values, edges.edges, scores.meta), True, beyond)
+
+    def live(self, kept: Bool[Tensor, "writer reader"]) -> Bool[Tensor, "writer reader"]:
+        """Those of some of its edges that lie on a path."""
+        return self.scores.edges.live(kept | self.beyond) & kept
 
 
 def _circuits(
-    scores: EdgeScores, sizes: Sequence[int], ranking: Ranking, selection: Selection, prune: bool
+    edges: Edges, sizes: Sequence[int], ranking: Ranking, selection: Selection, prune: bool
 ) -> tuple[list[Drawn], list[int]]:
     """The edges of the largest circuit, best first, with the circuit in which each first lies on a path; and how many
     there are in each circuit."""
+    scores = edges.scores
     ends = scores.edges.positions[scores.order(ranking, selection=selection)[: sizes[-1]]]
     rows, columns = ends.unbind(1)
     entry = torch.full((len(ends),), len(sizes))
@@ -164,14 +205,14 @@ def _circuits(
     for step, size in enumerate(sizes):
         kept = torch.zeros(scores.edges.shape, dtype=torch.bool)
         kept[rows[:size], columns[:size]] = True
-        live = (scores.edges.live(kept) if prune else kept)[rows, columns]
+        live = (edges.live(kept) if prune else kept)[rows, columns]
         entry[live] = entry[live].clamp_max(step)  # more edges never cut a path
         numbers.append(int(live.sum()))
-    found = [
-        Drawn(scores.writers[row], scores.readers[column], float(scores.values[row, column]), rank, at)
-        for rank, ((row, column), at) in enumerate(zip(ends.tolist(), entry.tolist(), strict=True), 1)
-        if at < len(sizes)
-    ]
+    found = []
+    for rank, ((row, column), at) in enumerate(zip(ends.tolist(), entry.tolist(), strict=True), 1):
+        if at < len(sizes):
+            number = (float(scores.values[row, column]), rank) if edges.scored else (np.nan, np.nan)
+            found.append(Drawn(scores.writers[row], scores.readers[column], number[0], number[1], at))
     return found, numbers
 
 
@@ -183,8 +224,9 @@ def _sizes(most: int, size: int) -> list[int]:
 
 
 def circuit_graph(
-    scores: EdgeScores,
+    edges: EdgeScores | EdgeCircuit,
     *,
+    scores: EdgeScores | None = None,
     size: int | None = None,
     most: int = 200,
     ranking: Ranking = "absolute",
@@ -209,12 +251,17 @@ def circuit_graph(
 
     Parameters
     ----------
+    edges:
+        Scores of edges, all or some; those of the input are ranked with the others, as in the ``mib`` protocol. Or a
+        circuit of edges, of which its own are drawn. What runs beside it is not drawn, but counts for paths: the edges
+        of the input, where the circuit was chosen among the others alone (as ``scores.circuit(k)`` does).
     scores:
-        Of edges, all or some. The edges of the input are ranked with the others, as in the ``mib`` protocol.
+        Scores of a circuit's edges. With them it is coloured and has a slider; without, its edges are grey.
     size:
-        The circuit that is shown at first: so many edges. Default: 50, or all that there are.
+        The circuit that is shown at first: so many edges. Default: 50 of scores, all of a circuit, or what there are.
     most:
-        The largest circuit of the slider: no edge beyond it is in the figure.
+        The largest circuit of the slider: no edge beyond it is in the figure. A circuit without scores has no best
+        edges: a larger one is refused.
     ranking, selection:
         As in :func:`~dfa_lens.evaluation.faithfulness.faithfulness_curve`: the best by absolute score (the default
         here, so that edges which hurt are seen) or by signed score; from the top, or greedily from the logits down.
@@ -229,7 +276,11 @@ def circuit_graph(
     Raises
     ------
     EdgeError
-        If ``size`` or ``most`` is out of range, or no edge lies on a path.
+        If ``size`` or ``most`` is out of range, no edge lies on a path, or a circuit's edge has no score.
+    CircuitError
+        If the circuit is empty.
+    ScoreError
+        If the scores of a circuit's edges are of another model.
 
     Examples
     --------
@@ -241,10 +292,15 @@ def circuit_graph(
     ['edge', 'writer', 'reader', 'score', 'rank', 'size']
     """
     on_paper = styling.on_paper(style)
-    slider = slider and not on_paper
-    size, most = _checked(scores, size, most, slider)
+    found = Edges.of(edges, scores)
+    scores = found.scores
+    slider = slider and found.scored and not on_paper
+    if not found.scored:
+        _check_plain(len(scores), size, most)
+    default = 50 if isinstance(edges, EdgeScores) else len(scores)
+    size, most = _checked(len(scores), size, default, most, slider)
     sizes = _sizes(most, size) if slider else [size]
-    drawn, numbers = _circuits(scores, sizes, ranking, selection, prune)
+    drawn, numbers = _circuits(found, sizes, ranking, selection, prune)
     if not drawn:
         raise EdgeError(
             f"None of the {sizes[-1]} best edges lies on a path of such edges from the input to the logits: take more "
@@ -259,12 +315,14 @@ def circuit_graph(
     entries = [entry for entry, _ in traces]
     figure = Picture([go.Scatter(**trace, visible=entry <= first, showlegend=False) for entry, trace in traces])
     unit = UNIT_ON_PAPER if on_paper else UNIT if scores.edges.n_layers <= 12 else UNIT_OF_MANY
-    tall = height or round(unit * (place.top - FLOOR + CEILING) + TOP + (BOTTOM if slider else 60))
+    bottom = ON_PAPER if on_paper else AXIS + SLIDER * slider + NOTE
+    tall = height or round(unit * (place.top - FLOOR + CEILING) + TOP + bottom)
     styling.layout(figure, title, width=width, height=tall, style=style)
-    _axes(figure, place, tall)
+    _axes(figure, place, tall, bottom)
+    _legend(figure, found)
     if slider:
         labels = [f"{k} of {len(scores)}" + (f", {n} on a path" * prune) for k, n in zip(sizes, numbers, strict=True)]
-        _add_slider(figure, labels, first, entries)
+        _add_slider(figure, labels, first, entries, -AXIS / max(tall - TOP - bottom, 1))
     table = pd.DataFrame(
         {
             "edge": [edge.name for edge in drawn],
@@ -275,17 +333,30 @@ def circuit_graph(
             "size": [sizes[edge.entry] for edge in drawn],
         }
     )
-    clicks = Clicks.of(drawn, place)
-    return figure.carry(table, click=None if on_paper else clicks.reaction(place), react=clicks.wire)
+    clicks = Clicks.of(drawn, place, AXIS + SLIDER * slider + 4)
+    if on_paper:
+        return figure.carry(table, react=clicks.wire)
+    fit = picture.fit([(0, {"height": tall})], below=NOTE)
+    return figure.carry(table, click=clicks.reaction(place), fit=fit, react=clicks.wire)
 
 
-def _checked(scores: EdgeScores, size: int | None, most: int, slider: bool) -> tuple[int, int]:
-    n = len(scores)
+def _check_plain(n: int, size: int | None, most: int) -> None:
+    """What can't be asked of a circuit without scores."""
+    if size is not None:
+        raise EdgeError("A circuit without scores has no best edges: give scores=, or leave size out.")
+    if n > most:
+        raise EdgeError(
+            f"The circuit has {n} edges, and the figure is to hold {most}: give scores=, so that there are best ones, "
+            f"or most={n} (about a kilobyte each)."
+        )
+
+
+def _checked(n: int, size: int | None, default: int, most: int, slider: bool) -> tuple[int, int]:
     if most < 1:
         raise EdgeError(f"most must be at least 1, not {most}.")
     most = min(most, n)
     if size is None:
-        size = min(50, most)
+        size = min(default, most)
     if not 1 <= size <= (most if slider else n):
         raise EdgeError(
             f"size must be between 1 and {f'most, which is {most}' if slider else f'the number of edges, {n}'}, "
@@ -301,10 +372,11 @@ def _edge_traces(drawn: Sequence[Drawn], place: Map, thickness: float) -> Iterat
     """One line each, from the weakest to the strongest, which is on top."""
     limit = styling.robust_limit(np.array([edge.score for edge in drawn]))
     for edge in reversed(drawn):
-        strength = min(1.0, abs(edge.score) / limit)
+        plain = np.isnan(edge.score)
+        strength = PLAINLY if plain else min(1.0, abs(edge.score) / limit)
         color, verb = (POSITIVE, "helps") if edge.score >= 0 else (NEGATIVE, "hurts")
         x, y = place.curve(edge.writer, edge.reader)
-        words = f"score {edge.score:+.4g}: the clean activation {verb}<br>rank {edge.rank}"
+        words = "" if plain else f"<br>score {edge.score:+.4g}: the clean activation {verb}<br>rank {edge.rank}"
         yield (
             edge.entry,
             {
@@ -313,11 +385,11 @@ def _edge_traces(drawn: Sequence[Drawn], place: Map, thickness: float) -> Iterat
                 "mode": "lines",
                 "name": edge.name,
                 "line": {
-                    "color": _mixed(PALE[color], color, strength),
+                    "color": PLAIN if plain else _mixed(PALE[color], color, strength),
                     "width": round(thickness * (1 + 6 * strength), 2),
                 },
                 "opacity": OPACITY,
-                "text": f"<b>{styling.text(edge.name)}</b><br>{words}",
+                "text": f"<b>{styling.text(edge.name)}</b>{words}",
                 "hoverinfo": "text",
             },
         )
@@ -452,8 +524,8 @@ def _reader_text(name: str) -> str:
     return f"{kind} of {of}, layer {layer}"
 
 
-def _axes(figure: go.Figure, place: Map, tall: int) -> None:
-    """Layers and heads along the sides, layers on stripes, a legend of the two colours."""
+def _axes(figure: go.Figure, place: Map, tall: int, bottom: int) -> None:
+    """Layers and heads along the sides, layers on stripes."""
     layers, heads = place.edges.n_layers, place.edges.n_heads
     every = 1 if heads <= 12 else 4 if heads <= 32 else 8
     plain = {"showgrid": False, "zeroline": False, "showline": False, "ticks": "", "fixedrange": False}
@@ -461,7 +533,7 @@ def _axes(figure: go.Figure, place: Map, tall: int) -> None:
         range=[-1.2, place.mlps + 1.7],
         tickvals=[*range(0, heads, every), place.mlps],
         ticktext=[*map(str, range(0, heads, every)), "MLP"],
-        title={"text": "head", "standoff": 6},
+        title={"text": "head", "standoff": 2},
         **plain,
     )
     figure.update_yaxes(
@@ -494,20 +566,31 @@ def _axes(figure: go.Figure, place: Map, tall: int) -> None:
             "yanchor": "top",
             "x": 0,
         },
-        margin={"t": TOP, "b": 60},
+        margin={"t": TOP, "b": bottom},
     )
     if figure.layout.title.text:
         figure.update_layout(title={"y": 1 - 8 / tall, "yanchor": "top"})
-    for name, color in (("helps", POSITIVE), ("hurts", NEGATIVE)):
+
+
+def _legend(figure: go.Figure, edges: Edges) -> None:
+    """The two colours, or what is grey; and that edges run besides which are not drawn."""
+    entries = [("helps", POSITIVE), ("hurts", NEGATIVE)] if edges.scored else [("in the circuit", PLAIN)]
+    for name, color in entries:
         figure.add_scatter(x=[None], y=[None], mode="lines", name=name, line={"color": color, "width": 4})
+    besides = int(edges.beyond.sum())
+    if besides:
+        of_input = not edges.beyond[1:].any()
+        name = f"{besides:,} {'edges of the input' if of_input else 'other edges'} run, too"
+        line = {"color": PLAIN, "width": 1, "dash": "dot"}
+        figure.add_scatter(x=[None], y=[None], mode="lines", name=name, line=line)
+    figure.update_layout(showlegend=True)  # also of one entry alone
 
 
-def _add_slider(figure: go.Figure, labels: Sequence[str], first: int, entries: Sequence[int]) -> None:
+def _add_slider(figure: go.Figure, labels: Sequence[str], first: int, entries: Sequence[int], y: float) -> None:
     """Circuit sizes; each step shows what has appeared by then, and notes its number for clicks."""
     indices = list(range(len(entries)))
     figure.update_layout(
         meta=first,
-        margin={"b": BOTTOM},
         sliders=[
             {
                 "active": first,
@@ -521,8 +604,8 @@ def _add_slider(figure: go.Figure, labels: Sequence[str], first: int, entries: S
                 ],
                 "x": 0,
                 "len": 1,
-                "y": 0,
-                "pad": {"t": 54, "b": 0},
+                "y": y,
+                "pad": {"t": 0, "b": 0},
                 "currentvalue": {"prefix": "edges: ", "font": {"size": 13, "color": styling.INK}},
                 "ticklen": 0,
                 "minorticklen": 0,
@@ -543,26 +626,32 @@ class Clicks:
     edges: list[tuple[str, str, int]]
     reads: dict[str, list[int]]
     writes: dict[str, list[int]]
+    below: int  #: pixels from the graph down to the line
 
     @classmethod
-    def of(cls, drawn: Sequence[Drawn], place: Map) -> Clicks:
+    def of(cls, drawn: Sequence[Drawn], place: Map, below: int) -> Clicks:
         """For the edges in the order in which they are drawn."""
         edges = drawn[::-1]
         reads: dict[str, list[int]] = {}
         writes: dict[str, list[int]] = {}
-        for trace in sorted(range(len(edges)), key=lambda i: -abs(edges[i].score)):
+        for trace in sorted(range(len(edges)), key=lambda i: -np.nan_to_num(abs(edges[i].score))):
             edge = edges[trace]
             writes.setdefault(edge.writer, []).append(trace)
             for name in {edge.reader, *place.owners[edge.reader]}:
                 reads.setdefault(name, []).append(trace)
-        return cls([(edge.as_read, edge.as_written, edge.entry) for edge in edges], reads, writes)
+        return cls([(edge.as_read, edge.as_written, edge.entry) for edge in edges], reads, writes, below)
+
+    @property
+    def note(self) -> dict[str, Any]:
+        """The line, still without its text."""
+        return {**picture.NOTE, "yshift": -self.below}
 
     def reaction(self, place: Map) -> picture.Reaction:
         """What makes the HTML of a figure react to clicks, and fits the labels into its width."""
         columns = place.mlps + 2.9
         data = {"edges": self.edges, "reads": self.reads, "writes": self.writes}
         return picture.Reaction(
-            "graph.js", data | {"note": _NOTE, "listed": LISTED, "columns": columns, "opacity": [OPACITY, FAINT]}
+            "graph.js", data | {"note": self.note, "listed": LISTED, "columns": columns, "opacity": [OPACITY, FAINT]}
         )
 
     def text(self, name: str, step: int) -> str:
@@ -586,7 +675,7 @@ class Clicks:
                 with widget.batch_update():
                     for i in range(len(self.edges)):
                         widget.data[i].opacity = OPACITY if i in mine else FAINT
-                    widget.layout.annotations = [{**_NOTE, "text": self.text(name, step)}]
+                    widget.layout.annotations = [{**self.note, "text": self.text(name, step)}]
 
         for trace in widget.data:
             if trace.name in ("nodes", "readers"):

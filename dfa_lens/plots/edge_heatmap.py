@@ -12,7 +12,7 @@ import plotly.graph_objects as go
 
 from dfa_lens.data.edges import EdgeScores
 from dfa_lens.errors import EdgeError, unknown
-from dfa_lens.plots import picture
+from dfa_lens.plots import arguments, picture
 from dfa_lens.plots import style as styling
 from dfa_lens.plots.picture import Picture
 from dfa_lens.plots.style import Style
@@ -161,6 +161,7 @@ def edge_heatmap(
     >>> figure.to_frame().columns.tolist()
     ['writers', 'readers', 'edges', 'sum', 'largest', 'edge']
     """
+    arguments.expect(1, "scores", scores, EdgeScores)
     on_paper = styling.on_paper(style)
     if measure not in get_args(Measure):
         raise unknown("measure", measure, get_args(Measure), EdgeError)

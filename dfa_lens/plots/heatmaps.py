@@ -16,8 +16,8 @@ from dfa_lens.data.curve import FaithfulnessCurve
 from dfa_lens.data.nodes import NodeSet, SpanNode
 from dfa_lens.data.scores import NodeScores
 from dfa_lens.errors import ScoreError
+from dfa_lens.plots import arguments, picture
 from dfa_lens.plots import links as linking
-from dfa_lens.plots import picture
 from dfa_lens.plots import style as styling
 from dfa_lens.plots.masks import mask_of
 from dfa_lens.plots.picture import Picture
@@ -329,6 +329,7 @@ def scores_heatmap(
     >>> len(figure.to_frame())
     8
     """
+    arguments.expect(1, "scores", scores, NodeScores)
     _check_size(size, scores)
     figure = Picture()
     mask = mask_of(scores)
@@ -377,6 +378,9 @@ def _views(
     gold: NodeScores | Mapping[str, NodeScores] | None,
 ) -> dict[str, _View]:
     """The views by task; everything must belong to the same two node sets."""
+    for place, name, given in ((1, "source", source), (2, "target", target)):
+        for value in given.values() if isinstance(given, Mapping) else [given]:
+            arguments.expect(place, name, value, NodeScores)
     if isinstance(source, NodeScores) != isinstance(target, NodeScores):
         raise ScoreError("Give scores for one task, or mappings of scores for several, on both models alike.")
     tasks = [""] if isinstance(source, NodeScores) else list(source)
@@ -498,7 +502,7 @@ def aligned_heatmap(
         _add_dropdown(figure, grids, sliders, parts)
     table = pd.concat([view.table(task) for task, view in views.items()], ignore_index=True)
     linked = all(view.alignment is not None for view in views.values())
-    fit = picture.fit(_arrangements(parts, height, slider), captions=24, below=40 * linked) if controls else None
+    fit = picture.fit(_arrangements(parts, height, slider), captions=24, below=56 * linked) if controls else None
     if not linked:
         return figure.carry(table, fit=fit)
     links = [linking.Links.of(v.alignment, v.source, contributors) for v in views.values() if v.alignment is not None]

@@ -11,7 +11,7 @@ import plotly.graph_objects as go
 from dfa_lens.data.alignment import Alignment
 from dfa_lens.data.nodes import NodeSet
 from dfa_lens.errors import AlignmentError, DfaError
-from dfa_lens.plots import picture
+from dfa_lens.plots import arguments, picture
 from dfa_lens.plots import style as styling
 from dfa_lens.plots.picture import Picture
 from dfa_lens.plots.style import Style
@@ -187,6 +187,7 @@ def alignment_explorer(
     >>> type(dfa.plots.alignment_explorer(alignment)).__name__
     'Picture'
     """
+    arguments.expect(1, "alignment", alignment, Alignment)
     W = alignment.W.detach().cpu().numpy().astype(float)
     if not np.abs(W).max() > 0:
         raise AlignmentError("W is zero everywhere: there is nothing to see.")

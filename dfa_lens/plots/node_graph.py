@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +20,7 @@ from dfa_lens.data.edges import EdgeScores, EdgeSet
 from dfa_lens.data.inspection import Inspection, TokenLogit
 from dfa_lens.data.scores import NodeScores
 from dfa_lens.errors import CircuitError
-from dfa_lens.plots import picture
+from dfa_lens.plots import arguments, picture
 from dfa_lens.plots import style as styling
 from dfa_lens.plots.grid import AROUND, Grid
 from dfa_lens.plots.masks import mask_of
@@ -28,8 +29,12 @@ from dfa_lens.plots.style import Style
 
 POSITIVE, NEGATIVE = styling.DIVERGING[-1][1], styling.DIVERGING[0][1]
 KEPT, OUTSIDE = "#f4a582", "#b8bcc4"
-#: Pixels of the words above an attention pattern.
-WORDS = 122
+#: Of the words above an attention pattern: pixels of their font, of a letter and a line of it; what they are on paper.
+FONT, LETTER, LINE, ON_PAPER = 12, 6.6, 15.6, 0.6
+#: Pixels of a figure that nobody has given a width to, as in images, and of its margins at the sides.
+WIDTH, SIDES = 700, 90
+#: Pixels of an attention pattern where it stands alone, and beside a graph at least.
+PATTERN, PATTERN_BESIDE = 330, 230
 #: The part of the width that the graph has beside an attention pattern, and the pattern's.
 LEFT, RIGHT = (0.0, 0.52), (0.62, 1.0)
 #: A page keeps attention in fiftieths, a letter each: a third less than as numbers.
@@ -90,6 +95,7 @@ def node_graph(
     >>> figure.to_frame().columns.tolist()
     ['node', 'in_circuit', 'score', 'direct']
     """
+    arguments.expect(1, "circuit", circuit, Circuit, EdgeCircuit)
     lines = circuit if isinstance(circuit, EdgeCircuit) else None
     circuit = circuit.to_nodes() if isinstance(circuit, EdgeCircuit) else circuit
     grid = Grid.of(circuit.universe)
@@ -109,9 +115,7 @@ def node_graph(
     if drawn is not None:
         _add_edges(figure, _within(circuit, *drawn).head(most_edges), circuit, grid, scored=edges is not None)
     _add_nodes(figure, circuit, inspection, grid, numbers, words, colors, 0.6 if on_paper else 1.0)
-    tall = height or grid.tall() + AROUND + (WORDS if inspection is not None else 0)
-    if inspection is not None:
-        tall = max(tall, 480)
+    tall = height or grid.tall() + AROUND
     styling.layout(figure, title, width=width, height=tall, style=style)
     grid.axes(figure, with_input="input" in circuit.universe, domain=LEFT if inspection is not None else (0, 1))
     figure.update_layout(hovermode="closest", showlegend=False)
@@ -122,8 +126,10 @@ def node_graph(
         return figure.carry(table, click=None if on_paper else shrink, fit=None if on_paper else plain)
     known = dict(zip(inspection.nodes.names, inspection.direct.tolist(), strict=True))
     table["direct"] = [known.get(name, float("nan")) for name in circuit.universe.names]
-    told = Told.of(inspection)
+    told = Told.of(inspection, scale=ON_PAPER if on_paper else 1.0, width=figure.layout.width)
     first = told.first(table)
+    tall = height or max(grid.tall(), PATTERN_BESIDE) + AROUND + told.high
+    figure.update_layout(height=tall)
     told.add(figure, first, tall)
     arrangements = told.arrangements(tall, grid)
     return figure.carry(
@@ -256,10 +262,12 @@ class Told:
     words: dict[str, list[str]]
     patterns: dict[str, str]  #: row by row, a letter a weight; where none looks ahead, the lower triangle alone
     causal: bool
+    scale: float = 1.0  #: of the font
+    room: float = 34.0  #: letters of a line, where no script measures them
 
     @classmethod
-    def of(cls, inspection: Inspection) -> Told:
-        """Of every node of a model."""
+    def of(cls, inspection: Inspection, *, scale: float = 1.0, width: int | None = None) -> Told:
+        """Of every node of a model, in a figure of so many pixels."""
         words, patterns = {}, {}
         pair = f"logit({_shown(inspection.answer)}) − logit({_shown(inspection.wrong)})"
         causal = inspection.patterns is None or not bool(inspection.patterns.triu(1).any())
@@ -274,7 +282,13 @@ class Told:
         if inspection.patterns is not None:
             for name, pattern in zip(inspection.heads, inspection.patterns.float().numpy(), strict=True):
                 patterns[name] = "".join(LETTER_OF[step] for step in np.rint(pattern[seen] * STEPS).astype(int))
-        return cls([_shown(token) for token in inspection.tokens], words, patterns, causal)
+        room = (RIGHT[1] - RIGHT[0]) * ((width or WIDTH) - SIDES) / (LETTER * scale)
+        return cls([_shown(token) for token in inspection.tokens], words, patterns, causal, scale, room)
+
+    @property
+    def high(self) -> int:
+        """Pixels of the most lines that any node has."""
+        return round(LINE * self.scale * (max(len(self.lines(name)) for name in self.words) + 1))
 
     def first(self, table: pd.DataFrame) -> str:
         """The node that is shown at first: of the circuit, if it has some, and a head, if they have patterns, that with
@@ -293,11 +307,25 @@ class Told:
         flat = (LETTER_OF.index(letter) / STEPS for letter in self.patterns[name])
         return [[next(flat) if k <= q or not self.causal else None for k in range(n)] for q in range(n)]
 
+    def lines(self, name: str) -> list[str]:
+        """What stands below its name."""
+        last = "attention pattern:" if name in self.patterns else "no attention pattern: it is an MLP block"
+        return [line for text in (*self.words[name], *([last] * bool(self.patterns))) for line in self._wrapped(text)]
+
+    def _wrapped(self, text: str) -> list[str]:
+        """A text in lines; as in nodes.js, where the browser measures it."""
+        lines: list[str] = []
+        for word in text.split(" "):
+            longer = f"{lines[-1]} {word}" if lines else word
+            if lines and _letters(longer) <= self.room:
+                lines[-1] = longer
+            else:
+                lines.append(word)
+        return lines
+
     def heading(self, name: str) -> str:
         """The lines above the pattern."""
-        last = "attention pattern:" if name in self.patterns else "no attention pattern: it is an MLP block"
-        last = last if self.patterns else ""
-        return "<br>".join([f"<b>{styling.text(name)}</b>", *map(styling.text, self.words[name]), last])
+        return "<br>".join([f"<b>{styling.text(name)}</b>", *map(styling.text, self.lines(name))])
 
     def data(self, first: str) -> dict[str, Any]:
         """For the script of a page."""
@@ -353,7 +381,7 @@ class Told:
             "categoryarray": names,
             "tickvals": ticks,
             "ticktext": [styling.text(self.tokens[i]) for i in ticks],
-            "tickfont": {"size": 10},
+            "tickfont": {"size": 10 * (0.7 if self.scale < 1 else 1)},
             "showgrid": False,
             "zeroline": False,
             "ticks": "",
@@ -371,7 +399,7 @@ class Told:
                 **shown,
             },
             yaxis2={
-                "domain": [0, _below_words(tall)],
+                "domain": [0, self.below(tall)],
                 "anchor": "x2",
                 "range": [n - 0.5, -0.5],
                 "title": {"text": "query", "standoff": 4},
@@ -392,14 +420,14 @@ class Told:
             yanchor="bottom",
             align="left",
             showarrow=False,
-            font={"size": 12},
+            font={"size": FONT * self.scale},
         )
 
     def arrangements(self, tall: int, grid: Grid) -> list[tuple[int, dict[str, Any]]]:
         """Side by side where there is room, one below the other where there is none."""
         graph = grid.tall() + 30
-        pattern = 330
-        high = AROUND + graph + WORDS + 90 + pattern
+        pattern = PATTERN
+        high = AROUND + graph + self.high + 90 + pattern
         inner = high - AROUND
         narrow = {
             "height": high,
@@ -413,9 +441,13 @@ class Told:
             "xaxis.domain": list(LEFT),
             "yaxis.domain": [0, 1],
             "xaxis2.domain": list(RIGHT),
-            "yaxis2.domain": [0, _below_words(tall)],
+            "yaxis2.domain": [0, self.below(tall)],
         }
         return [(900, wide), (0, narrow)]
+
+    def below(self, tall: int) -> float:
+        """The part of the height that a pattern has below what is said of its head."""
+        return round(1 - self.high / max(tall - AROUND, 2 * self.high), 4)
 
     def wire(self, widget: go.FigureWidget) -> None:
         """Make a widget react to clicks."""
@@ -439,9 +471,9 @@ class Told:
                 trace.on_click(clicked)
 
 
-def _below_words(tall: int) -> float:
-    """The part of the height that a pattern has below what is said of its head."""
-    return round(1 - WORDS / max(tall - AROUND, 2 * WORDS), 4)
+def _letters(text: str) -> int:
+    """How many letters wide a text is; those of Chinese, Japanese and Korean count twice."""
+    return sum(1 + (unicodedata.east_asian_width(letter) in "WF") for letter in text)
 
 
 def _shown(token: str) -> str:
@@ -452,4 +484,4 @@ def _shown(token: str) -> str:
 
 
 def _listed(tokens: Sequence[TokenLogit]) -> str:
-    return ", ".join(f"{_shown(each.text)} {each.logit:+.2f}" for each in tokens)
+    return ", ".join(f"{_shown(each.text)}\N{NO-BREAK SPACE}{each.logit:+.2f}" for each in tokens)

@@ -8,37 +8,38 @@ import numpy as np
 import plotly.graph_objects as go
 
 from dfa_lens.data.circuit import Circuit, overlaps
-from dfa_lens.plots import picture
+from dfa_lens.data.edge_circuit import EdgeCircuit
+from dfa_lens.plots import arguments, picture
 from dfa_lens.plots import style as styling
 from dfa_lens.plots.picture import Picture
 from dfa_lens.plots.style import Style
 
 
 def circuit_overlap(
-    circuits: Mapping[str, Circuit],
+    circuits: Mapping[str, Circuit] | Mapping[str, EdgeCircuit],
     *,
     title: str | None = None,
     style: Style = "screen",
     width: int | None = None,
     height: int = 460,
 ) -> Picture:
-    """The Jaccard index of every two circuits: nodes in both over nodes in either.
+    """The Jaccard index of every two circuits: nodes (or edges) in both over those in either.
 
-    The hover says how many nodes are common, what two random circuits of these sizes would have (``expected``), and p,
+    The hover says how many are common, what two random circuits of these sizes would have (``expected``), and p,
     corrected for all pairs by Holm's method; a star marks p below 0.05. Large circuits have a high Jaccard index by
     chance alone.
 
     Parameters
     ----------
     circuits:
-        By name (task, seed, setting), of one model; at least two.
+        By name (task, seed, setting), of one model, all of nodes or all of edges; at least two.
     style:
         See :data:`~dfa_lens.plots.style.Style`.
 
     Raises
     ------
     CircuitError
-        If there are fewer than two, or they were chosen among different nodes.
+        If there are fewer than two, or they were chosen among different nodes or edges.
 
     Examples
     --------
@@ -48,15 +49,17 @@ def circuit_overlap(
     >>> dfa.plots.circuit_overlap(circuits).to_frame()["jaccard"].round(2).tolist()
     [0.67]
     """
+    arguments.expect_each("circuits", circuits, Circuit, EdgeCircuit)
     table = overlaps(circuits)
+    unit = next(iter(circuits.values())).unit
     names = list(circuits)
     n = len(names)
     z, marks = np.eye(n), [[""] * n for _ in names]
-    hover = [[f"<b>{styling.text(name)}</b><br>{len(circuits[name])} nodes"] * n for name in names]
+    hover = [[f"<b>{styling.text(name)}</b><br>{len(circuits[name])} {unit}"] * n for name in names]
     for row in table.itertuples():
         i, j = names.index(row.first), names.index(row.second)
         words = (
-            f"<b>{styling.text(row.first)}</b> and <b>{styling.text(row.second)}</b><br>{row.common} nodes of "
+            f"<b>{styling.text(row.first)}</b> and <b>{styling.text(row.second)}</b><br>{row.common} {unit} of "
             f"{len(circuits[row.first])} and {len(circuits[row.second])}<br>Jaccard {row.jaccard:.3f}, by chance "
             f"{row.expected:.3f}<br>p {row.p_holm:.2g}"
         )

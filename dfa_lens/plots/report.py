@@ -14,6 +14,7 @@ from dfa_lens.data.edges import EdgeScores
 from dfa_lens.data.files import write_atomically
 from dfa_lens.errors import DfaError
 from dfa_lens.experiments.table import Results
+from dfa_lens.plots import arguments
 from dfa_lens.plots.picture import CONFIG
 from dfa_lens.plots.style import FONT
 from dfa_lens.plots.summary import ABOVE, SIGNIFICANT, UNLIKE, Summary, summed
@@ -78,6 +79,9 @@ def report(
     if isinstance(results, EdgeScores):
         shown[str(results.meta.get("model") or "edges")] = results
     elif not isinstance(results, (Results, pd.DataFrame)):
+        if not isinstance(results, Mapping):
+            arguments.expect(1, "results", results, Results, EdgeScores, Mapping, pd.DataFrame)
+        arguments.expect_each("results", results, EdgeScores)
         shown |= results
     if not isinstance(results, Results):
         results = Results()

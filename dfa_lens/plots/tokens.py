@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+from typing import Any
+
 import numpy as np
 import pandas as pd
 
 from dfa_lens.data.nodes import SpanNode
 from dfa_lens.data.scores import NodeScores
 from dfa_lens.errors import ScoreError
-from dfa_lens.plots import picture
+from dfa_lens.plots import arguments, picture
 from dfa_lens.plots import style as styling
 from dfa_lens.plots.picture import Picture
 from dfa_lens.plots.style import Style
@@ -18,6 +22,10 @@ LAYER, LAYER_OF_MANY, AROUND = 26, 18, 190
 _PANELS = {"head": "attention (the layer's heads added up)", "mlp": "MLP"}
 #: Letters of a label; nodes that a hover names.
 LETTERS, NAMED = 14, 4
+#: Pixels of a token with a label, of what stands beside the panels, and of a figure that nobody has given a width to.
+LABEL, BESIDE, WIDTH = 15, 150, 700
+#: From so many pixels on there are two panels beside each other, and with more room more labels.
+TWO, WIDER, NARROW = 700, (1000, 1300), 380
 
 
 def token_heatmap(
@@ -59,6 +67,7 @@ def token_heatmap(
     >>> dfa.plots.token_heatmap(scores).to_frame().columns.tolist()
     ['layer', 'token', 'kind', 'score']
     """
+    arguments.expect(1, "scores", scores, NodeScores)
     table = _by_node(scores)
     sums = table.groupby(["layer", "token", "kind"], as_index=False, sort=False)["score"].sum()
     tokens = list(dict.fromkeys(table["token"]))
@@ -86,14 +95,12 @@ def token_heatmap(
             yaxis=f"y{axis}",
         )
         start = number * (share + gap)
-        every = max(1, -(-len(tokens) // 40))
         figure.update_layout(
             {
                 f"xaxis{axis}": {
                     "domain": [round(start, 4), round(start + share, 4)],
                     "anchor": f"y{axis}",
-                    "tickvals": list(range(0, len(tokens), every)),
-                    "ticktext": [_label(token) for token in tokens[::every]],
+                    **_labels(tokens, share * ((width or WIDTH) - BESIDE)),
                     "tickangle": -90,
                     "tickfont": {"size": 11},
                     "showgrid": False,
@@ -134,14 +141,33 @@ def token_heatmap(
     )
     if styling.on_paper(style):
         return figure.carry(sums)
-    wide = {"height": tall, "xaxis.domain": list(figure.layout.xaxis.domain), "yaxis.domain": [0, 1]}
-    narrow = {"height": tall, "xaxis.domain": [0, 1], "yaxis.domain": [0, 1]}
+    wide: dict[str, Any] = {
+        "height": tall,
+        "xaxis.domain": list(figure.layout.xaxis.domain),
+        "yaxis.domain": [0, 1],
+    }
+    narrow: dict[str, Any] = {"height": tall, "xaxis.domain": [0, 1], "yaxis.domain": [0, 1]}
     if len(kinds) == 2:
         high = 2 * rows + 2 * AROUND
         part = round(rows / (2 * rows + AROUND), 4)
         wide |= {"xaxis2.domain": list(figure.layout.xaxis2.domain), "yaxis2.domain": [0, 1]}
         narrow |= {"height": high, "yaxis.domain": [1 - part, 1], "xaxis2.domain": [0, 1], "yaxis2.domain": [0, part]}
-    return figure.carry(sums, fit=picture.fit([(700, wide), (0, narrow)], captions=24))
+    arrangements = [(least, wide | _ticks(len(kinds), tokens, share * (least - BESIDE))) for least in (*WIDER, TWO)]
+    arrangements = [*sorted(arrangements, reverse=True), (0, narrow | _ticks(len(kinds), tokens, NARROW - BESIDE))]
+    return figure.carry(sums, fit=picture.fit(arrangements, captions=24))
+
+
+def _labels(tokens: Sequence[str], room: float) -> dict[str, Any]:
+    """As many labels as there is room for, in pixels."""
+    every = max(1, math.ceil(len(tokens) * LABEL / max(room, LABEL)))
+    return {"tickvals": list(range(0, len(tokens), every)), "ticktext": [_label(token) for token in tokens[::every]]}
+
+
+def _ticks(panels: int, tokens: Sequence[str], room: float) -> dict[str, Any]:
+    """The labels of all panels, as plotly is to change them."""
+    labels = _labels(tokens, room)
+    axes = ["xaxis", "xaxis2"][:panels]
+    return {f"{axis}.{key}": value for axis in axes for key, value in labels.items()}
 
 
 def _by_node(scores: NodeScores) -> pd.DataFrame:

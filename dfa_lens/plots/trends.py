@@ -14,7 +14,7 @@ from dfa_lens.data.scores import NodeScores
 from dfa_lens.data.statistics import correlation
 from dfa_lens.errors import DfaError
 from dfa_lens.experiments.table import GOLD, recovery
-from dfa_lens.plots import picture
+from dfa_lens.plots import arguments, picture
 from dfa_lens.plots import style as styling
 from dfa_lens.plots.masks import mask_of
 from dfa_lens.plots.matrices import require, summary
@@ -335,6 +335,8 @@ def score_scatter(
     >>> len(dfa.plots.score_scatter(first, second).to_frame())
     54
     """
+    arguments.expect(1, "first", first, NodeScores)
+    arguments.expect(2, "second", second, NodeScores)
     agreement = correlation(first, second)
     first_name = first_name or _called(first, "first scores")
     second_name = second_name or _called(second, "second scores")

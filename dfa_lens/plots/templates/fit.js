@@ -5,12 +5,17 @@
 function (graph, {arrangements, captions, below}, undrawn) {
   const NARROW = 600, BAR = 30, MENU = 34, LINE = 1.3, AXIS = 46, SLIDER = 58;
   const round = value => Math.round(value * 1000) / 1000;
-  // Words in lines of so many pixels; letters are about half as wide as the font is high.
-  const wrapped = (text, size, room) => text.split(' ').reduce((lines, word) => {
-    const last = lines[lines.length - 1];
-    if (last && (last.length + 1 + word.length) * size * 0.55 > room) { return [...lines, word]; }
-    return [...lines.slice(0, -1), last ? `${last} ${word}` : word];
-  }, []);
+  // Words in lines of so many pixels. They may have marks, as all texts of plotly.
+  const pen = document.createElement('canvas').getContext('2d');
+  const wrapped = (text, {size, family}, room) => {
+    pen.font = `${size}px ${family}`;
+    const wide = words => pen.measureText(words.replace(/<[^>]*>/g, '').replace(/&\w+;/g, '<')).width;
+    return text.split('<br>').flatMap(line => line.split(' ').reduce((lines, word) => {
+      const last = lines[lines.length - 1];
+      if (last && wide(`${last} ${word}`) > room) { return [...lines, word]; }
+      return [...lines.slice(0, -1), last ? `${last} ${word}` : word];
+    }, []));
+  };
   const at = (layout, path) => path.replace(/\[(\d+)\]/g, '.$1').split('.').reduce((inner, key) => inner && inner[key], layout);
   const titled = layout => ((layout.title && layout.title.text) || '').replace(/<br>/g, ' ');
   const arrangement = width => ({...(arrangements.find(([least]) => width >= least) || [0, {}])[1]});
@@ -22,7 +27,7 @@ function (graph, {arrangements, captions, below}, undrawn) {
     let y = narrow ? 6 : BAR;
     if (title) {
       const font = layout.title.font.size;
-      const lines = wrapped(title, font, width - 20 - (narrow ? 0 : 190));
+      const lines = wrapped(title, {size: font, family: layout.font.family}, width - 20 - (narrow ? 0 : 190));
       Object.assign(change, {
         'title.text': lines.join('<br>'), 'title.yref': 'container', 'title.yanchor': 'top',
         // plotly sets one line below this, but of several the first one on it
@@ -66,6 +71,8 @@ function (graph, {arrangements, captions, below}, undrawn) {
     style.textContent = '.dfa-lens-narrow .modebar { display: none !important; }';
     document.head.append(style);
   }
+  // For what a click writes.
+  graph.wrapped = (text, size, room) => wrapped(text, {size, family: graph.layout.font.family}, room).join('<br>');
   const title = titled(graph.layout);
   let tries = 0, width = 0; // a few for each width, should one change bring another
   const fit = () => {

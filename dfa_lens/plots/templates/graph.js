@@ -13,10 +13,11 @@ function (graph, {edges, reads, writes, note, listed, columns, opacity}) {
     shown = name !== shown ? name : null;
     const [read, written] = [reads[shown] || [], writes[shown] || []];
     const mine = new Set([...read, ...written]);
-    const text = [...line('reads', read, 0), ...line('writes to', written, 1)].join('<br>');
     const width = Math.min(900, graph.clientWidth - 70);
+    const words = [...line('reads', read, 0), ...line('writes to', written, 1)].join('<br>');
+    const text = graph.wrapped(`<b>${safe(shown || '')}</b> ${words}`, note.font.size, width);
     Plotly.update(graph, {opacity: traces.map(i => shown === null || mine.has(i) ? opacity[0] : opacity[1])},
-      {annotations: shown === null ? [] : [{...note, width, text: `<b>${safe(shown)}</b> ${text}`}]}, traces);
+      {annotations: shown === null ? [] : [{...note, width, text}]}, traces);
   };
   graph.on('plotly_click', ({points: [point]}) => { if (point.customdata) { show(point.customdata); } });
   graph.on('plotly_doubleclick', () => show(null));

@@ -4,11 +4,13 @@ function (graph, {rectangles, answers, note}) {
   const show = key => {
     const answer = answers[graph.layout.meta || 0][key];
     shown = answer && key !== shown ? key : null;
-    const [text, outlines] = shown ? answer : ['', []];
+    const [words, outlines] = shown ? answer : ['', []];
+    const width = Math.min(900, graph.clientWidth - 70);
+    const text = graph.wrapped(words, note.font.size, width);
     const notes = (graph.layout.annotations || []).filter(each => each.name !== note.name);
     Plotly.relayout(graph, {
       shapes: outlines.map(([cell, color, width]) => ({...rectangles[cell], line: {color, width}})),
-      annotations: shown ? [...notes, {...note, text, width: Math.min(900, graph.clientWidth - 70)}] : notes,
+      annotations: shown ? [...notes, {...note, text, width}] : notes,
     });
   };
   graph.on('plotly_click', ({points: [point]}) =>

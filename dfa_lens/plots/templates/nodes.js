@@ -28,21 +28,16 @@ function (graph, told) {
     return Array.from({length: n}, (_, q) =>
       Array.from({length: n}, (_, k) => flat && (k <= q || !causal) ? weight() : null));
   };
-  // Lines of so many pixels; letters of 12 pixels are about 6.6 wide.
-  const wrapped = text => text.split(' ').reduce((lines, word) => {
-    const last = lines[lines.length - 1];
-    if (last && (last.length + 1 + word.length) * 6.6 > room) { return [...lines, word]; }
-    return [...lines.slice(0, -1), last ? `${last} ${word}` : word];
-  }, []);
   const heading = name => {
     const none = patterns[name] ? 'attention pattern:' : 'no attention pattern: it is an MLP block';
     const last = Object.keys(patterns).length ? none : '';
-    return [`<b>${safe(name)}</b>`, ...words[name].flatMap(line => wrapped(line).map(safe)), last].join('<br>');
+    return [`<b>${safe(name)}</b>`, ...words[name].map(safe), ...(last ? [last] : [])].join('<br>');
   };
   const number = name => graph.data.findIndex(trace => trace.name === name);
   const write = () => {
     const i = graph.layout.annotations.findIndex(each => each.name === 'node');
-    const change = {[`annotations[${i}].text`]: heading(shown)};
+    const {font: {size}} = graph.layout.annotations[i];
+    const change = {[`annotations[${i}].text`]: graph.wrapped(heading(shown), size, room)};
     ['xaxis2', 'yaxis2'].forEach(axis => { change[`${axis}.visible`] = Boolean(patterns[shown]); });
     return Plotly.relayout(graph, change);
   };
