@@ -94,8 +94,7 @@ def unlabelled(pair: Pair, task: str, circuit: dfa.NodeScores) -> float:
     """The circuit's KL on eight training prompts of the target, as a part of the empty circuit's: no label is used."""
     sizes = [len(circuit) * i // 4 for i in range(5)]
     given = {"ranking": "signed", "sizes": sizes, "batch_size": 32}
-    curve = dfa.faithfulness_curve(pair.target.model, pair.target.pairs(task)[:8], circuit, **given)
-    return curve.mean_kl / float(curve.kl_per_example[0].mean())
+    return dfa.faithfulness_curve(pair.target.model, pair.target.pairs(task)[:8], circuit, **given).relative_kl
 
 
 def importance(pair: Pair) -> Rows:
