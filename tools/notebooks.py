@@ -18,7 +18,7 @@ from nbclient import NotebookClient
 DEMOS = Path(__file__).resolve().parents[1] / "demos"
 
 #: Run in the kernel before the notebook: a picture can't be slid or clicked, so it has no controls, which would only
-#: hide words; and figures that fill their window are drawn as wide as in a browser.
+#: lie over words; and figures that fill their window are drawn as wide as in a browser.
 STILL = """
 import plotly.io
 from plotly.io.base_renderers import PngRenderer
@@ -27,8 +27,8 @@ from plotly.io.base_renderers import PngRenderer
 class Still(PngRenderer):
     def to_mimebundle(self, fig_dict):
         layout = fig_dict["layout"]
-        controls = [layout.pop(name, None) for name in ("sliders", "updatemenus")]
-        if any(controls):
+        layout.pop("updatemenus", None)
+        if layout.pop("sliders", None):
             layout.setdefault("margin", {})["b"] = 60
         layout.setdefault("width", 900)
         return super().to_mimebundle(fig_dict)
