@@ -117,8 +117,16 @@ def test_inspect(tmp_path, monkeypatch):
     monkeypatch.setattr("dfa_lens.plots.report", lambda results, *_, **__: kept.append(results))
     invoke(f"{files} --model llama3-tiny-source")
     assert kept[0].tasks[0].inspection == dfa.inspect(model, pairs[:1])
+    spans = dfa.Schema.by_token(pairs[:1])
+    nodes = expected.nodes.at_spans(spans.names)
+    assert kept[0].tasks[0].by_token == dfa.attribute(model, spans.apply(pairs[:1]), nodes=nodes, method="nap")
     invoke(files)
     assert kept[1].tasks[0].inspection is None
+    invoke(f"{some} --nodes m0 -o seen.safetensors")
+    assert dfa.Inspection.load("seen.safetensors") == expected  # of all nodes, whichever are printed
+    invoke(f"{files} --inspection ioi=seen.safetensors")
+    assert kept[2].tasks[0].inspection == expected
+    assert kept[2].tasks[0].by_token is None
     dfa.controls.random_scores(dfa.NodeSet.for_sizes(2, 3)).save("other.safetensors")
     for arguments, message in (
         (f"{some} --scores s.safetensors --nodes m0", "either --nodes or --scores"),
@@ -128,7 +136,17 @@ def test_inspect(tmp_path, monkeypatch):
         (f"{some} --nodes blocks.0.hook_mlp_out", "heads and MLP blocks here"),
         (files.replace("ioi=", "oio=") + " --model llama3-tiny-source", "'oio'"),
         (files.replace("s.saf", "other.saf") + " --model llama3-tiny-source", "other nodes than those of --model"),
+        (
+            files.replace("s.saf", "other.saf") + " --inspection ioi=seen.safetensors",
+            "of another model than the target",
+        ),
+        (
+            f"{files} --inspection ioi=s.safetensors",
+            "not a file of 'dfa_lens inspection': it is one of 'dfa_lens scores'",
+        ),
+        (f"{files} --inspection mcqa=seen.safetensors", "--inspection is of the task 'mcqa'"),
         ("report --edges a=b -o r.html --model x", "give --source and --target"),
+        ("report --edges a=b -o r.html --inspection x", "give --source and --target"),
     ):
         assert message in refused(arguments)
 

@@ -5,10 +5,10 @@ import math
 import pytest
 import torch
 from families import bridge, hugging_face
-from helpers import random_pairs
+from helpers import made_inspection, random_pairs
 
 import dfa_lens as dfa
-from dfa_lens.errors import MeasurementError, NodeError, PromptError
+from dfa_lens.errors import FileError, MeasurementError, NodeError, PromptError
 from dfa_lens.evaluation import inspection
 
 
@@ -104,3 +104,50 @@ def test_what_is_refused(any_model, pairs):
         dfa.Inspection(
             found.nodes, ("a",), "b", "c", found.direct, found.promoted, found.suppressed, torch.zeros(1, 1, 1)
         )
+
+
+def test_files_hold_all_of_it(tmp_path, model):
+    pairs = random_pairs(2, 7, seed=3)
+    for found in (dfa.inspect(model, pairs, top=3), dfa.inspect(model, pairs, patterns=False)):
+        found.save(tmp_path / "found.safetensors")
+        again = dfa.Inspection.load(tmp_path / "found.safetensors")
+        assert again == found
+        assert again.promoted == found.promoted  # to the bit: they are compared as Python compares tuples
+        torch.testing.assert_close(again.direct, found.direct, rtol=0, atol=0)
+        if found.patterns is None:
+            assert again.patterns is None
+        else:
+            torch.testing.assert_close(again.patterns, found.patterns, rtol=0, atol=0)
+
+
+def test_files_that_hold_something_else(tmp_path):
+    """Files with a valid checksum whose parts do not fit: one error each, which says what."""
+    nodes = dfa.NodeSet.for_sizes(1, 2)
+    found = made_inspection(nodes)
+    path = tmp_path / "found.safetensors"
+    cases = {
+        "another number": replace_unchecked(found, direct=torch.zeros(2)),
+        r"\(torch.int64\) are not all finite": replace_unchecked(found, direct=torch.zeros(3, dtype=torch.int64)),
+        "attention patterns .* are not all finite": replace_unchecked(found, patterns=found.patterns * float("nan")),
+        "not one for each node": replace_unchecked(found, direct=torch.zeros(3, 1)),
+        "tokens are not all texts": replace_unchecked(found, answer=7),
+        "a text, a number": replace_unchecked(found, promoted=[[[7, 7, 1.0]]] * 3),
+        "attention|Attention patterns of 2 heads": replace_unchecked(found, tokens=("one",)),
+    }
+    for message, broken in cases.items():
+        dfa.Inspection.save(broken, path)
+        with pytest.raises(FileError, match=message):
+            dfa.Inspection.load(path)
+    dfa.controls.random_scores(nodes).save(path)
+    with pytest.raises(FileError, match="it is one of 'dfa_lens scores'"):
+        dfa.Inspection.load(path)
+    with pytest.raises(FileError, match="no file"):
+        dfa.Inspection.load(tmp_path / "missing")
+
+
+def replace_unchecked(found, **changes):
+    """An inspection with other parts, which nobody looked at."""
+    made = object.__new__(dfa.Inspection)
+    for name, value in (vars(found) | changes).items():
+        object.__setattr__(made, name, value)
+    return made

@@ -53,7 +53,8 @@ def inspect(
         typer.Option(
             "--out",
             "-o",
-            help="Write the circuit as a graph with clicks (.html), or the table (.csv); - is standard output.",
+            help="Write the circuit as a graph with clicks (.html), the table (.csv), or what was seen of all nodes, "
+            "for report --inspection (.safetensors); - is standard output.",
             callback=option._writable,
         ),
     ] = None,
@@ -65,7 +66,7 @@ def inspect(
     """
     import dfa_lens as dfa
 
-    suffix = None if out is None else require_suffix(out, "What was seen", (".html", ".htm", ".csv"))
+    suffix = None if out is None else require_suffix(out, "What was seen", (".html", ".htm", ".csv", ".safetensors"))
     if nodes and scores is not None:
         raise DfaError("Give either --nodes or --scores.")
     if size is not None and scores is None:
@@ -91,6 +92,8 @@ def inspect(
         with written(out, as_json) as path:
             if suffix == ".csv":
                 write_atomically(path, table.to_csv(index=False).encode())
+            elif suffix == ".safetensors":
+                found.save(path)
             else:
                 coloured: dict[str, Any] = {"edges" if of_edges else "scores": ranked}
                 page = dfa.plots.node_graph(chosen, inspection=found, **coloured).to_html()
@@ -130,7 +133,14 @@ def report(
     study: Annotated[Path | None, typer.Option(help="Instead: the folder of a study, or its table.csv.")] = None,
     model: Annotated[
         str | None,
-        typer.Option(help="The target model: then a click on a node shows what it does on the task's first test pair."),
+        typer.Option(
+            help="The target model. On the task's first test pair it is then seen what nodes do, on click, and what "
+            "matters where in the prompt."
+        ),
+    ] = None,
+    inspection: Annotated[
+        list[str] | None,
+        typer.Option(help="Clicks without the model: what inspect --out FILE.safetensors saw of the target."),
     ] = None,
     pairs: option.NamedPairsOption = None,
     collection: option.CollectionOption = "offline",
@@ -145,8 +155,8 @@ def report(
 
     require_suffix(out, "A report", (".html", ".htm"))
     given = source or target or gold or alignment or curve or gold_curve
-    if model is not None and not given:
-        raise DfaError("--model is for clicks on the nodes of transfers: give --source and --target.")
+    if (model is not None or inspection) and not given:
+        raise DfaError("--model and --inspection are for clicks on the nodes of transfers: give --source and --target.")
     if pairs and model is None:
         raise DfaError("--pairs is for the example that --model runs on: give --model.")
     if study is not None:
@@ -154,7 +164,8 @@ def report(
             raise DfaError("Give either --study, or files of scores.")
         found: Any = _table(study)
     elif given:
-        found = _results(*(values or [] for values in (source, target, gold, alignment, curve, gold_curve)))
+        files = (source, target, gold, alignment, curve, gold_curve, inspection)
+        found = _results(*(values or [] for values in files))
         if model is not None:
             _look_at(found, pairs, collection, lambda: reading.model(model, backend, device, dtype))
     elif edges:
@@ -191,6 +202,7 @@ def _results(
     alignment: list[str],
     curve: list[str],
     gold_curve: list[str],
+    inspection: list[str],
 ) -> Any:
     """What a report shows of files: a transfer for each task."""
     import dfa_lens as dfa
@@ -201,7 +213,14 @@ def _results(
         raise DfaError("Give --source and --target, the same tasks of both, or --edges, or --study.")
     golds, alignments = reading.by_task(gold, "Gold scores"), reading.by_task(alignment, "Alignments")
     curves, gold_curves = reading.by_task(curve, "Curves"), reading.by_task(gold_curve, "Curves of gold")
-    for what, files in (("gold", golds), ("curve", curves), ("gold-curve", gold_curves), ("alignment", alignments)):
+    inspections = reading.by_task(inspection, "Inspections")
+    for what, files in {
+        "gold": golds,
+        "curve": curves,
+        "gold-curve": gold_curves,
+        "inspection": inspections,
+        "alignment": alignments,
+    }.items():
         foreign = next((task for task in files if task not in sources and not (what == "alignment" and not task)), None)
         if foreign is not None:
             raise DfaError(f"--{what} is of the task {foreign!r}, of which there are no --source and --target.")
@@ -225,13 +244,24 @@ def _results(
                 {} if w is None else {"transfer": w},
                 {"transfer": large},
                 {name: reading.curve(file) for name, file in measured.items() if file is not None},
+                inspection=_inspection(inspections[task], large) if task in inspections else None,
             )
         )
     return results
 
 
+def _inspection(path: Path, target: Any) -> Any:
+    import dfa_lens as dfa
+
+    found = dfa.Inspection.load(path)
+    seen = {(node.name, node.size) for node in found.nodes}
+    if not {(node.name, node.size) for node in target.nodes if node.kind != "input"} <= seen:
+        raise DfaError(f"{path} is of another model than the target's scores, or those are of other nodes.")
+    return found
+
+
 def _look_at(results: Any, pairs: list[str] | None, collection: str, load: Callable[[], Any]) -> None:
-    """Add what the target's nodes do on each task's first test pair."""
+    """Add what the target's nodes do on each task's first test pair, and what matters where in it."""
     import dfa_lens as dfa
     from dfa_lens.experiments.demo import looked_at
     from dfa_lens.tasks.own import sources
@@ -246,7 +276,10 @@ def _look_at(results: Any, pairs: list[str] | None, collection: str, load: Calla
         if result.circuits["transfer"].nodes != every:
             raise DfaError(f"The target's scores of {result.task!r} are of other nodes than those of --model.")
         example = known[result.task](model.tokenizer, split="test", n=1, seed=0)
-        results.tasks[i] = replace(result, inspection=looked_at(model, example))
+        spans = dfa.Schema.by_token(example)
+        scores = dfa.attribute(model, spans.apply(example), nodes=every.at_spans(spans.names), method="nap")
+        seen = result.inspection or looked_at(model, example)
+        results.tasks[i] = replace(result, inspection=seen, by_token=scores)
 
 
 def _nodes(path: Path, task: str) -> Any:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from jaxtyping import Float
@@ -10,8 +14,13 @@ from torch import Tensor
 
 from dfa_lens.data import html
 from dfa_lens.data.content import ByContent
+from dfa_lens.data.files import load_tensors, made_from, parse_json, save_tensors
 from dfa_lens.data.nodes import NodeSet
 from dfa_lens.errors import MeasurementError, NodeError
+
+_FORMAT = "dfa_lens inspection 1"
+#: What its file has as JSON.
+_TEXTS = ("nodes", "tokens", "answer", "wrong", "promoted", "suppressed")
 
 
 class TokenLogit(NamedTuple):
@@ -109,6 +118,62 @@ class Inspection(ByContent):
         table = pd.DataFrame(rows, columns=["node", "direct", "promoted", "suppressed", "looks_at"])
         return table.sort_values("direct", key=abs, ascending=False, kind="stable", ignore_index=True)
 
+    # --- files -----------------------------------------------------------------------------------------------
+
+    def save(self, path: str | Path) -> None:
+        """Write a safetensors file with all of it, and a checksum."""
+        content = {
+            "nodes": self.nodes.to_records(),
+            **{name: getattr(self, name) for name in _TEXTS if name != "nodes"},
+        }
+        tensors = {"direct": self.direct} | ({} if self.patterns is None else {"patterns": self.patterns})
+        save_tensors(path, tensors, {name: json.dumps(value) for name, value in content.items()}, _FORMAT)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Inspection:
+        """Read what :meth:`save` wrote.
+
+        Raises
+        ------
+        FileError
+            If the file is missing, broken, or not a file of an inspection.
+
+        Examples
+        --------
+        >>> import tempfile, dfa_lens as dfa
+        >>> model = dfa.zoo.load("llama3-tiny-source")
+        >>> found = dfa.inspect(model, dfa.tasks.load("ioi", model.tokenizer, n=4))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     found.save(f"{folder}/ioi.safetensors")
+        ...     dfa.Inspection.load(f"{folder}/ioi.safetensors") == found
+        True
+        """
+        tensors, metadata = load_tensors(path, _FORMAT, _TEXTS)
+
+        def make() -> Inspection:
+            content = {name: parse_json(metadata[name]) for name in _TEXTS}
+            direct, patterns = tensors["direct"], tensors.get("patterns")
+            for name, tensor in (("direct effects", direct), ("attention patterns", patterns)):
+                if tensor is not None and not (tensor.is_floating_point() and bool(tensor.isfinite().all())):
+                    raise MeasurementError(f"its {name} ({tensor.dtype}) are not all finite numbers")
+            if direct.ndim != 1:
+                raise MeasurementError(f"its direct effects are {list(direct.shape)}, not one for each node")
+            texts = (*content["tokens"], content["answer"], content["wrong"])
+            if not isinstance(content["tokens"], list) or not all(isinstance(text, str) for text in texts):
+                raise MeasurementError("its tokens are not all texts")
+            return cls(
+                NodeSet.from_records(content["nodes"]),
+                tuple(content["tokens"]),
+                content["answer"],
+                content["wrong"],
+                direct,
+                _token_logits(content["promoted"]),
+                _token_logits(content["suppressed"]),
+                patterns,
+            )
+
+        return made_from(path, "a file of an inspection", make)
+
     def __repr__(self) -> str:
         return (
             f"Inspection({len(self.nodes)} nodes on {len(self.tokens)} tokens, {self.answer!r} against {self.wrong!r})"
@@ -117,3 +182,13 @@ class Inspection(ByContent):
     def _repr_html_(self) -> str:
         """The nodes with the largest direct effects, for notebooks."""
         return html.shown(repr(self), self.to_frame())
+
+
+def _token_logits(rows: Sequence[Sequence[Sequence[Any]]]) -> tuple[tuple[TokenLogit, ...], ...]:
+    """The tokens of every node, of what a file says."""
+    found = tuple(tuple(TokenLogit(*each) for each in row) for row in rows)
+    for each in (each for row in found for each in row):
+        number = type(each.logit) in (int, float) and math.isfinite(each.logit)
+        if not isinstance(each.text, str) or type(each.token) is not int or not number:
+            raise MeasurementError("its tokens are not all a text, a number and what is added to a logit")
+    return found

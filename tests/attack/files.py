@@ -27,6 +27,7 @@ from safetensors import safe_open
 from safetensors.torch import save
 
 import dfa_lens as dfa
+from dfa_lens.data.inspection import TokenLogit
 from dfa_lens.errors import DfaError
 from dfa_lens.experiments import study, table
 from dfa_lens.experiments.folder import read_checked, write_checked
@@ -208,6 +209,16 @@ def _circuit() -> dfa.Circuit:
     return dfa.controls.random_scores(B).circuit(2)
 
 
+def _edge_circuit() -> dfa.EdgeCircuit:
+    return _edges(1).circuit(3)
+
+
+def _inspection() -> dfa.Inspection:
+    named = ((TokenLogit(" a", 3, 0.5), TokenLogit("b\n", 1, -0.25)),) * len(A)
+    patterns = torch.eye(2).expand(4, 2, 2)
+    return dfa.Inspection(A, ("<bos>", " a"), " a", " b", torch.arange(6.0), named, named, patterns)
+
+
 def _released(path: Path) -> None:
     nodes = ["a0.h0", "a0.h1", "m0", "input"]
     torch.save({"W": torch.ones(4, 2), "small_nodes": nodes, "large_nodes": ["m0", "m1"], "meta": {"lr": 0.1}}, path)
@@ -266,6 +277,13 @@ FORMATS: dict[str, Format] = {
         lambda p: _functional("attention").save(p), dfa.FunctionalAlignment.load, content=of_safetensors
     ),
     "circuits": Format(lambda p: _circuit().save(p), dfa.Circuit.load, content=of_safetensors),
+    "inspections": Format(lambda p: _inspection().save(p), dfa.Inspection.load, content=of_safetensors),
+    "edge circuits": Format(
+        lambda p: _edge_circuit().save(p), dfa.EdgeCircuit.load, content=of_safetensors
+    ),
+    "edge circuits, JSON": Format(
+        lambda p: _edge_circuit().to_json(p), dfa.EdgeCircuit.from_json, ".json", ours=False, content=of_json
+    ),
     "circuits, JSON": Format(
         lambda p: _circuit().to_json(p), dfa.Circuit.from_json, ".json", ours=False, content=of_json
     ),
