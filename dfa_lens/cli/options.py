@@ -22,6 +22,7 @@ def out_file(path: Path | None) -> Path | None:
 
 
 def out_folder(path: Path | None) -> Path | None:
+    """The same of a folder."""
     return path if path is None else writable(path, folder=True)
 
 
@@ -138,9 +139,7 @@ MaybeOutOption = Annotated[
     Path | None, typer.Option("--out", "-o", help="Write the curve as CSV; - is standard output.", callback=out_file)
 ]
 FolderOption = Annotated[Path, typer.Option("--out", "-o", help="Folder to write.", callback=out_folder)]
-MaybeFolderOption = Annotated[
-    Path | None, typer.Option("--out", "-o", help="Folder to write.", callback=out_folder)
-]
+MaybeFolderOption = Annotated[Path | None, typer.Option("--out", "-o", help="Folder to write.", callback=out_folder)]
 WorkersOption = Annotated[int, typer.Option(help="Processes.", callback=_workers)]
 BackendOption = Annotated[str, typer.Option(help="auto, hooked, bridge or transformers.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
