@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -37,6 +39,22 @@ def test_end_points(model, ragged, scores):
     empty = float((logits[rows, ragged.answer] - logits[rows, ragged.wrong]).mean())
     clean, corrupted = curve.clean_values.mean(), curve.corrupt_values.mean()
     assert curve.faithfulness[0] == pytest.approx((empty - corrupted) / (clean - corrupted), abs=1e-4)
+
+
+def test_what_is_lost_is_told_without_labels(model, ragged, scores):
+    """The KL as a part of the empty circuit's: other answers change the metric and leave it, and it has no unit."""
+    sizes = [0, 5, 15]
+    curve = dfa.faithfulness_curve(model, ragged, scores, sizes=sizes)
+    swapped = dfa.faithfulness_curve(
+        model, replace(ragged, answer=ragged.wrong, wrong=ragged.answer), scores, sizes=sizes
+    )
+    assert curve.per_example[0].mean() != pytest.approx(swapped.per_example[0].mean(), abs=1e-3)
+    assert curve.relative_kl == pytest.approx(swapped.relative_kl, abs=1e-6)
+    by_hand = np.trapezoid([1, curve.kl[1] / curve.kl[0], curve.kl[2] / curve.kl[0]], np.array(sizes) / 15)
+    assert 0 < curve.relative_kl == pytest.approx(by_hand)
+    for options in ({"sizes": [5, 15]}, {"sizes": sizes, "direction": "noising"}):
+        with pytest.raises(FaithfulnessError, match="KL of the empty circuit is not known"):
+            dfa.faithfulness_curve(model, ragged, scores, **options).relative_kl  # noqa: B018
 
 
 def test_batching_changes_nothing(any_model, ragged, scores):

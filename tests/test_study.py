@@ -133,7 +133,7 @@ def test_what_was_trained_is_known_by_its_content():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "fit_many", lambda *args, **kw: runs.append(len(args[1])) or fit_many(*args, **kw))
         found = [outcome.alignment for outcome in experiment.run(settings, ["ioi"]) if outcome.setting]
-    assert runs == [1, 1, 1]  # of the third and the fourth it is known what they give
+    assert runs == [3]  # together; of the third and the fourth it is known what they give
     assert found[0] != found[1] and not found[1].W.any()
     assert found[0] is found[2] and found[0] is found[3] and found[4] != found[0]
     with pytest.raises(DfaError, match="Nothing tells two objects"):

@@ -240,7 +240,7 @@ def resume(folder: FolderArgument, quiet: option.QuietOption = False, as_json: o
 def collect(
     folder: FolderArgument,
     out: Annotated[
-        Path, typer.Option("--out", "-o", help="The table: .csv or .parquet.", callback=option._writable)
+        Path, typer.Option("--out", "-o", help="The table: .csv or .parquet.", callback=option.out_file)
     ] = Path("-"),
     as_json: option.JsonOption = False,
 ) -> None:

@@ -55,7 +55,7 @@ def inspect(
             "-o",
             help="Write the circuit as a graph with clicks (.html), the table (.csv), or what was seen of all nodes, "
             "for report --inspection (.safetensors); - is standard output.",
-            callback=option._writable,
+            callback=option.out_file,
         ),
     ] = None,
     as_json: option.JsonOption = False,

@@ -16,12 +16,13 @@ from dfa_lens.errors import DfaError, ModelError, short, unknown
 MOST_EXAMPLES = 20_000
 
 
-def _writable(path: Path | None) -> Path | None:
+def out_file(path: Path | None) -> Path | None:
     """Asked before the work: that a file can't be written is not to be learned after it."""
     return path if path is None or path == STANDARD_OUTPUT else writable(path)
 
 
-def _writable_folder(path: Path | None) -> Path | None:
+def out_folder(path: Path | None) -> Path | None:
+    """The same of a folder."""
     return path if path is None else writable(path, folder=True)
 
 
@@ -132,15 +133,13 @@ SplitOption = Annotated[str, typer.Option(help="train, validation or test.")]
 ExamplesOption = Annotated[int, typer.Option("--examples", "-n", help="Prompt pairs.", callback=examples)]
 SeedOption = Annotated[int, typer.Option(help="Of prompts and training.")]
 OutOption = Annotated[
-    Path, typer.Option("--out", "-o", help="File to write, or - for standard output.", callback=_writable)
+    Path, typer.Option("--out", "-o", help="File to write, or - for standard output.", callback=out_file)
 ]
 MaybeOutOption = Annotated[
-    Path | None, typer.Option("--out", "-o", help="Write the curve as CSV; - is standard output.", callback=_writable)
+    Path | None, typer.Option("--out", "-o", help="Write the curve as CSV; - is standard output.", callback=out_file)
 ]
-FolderOption = Annotated[Path, typer.Option("--out", "-o", help="Folder to write.", callback=_writable_folder)]
-MaybeFolderOption = Annotated[
-    Path | None, typer.Option("--out", "-o", help="Folder to write.", callback=_writable_folder)
-]
+FolderOption = Annotated[Path, typer.Option("--out", "-o", help="Folder to write.", callback=out_folder)]
+MaybeFolderOption = Annotated[Path | None, typer.Option("--out", "-o", help="Folder to write.", callback=out_folder)]
 WorkersOption = Annotated[int, typer.Option(help="Processes.", callback=_workers)]
 BackendOption = Annotated[str, typer.Option(help="auto, hooked, bridge or transformers.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]

@@ -8,11 +8,10 @@ import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import wait
-from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
-from queue import Empty
+from multiprocessing.queues import SimpleQueue
 from typing import Any
 
 import torch
@@ -40,7 +39,9 @@ SHOWN = {
     "functional": FUNCTIONAL["functional, zero-shot, own scores"],
     **{name: SETTINGS[name] for name in ("uniform-s", "depth-mean", "random-w")},
 }
-FULL = Budget(steps=100)  # half of fit's default: a table in minutes
+FULL = Budget(steps=100, curve_points=16)  # half of fit's default and of a study's sizes: a table in minutes
+#: Trainings that share a forward pass: the shipped models are so small that a pass costs more than its examples.
+JOBS_PER_PASS = 18
 
 __all__ = ["FULL", "QUICK", "SHOWN", "Budget", "run"]
 
@@ -141,21 +142,16 @@ def _each(
     """What ``work`` makes of each family, in their order."""
     if workers <= 1:
         return [work(models, tell=tell) for models in families]
-    with ExitStack() as stack:
-        # plain queues can't be handed to a pool's processes
-        told = stack.enter_context(multiprocessing.get_context("spawn").Manager()).Queue()
-        pool = stack.enter_context(processes(workers, torch.get_num_threads()))
-        futures = [pool.submit(_elsewhere, work, models, told) for models in families]
+    told = multiprocessing.get_context("spawn").SimpleQueue()
+    with processes(workers, torch.get_num_threads(), begin=partial(_tell_by, told)) as pool:
+        futures = [pool.submit(_elsewhere, work, models) for models in families]
         left = set(futures)
         while left:
             done, left = wait(left, timeout=0.2)
             for future in done:
                 future.result()  # an error of one is told at once
-            while True:
-                try:
-                    tell(told.get_nowait())
-                except Empty:
-                    break
+            while not told.empty():
+                tell(told.get())
         made = []
         for found, raised in (future.result() for future in futures):
             made.append(found)
@@ -164,12 +160,20 @@ def _each(
         return made
 
 
+#: In another process: the queue by which it says what is done. Only what begins a process can hand it one.
+_TOLD: list[SimpleQueue[Step]] = []
+
+
+def _tell_by(queue: SimpleQueue[Step]) -> None:
+    _TOLD[:] = [queue]
+
+
 def _elsewhere(
-    work: Callable[..., list[TaskResult]], models: ModelPair, told: Any
+    work: Callable[..., list[TaskResult]], models: ModelPair
 ) -> tuple[list[TaskResult], list[tuple[str, type[Warning]]]]:
     """In another process: what work makes, and the warnings that it raised, for the first process to raise."""
     with warnings.catch_warnings(record=True) as raised:
-        found = work(models, tell=told.put)
+        found = work(models, tell=_TOLD[0].put)
     return found, [(str(each.message), each.category) for each in raised]
 
 
@@ -182,6 +186,7 @@ def _family(
         tell(Step(_OF_A_STEP, f"{models.name}: training"))
 
     experiment = Experiment(models, seed, budget, on_step=on_step, **options)
+    experiment.jobs_per_pass = JOBS_PER_PASS
     found = dict[str, list[Outcome]]()
     for outcome in experiment.run(SHOWN, names):
         found.setdefault(outcome.task, []).append(outcome)

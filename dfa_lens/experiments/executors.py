@@ -52,8 +52,12 @@ class Here:
 
 
 @contextmanager
-def processes(workers: int, threads: int | None = None) -> Iterator[ProcessPoolExecutor]:
+def processes(
+    workers: int, threads: int | None = None, begin: Callable[[], None] | None = None
+) -> Iterator[ProcessPoolExecutor]:
     """Processes of this machine, each with its share of the processor's cores, or with fewer ``threads``.
+
+    Each calls ``begin`` first.
 
     An error or an interrupt ends all of them at once, also what they are doing. They ignore Ctrl-C, which the terminal
     sends to all of a group: this process decides.
@@ -63,7 +67,7 @@ def processes(workers: int, threads: int | None = None) -> Iterator[ProcessPoolE
     here, there = context.Pipe(duplex=False)
     share = max(1, (os.cpu_count() or 1) // workers)
     threads = share if threads is None else min(threads, share)
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_begin, initargs=(here, threads))
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_begin, initargs=(here, threads, begin))
     try:
         yield pool
         pool.shutdown()
@@ -94,12 +98,14 @@ def each(work: Callable[[Given], Made], items: Sequence[Given], workers: int) ->
         ) from error
 
 
-def _begin(parent: Any, threads: int) -> None:
+def _begin(parent: Any, threads: int, more: Callable[[], None] | None) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     import torch
 
     torch.set_num_threads(threads)
+    if more is not None:
+        more()
 
 
 def _end_with(parent: Connection) -> None:

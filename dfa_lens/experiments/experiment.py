@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -160,6 +160,8 @@ class Experiment:
         Of attribution, measurements and curves: the budget's. Changes memory and time, results by rounding only.
     cache:
         Where training keeps its runs, see :data:`~dfa_lens.transfer.store.Cache`.
+    jobs_per_pass:
+        How many trainings share a forward pass, see :func:`~dfa_lens.transfer.trainer.fit_many`; None: its default.
     seconds:
         What was made here → how long it took, models and prompts apart.
 
@@ -195,6 +197,7 @@ class Experiment:
         self.folder, self._load, self.on_step = folder, load, on_step
         self.batch_size = budget.batch_size
         self.cache: Cache = "device"
+        self.jobs_per_pass: int | None = None
         self.seconds: dict[str, float] = {}
         self._trained: dict[Any, tuple[Alignment, float]] = {}
         self._made: dict[tuple[str, str, str], Any] = {}
@@ -362,38 +365,43 @@ class Experiment:
             return controls.constant()
         return self.scores_of(task)
 
-    def fit(self, setting: Setting, sets: Sequence[tuple[str, ...]]) -> dict[tuple[str, ...], tuple[Alignment, float]]:
-        """An alignment and its seconds for every tuple of training tasks; what is not trained yet is trained together.
+    def fit(self, wanted: Iterable[tuple[Setting, tuple[str, ...]]]) -> list[tuple[Alignment, float]]:
+        """The alignment of each setting and its training tasks, and its seconds; what is missing is trained together.
 
         One is used again for a setting whose recipe asks for the same on the same scores.
         """
-        scores = setting.control if setting.control in OTHER_SCORES else ""
-        recipes = {trained: self.recipe(setting, trained) for trained in dict.fromkeys(sets)}
-        keys = {trained: (scores, recipe.key(), trained) for trained, recipe in recipes.items()}
-        if self.folder is not None:
-            names = {trained: self.key("fit", setting, trained) for trained in keys}
-            for trained, key in keys.items():
-                if (
-                    key not in self._trained
-                    and (known := self.folder.value(names[trained], Alignment.load)) is not None
-                ):
+        asked = []
+        missing: dict[Any, tuple[Job[NodeScores], str]] = {}
+        for setting, trained in wanted:
+            recipe = self.recipe(setting, trained)
+            key = (setting.control if setting.control in OTHER_SCORES else "", recipe.key(), trained)
+            name = None if self.folder is None else self.key("fit", setting, trained)
+            if key not in self._trained and self.folder is not None and name is not None:
+                known = self.folder.value(name, Alignment.load)
+                if known is not None:
                     self._trained[key] = (known, 0.0)
-        missing = {
-            " ".join(trained): Job({task: self.stand_in(setting, task) for task in trained}, recipes[trained])
-            for trained, key in keys.items()
-            if key not in self._trained
-        }
-        train = self.train if missing else {}
+            asked.append((key, name))
+            if key not in self._trained and key not in missing:
+                job = Job({task: self.stand_in(setting, task) for task in trained}, recipe)
+                missing[key] = job, " ".join(trained)
+        if missing:
+            self._train(missing)
+        for key, name in asked:
+            if self.folder is not None and name is not None:
+                self.seconds[name] = self._trained[key][1]
+                self.folder.keep(name, self._trained[key][0])
+        return [self._trained[key] for key, _ in asked]
+
+    def _train(self, missing: Mapping[Any, tuple[Job[NodeScores], str]]) -> None:
+        """Train what is missing: by its key, the job and what it is trained on."""
+        jobs = {str(number): job for number, (job, _) in enumerate(missing.values())}
+        names = {str(number): name for number, (_, name) in enumerate(missing.values())}
+        on_step, train = self.on_step, self.train
+        tell = None if on_step is None else lambda number, record: on_step(names[number], record)
         started = time.perf_counter()
-        found = fit_many(self.target, missing, train, cache=self.cache, on_step=self.on_step) if missing else {}
-        seconds = (time.perf_counter() - started) / max(len(missing), 1)
-        for trained, key in keys.items():
-            if key not in self._trained:
-                self._trained[key] = (found[" ".join(trained)], seconds)
-            if self.folder is not None:
-                self.seconds[names[trained]] = self._trained[key][1]
-                self.folder.keep(names[trained], self._trained[key][0])
-        return {trained: self._trained[key] for trained, key in keys.items()}
+        found = fit_many(self.target, jobs, train, cache=self.cache, jobs_per_pass=self.jobs_per_pass, on_step=tell)
+        seconds = (time.perf_counter() - started) / len(jobs)
+        self._trained |= {key: (found[number], seconds) for key, number in zip(missing, jobs, strict=True)}
 
     def _untrained(self, setting: Setting, trained: tuple[str, ...]) -> Alignment:
         """The W of a control that needs no training."""
@@ -421,7 +429,7 @@ class Experiment:
     # --- many settings -------------------------------------------------------------------------------------------
 
     def run(self, settings: Mapping[str, Setting], test_tasks: Sequence[str] | None = None) -> Iterator[Outcome]:
-        """Gold, then one setting after the other; trainings of a setting run together.
+        """Gold, then all trainings together, then one setting after the other.
 
         Parameters
         ----------
@@ -436,12 +444,15 @@ class Experiment:
                 raise unknown("task", task, self.tasks, TaskError)
         for task in chosen:
             yield self.outcome(GOLD, None, task)
-        for name, setting in settings.items():
-            wanted = [(task, trained) for task in chosen for trained in self.trained_on(setting, task)]
-            if setting.is_trained and wanted:
-                self.fit(setting, [trained for _, trained in wanted])
-            for task, trained in wanted:
-                yield self.outcome(name, setting, task, trained)
+        wanted = [
+            (name, setting, task, trained)
+            for name, setting in settings.items()
+            for task in chosen
+            for trained in self.trained_on(setting, task)
+        ]
+        self.fit((setting, trained) for _, setting, _, trained in wanted if setting.is_trained)
+        for name, setting, task, trained in wanted:
+            yield self.outcome(name, setting, task, trained)
 
     def outcome(self, name: str, setting: Setting | None, task: str, trained: tuple[str, ...] = ()) -> Outcome:
         """The circuit of a setting (None: gold) for a task, judged."""
@@ -450,7 +461,7 @@ class Experiment:
         if isinstance(setting.recipe, Circuits):
             return self._without_w(setting.recipe, task, name, setting, trained)
         if setting.is_trained:
-            return self._outcome(task, name, setting, trained, *self.fit(setting, [trained])[trained])
+            return self._outcome(task, name, setting, trained, *self.fit([(setting, trained)])[0])
         return self._outcome(task, name, setting, trained, self._untrained(setting, trained), 0.0)
 
     def _gold_outcome(self, task: str) -> Outcome:

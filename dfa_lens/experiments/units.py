@@ -266,7 +266,7 @@ def do(unit: Unit, plan: Plan, experiment: Experiment) -> dict[str, Any]:
         experiment.measured(task, side)
     elif unit.kind == "fit":
         name, trained = unit.what
-        experiment.fit(plan.study.settings[name], [trained])
+        experiment.fit([(plan.study.settings[name], trained)])
     else:
         name, task, trained = unit.what
         setting = None if name == GOLD else plan.study.settings[name]

@@ -156,6 +156,7 @@ def _draw(
     """Draw one model's panels between two fractions of the width."""
     panels = _panels(nodes)
     drawn = []
+    axes: dict[str, Any] = {}  # all at once: each update of a layout takes plotly its time
     for i, (panel, domain) in enumerate(zip(panels, _domains(panels, left, right), strict=True)):
         axis = first_axis + i
         suffix = "" if axis == 1 else str(axis)
@@ -189,30 +190,27 @@ def _draw(
         labelled = max(1, len(panel.columns) // 12 + 1)
         n_rows = len(panel.rows)
         row_step = max(1, n_rows // 16 + 1)
-        figure.update_layout(
-            {
-                f"xaxis{suffix}": {
-                    "domain": domain,
-                    "anchor": f"y{suffix}",
-                    "title": {"text": styling.text(panel.title), "standoff": 6},
-                    "tickvals": list(range(0, len(panel.columns), labelled)),
-                    "ticktext": [panel.columns[c] for c in range(0, len(panel.columns), labelled)],
-                    "showgrid": False,
-                    "zeroline": False,
-                    "constrain": "domain",
-                },
-                f"yaxis{suffix}": {
-                    "anchor": f"x{suffix}",
-                    "range": [-0.5, n_rows - 0.5],
-                    "tickvals": list(range(0, n_rows, row_step)) if i == 0 else [],
-                    "ticktext": [_row_name(panel.rows[r]) for r in range(0, n_rows, row_step)],
-                    "title": {"text": "layer", "standoff": 4} if i == 0 and left == 0 else None,
-                    "showgrid": False,
-                    "zeroline": False,
-                    "matches": None if i == 0 else f"y{first_axis if first_axis > 1 else ''}",
-                },
-            }
-        )
+        axes[f"xaxis{suffix}"] = {
+            "domain": domain,
+            "anchor": f"y{suffix}",
+            "title": {"text": styling.text(panel.title), "standoff": 6},
+            "tickvals": list(range(0, len(panel.columns), labelled)),
+            "ticktext": [panel.columns[c] for c in range(0, len(panel.columns), labelled)],
+            "showgrid": False,
+            "zeroline": False,
+            "constrain": "domain",
+        }
+        axes[f"yaxis{suffix}"] = {
+            "anchor": f"x{suffix}",
+            "range": [-0.5, n_rows - 0.5],
+            "tickvals": list(range(0, n_rows, row_step)) if i == 0 else [],
+            "ticktext": [_row_name(panel.rows[r]) for r in range(0, n_rows, row_step)],
+            "title": {"text": "layer", "standoff": 4} if i == 0 and left == 0 else None,
+            "showgrid": False,
+            "zeroline": False,
+            "matches": None if i == 0 else f"y{first_axis if first_axis > 1 else ''}",
+        }
+    figure.update_layout(axes)
     figure.add_annotation(
         text=f"<b>{styling.text(caption or title)}</b>",
         x=left,

@@ -185,21 +185,24 @@ def _by_node(scores: NodeScores) -> pd.DataFrame:
 
 def _hover(table: pd.DataFrame, layers: list[int], tokens: list[str], z: np.ndarray) -> list[list[str]]:
     """[layer][token] the sum, and the nodes that make most of it."""
-    groups = dict(tuple(table.groupby(["layer", "token"])))
-    found = []
-    for i, layer in enumerate(layers):
-        row = []
-        for j, token in enumerate(tokens):
-            own = groups.get((layer, token))
-            if own is None:
-                row.append("")
-                continue
-            own = own.sort_values("score", key=abs, ascending=False).head(NAMED)
-            parts = ", ".join(f"{name} {value:+.3g}" for name, value in zip(own["node"], own["score"], strict=True))
-            of = f"<br>most of it: {parts}" if own["kind"].iloc[0] == "head" else ""
-            row.append(f"<b>layer {layer}, {styling.text(token)}</b><br>score {z[i, j]:+.4g}{of}")
-        found.append(row)
-    return found
+    most: dict[tuple[int, str], list[str]] = {}
+    ranked = table.sort_values("score", key=abs, ascending=False, kind="stable")
+    for each in ranked.groupby(["layer", "token"]).head(NAMED).itertuples(index=False):
+        named = most.setdefault((each.layer, each.token), [])
+        if each.kind == "head":
+            named.append(f"{each.node} {each.score:+.3g}")
+
+    def text(layer: int, token: str, value: float) -> str:
+        if (layer, token) not in most:
+            return ""
+        parts = ", ".join(most[layer, token])
+        of = f"<br>most of it: {parts}" if parts else ""
+        return f"<b>layer {layer}, {styling.text(token)}</b><br>score {value:+.4g}{of}"
+
+    return [
+        [text(layer, token, value) for token, value in zip(tokens, row, strict=True)]
+        for layer, row in zip(layers, z.tolist(), strict=True)
+    ]
 
 
 def _label(token: str) -> str:

@@ -306,7 +306,8 @@ def fit_many(
         The training pairs of all tasks that occur.
     jobs_per_pass:
         How many trainings share a forward pass; default: 1 on a CPU, where a pass costs what its examples cost, else
-        16, since a small model leaves most of a GPU idle.
+        16, since a small model leaves most of a GPU idle. Of models of a few million parameters a pass costs more than
+        its examples on a CPU, too: with 12 a step of the shipped targets takes a quarter less time.
     nodes, edges, cache, share_prefix, checkpointing, progress, on_step:
         As in :func:`fit`; the job is told by its name.
 

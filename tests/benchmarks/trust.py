@@ -4,8 +4,9 @@
     python tests/benchmarks/trust.py --parts trust importance --seeds 0
     python tests/benchmarks/trust.py --tables-only          # from the rows on disk
 
-- ``trust``: transfers from few or all families, with and without group effects, and of the wrong task's measurements;
-  what was said beforehand (distance, spread, the interval of a rehearsal), and how faithful the circuit is.
+- ``trust``: transfers from few or all families, with and without group effects, of the wrong task's measurements, and
+  of what scrambled scores taught; what was said beforehand (distance, spread, a rehearsal, the circuit's KL on eight
+  prompts without their labels), and how faithful the circuit is.
 - ``importance``: what shuffling a measurement takes, and what one alone, or all but one kind, are worth.
 - ``warm``: a mask trained on the target, from one half, transferred scores, one measurement, `nap` or gold.
 
@@ -18,6 +19,7 @@ import argparse
 import os
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +31,26 @@ import dfa_lens as dfa
 from dfa_lens.transfer.measure import GROUP_MEASURES
 
 WARM_STEPS = (1, 5, 10, 20, 40, 160)
-#: Kinds of teaching: name → (whether groups are measured, whether the wrong task's measurements are read).
-WAYS = {"as it is": (True, False), "without groups": (False, False), "the wrong task's measurements": (True, True)}
+
+
+@dataclass(frozen=True)
+class Way:
+    """How a transfer is taught and what it reads."""
+
+    groups: bool = True  #: whether groups are measured
+    wrong: bool = False  #: whether the measurements are of another task
+    scrambled: bool = False  #: whether the scores that teach are of other nodes of their kind and depth
+
+
+WAYS = {
+    "as it is": Way(),
+    "without groups": Way(groups=False),
+    "the wrong task's measurements": Way(wrong=True),
+    "scrambled teachers": Way(scrambled=True),
+    "scrambled teachers, without groups": Way(groups=False, scrambled=True),
+}
+#: Said before a label of the target is used: column, and whether high (+1) or low (−1) should foretell a failure.
+PREDICTORS = {"distance": 1, "spread": 1, "rehearsed": -1, "unlabelled": 1}
 
 Rows = Iterator[tuple[tuple[str, ...], Callable[[], dict[str, Any]]]]
 
@@ -41,35 +61,40 @@ def trust(pair: Pair) -> Rows:
         others = pair.others(task)
         families = sorted({dfa.tasks.FAMILIES[other] for other in others})
         for teaching in [families, *([family] for family in families)]:
-            for way, (groups, wrong) in WAYS.items():
-                if len(teaching) < len(families) and way != "as it is":
+            for name, way in WAYS.items():
+                if len(teaching) < len(families) and way != Way():
                     continue
                 names = [other for other in others if dfa.tasks.FAMILIES[other] in teaching]
                 # the names are bound now, the work is done if the row is missing
                 yield (
-                    (task, "+".join(teaching), way),
-                    lambda task=task, names=names, groups=groups, wrong=wrong: trusted(
-                        pair, task, names, groups, wrong
-                    ),
+                    (task, "+".join(teaching), name),
+                    lambda task=task, names=names, way=way: trusted(pair, task, names, way),
                 )
 
 
-def trusted(pair: Pair, task: str, names: list[str], groups: bool, wrong: bool) -> dict[str, float]:
-    without = () if groups else GROUP_MEASURES
-    fitted = pair.fitted(task, names, without=without)
-    read = pair.measured(pair.target, pair.others(task)[0] if wrong else task, without)
+def trusted(pair: Pair, task: str, names: list[str], way: Way) -> dict[str, float]:
+    without = () if way.groups else GROUP_MEASURES
+    fitted = pair.fitted(task, names, without=without, scramble=way.scrambled)
+    read = pair.measured(pair.target, pair.others(task)[0] if way.wrong else task, without)
+    circuit = fitted.transfer(read)
     found: dict[str, float] = {"families": len(set(fitted.meta["families"].values()))}
     if found["families"] > 1:
         said = fitted.trust(read)
-        found |= {"distance": said.distance, "spread": said.spread}
-    if found["families"] > 1 and not wrong:
+        found |= {"distance": said.distance, "spread": said.spread, "unlabelled": unlabelled(pair, task, circuit)}
         held_out = {name: pair.source.pairs(name, "test", TEST) for name in names}
         measured = {name: pair.measured(pair.source, name, without) for name in names}
         # signed, as the circuits that are judged
         rehearsed = dfa.rehearse(fitted, pair.source.model, measured, held_out, ranking="signed", batch_size=32)
         low, high = rehearsed.interval(confidence=0.9)
         found |= {"low": low, "high": high, "rehearsed": float(rehearsed.cpr.mean())}
-    return found | pair.judged(task, fitted.transfer(read))
+    return found | pair.judged(task, circuit)
+
+
+def unlabelled(pair: Pair, task: str, circuit: dfa.NodeScores) -> float:
+    """The circuit's KL on eight training prompts of the target, as a part of the empty circuit's: no label is used."""
+    sizes = [len(circuit) * i // 4 for i in range(5)]
+    given = {"ranking": "signed", "sizes": sizes, "batch_size": 32}
+    return dfa.faithfulness_curve(pair.target.model, pair.target.pairs(task)[:8], circuit, **given).relative_kl
 
 
 def importance(pair: Pair) -> Rows:
@@ -158,7 +183,7 @@ def run(part: str, name: str, pair: Pair, path: Path) -> None:
 
 
 #: Columns that not every row has.
-REST = {"trust": ("distance", "spread", "low", "high", "rehearsed")}
+REST = {"trust": ("distance", "spread", "unlabelled", "low", "high", "rehearsed")}
 
 
 def trust_tables(table: pd.DataFrame, build: Path) -> list[str]:
@@ -172,7 +197,7 @@ def trust_tables(table: pd.DataFrame, build: Path) -> list[str]:
         n=("cpr", "size"), CPR=("cpr", "mean"), lowest=("cpr", "min"), worse=("worse", "sum")
     )
     said = table[table["families"] > 1]
-    right = said[said["way"] != "the wrong task's measurements"]
+    right = said[[not WAYS[way].wrong for way in said["way"]]]
     covered = right.assign(inside=(right["cpr"] >= right["low"]) & (right["cpr"] <= right["high"]))
     covered["width"] = covered["high"] - covered["low"]
     text = [
@@ -186,12 +211,16 @@ def trust_tables(table: pd.DataFrame, build: Path) -> list[str]:
         ),
         "\n## What foretells a circuit worse than that of uniform-s (AUROC)\n",
     ]
+    honest = right[[not WAYS[way].scrambled for way in right["way"]]]
+    asked = {"all ways": said, "the right measurements": right, "and not scrambled": honest}
     found = []
-    for name, sign in (("distance", 1), ("spread", 1)):
-        for which, part in (("all ways", said), ("the right measurements", right)):
+    for name, sign in PREDICTORS.items():
+        row: dict[str, Any] = {"predictor": name}
+        for which, part in asked.items():
             both = 0 < part["worse"].sum() < len(part)
             auroc = roc_auc_score(part["worse"], sign * part[name]) if both else float("nan")
-            found.append({"predictor": name, "of": which, "n": len(part), "worse": part["worse"].sum(), "AUROC": auroc})
+            row |= {which: auroc, f"worse, {which}": f"{part['worse'].sum()} of {len(part)}"}
+        found.append(row)
     return [*text, markdown(pd.DataFrame(found))]
 
 
