@@ -128,9 +128,9 @@ def test_report(browser, tmp_path):
     open_page(browser, report(results, tmp_path))
     graphs = "return [...document.querySelectorAll('.plotly-graph-div')].map(g => g.data.length)"
     # recovery (six settings); curves (floor, line and band for each of seven settings); source, target, gold and their
-    # difference (two panels each, and what dims them); the circuit (in it, outside, what is chosen, its attention). What
-    # is not asked for is not drawn.
-    assert browser.execute_script(graphs) == [6, 15, 16, 4]
+    # difference (two panels each, and what dims them); the circuit (in it, outside, what colours mean, what is chosen,
+    # its attention). What is not asked for is not drawn.
+    assert browser.execute_script(graphs) == [6, 15, 16, 6]
     for width in (400, 800, 1280):
         browser.set_window_size(width, 900)
         overflow = browser.execute_async_script(

@@ -68,6 +68,8 @@ def test_a_report_of_own_results(tmp_path, monkeypatch):
     curves = "--gold two=two-g.safetensors --curve two=curve.csv --gold-curve two=curve.csv"
     said = invoke(f"report {both} {curves} -o all.html")
     assert "warning" not in said.stderr
+    invoke(f"report {both} -o bare.html")  # no curves, no table
+    assert "<h1>Circuit transfer from source to target</h1>" in Path("bare.html").read_text(encoding="utf-8")
     page = (tmp_path / "all.html").read_text(encoding="utf-8")
     assert page.count("<section") == 2
     assert "transfer: CPR 0.725 (100% of gold&#39;s); smallest circuit with f ≥ 0.9: 12 of 24 nodes" in page

@@ -18,6 +18,12 @@ def drawn(figure, name):
     return next(trace for trace in figure.data if trace.name == name)
 
 
+def meaning(figure):
+    """What the legend says of colours."""
+    shown = figure.layout.showlegend
+    return {trace.name: trace.marker.color for trace in figure.data if shown and trace.showlegend is not False}
+
+
 def test_nodes_stand_where_they_are_and_say_what_they_are():
     scores = dfa.controls.random_scores(NODES)
     figure = dfa.plots.node_graph(CIRCUIT, scores=scores)
@@ -37,8 +43,12 @@ def test_colours_go_by_the_sign_and_a_mask_has_no_blue():
     values[[NODES.position("a0.h1"), NODES.position("m1")]] = torch.tensor([1.0, -1.0])
     plain = dfa.plots.node_graph(CIRCUIT, scores=dfa.NodeScores(values, NODES))
     assert list(drawn(plain, "circuit").marker.color) == ["#b2182b", "#2166ac", "#f7f7f7"]
+    assert meaning(plain) == {"helps": "#b2182b", "hurts": "#2166ac"}
+    assert meaning(dfa.plots.node_graph(CIRCUIT)) == {}
     meta = {"method": "transfer", "sparsity_weight": 3.0}
-    mask = drawn(dfa.plots.node_graph(CIRCUIT, scores=dfa.NodeScores(values * 20, NODES, meta)), "circuit")
+    masked = dfa.plots.node_graph(CIRCUIT, scores=dfa.NodeScores(values * 20, NODES, meta))
+    assert meaning(masked) == {"mask 1 (kept)": "#b2182b", "mask 0 (left out)": "#f7f7f7"}
+    mask = drawn(masked, "circuit")
     assert list(mask.marker.color) == ["#b2182b", "#f7f7f7", "#f4a582"]  # kept, left out, half
     assert "mask 0.500" in mask.hovertext[2]
 
@@ -103,6 +113,7 @@ def test_edges_within_the_circuit():
     assert f"score {strongest:+.4g}" in lines["a0.h1->a2.h3"].text
     assert lines["a0.h1->m1"].line.color == ("#b2182b" if scores["a0.h1->m1"] >= 0 else "#2166ac")
     assert sum("->" in t.name for t in dfa.plots.node_graph(circuit, edges=scores, most_edges=1).data) == 1
+    assert meaning(figure) == {"helps": "#b2182b", "hurts": "#2166ac"}
 
 
 def test_a_circuit_of_edges():

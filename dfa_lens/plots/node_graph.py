@@ -104,7 +104,7 @@ def node_graph(
         raise CircuitError("The scores are of other nodes than those among which the circuit was chosen.")
     if inspection is not None and not set(circuit.universe.names) - {"input"} <= set(inspection.nodes.names):
         raise CircuitError("The inspection is of another model than the circuit: it lacks some of its nodes.")
-    numbers, words, colors = _coloured(circuit, scores)
+    numbers, words, colors, meaning = _coloured(circuit, scores)
     figure = Picture()
     drawn = None if edges is None else (edges.edges, edges.values.nan_to_num(0.0))
     if lines is not None:
@@ -118,7 +118,13 @@ def node_graph(
     tall = height or grid.tall() + AROUND
     styling.layout(figure, title, width=width, height=tall, style=style)
     grid.axes(figure, with_input="input" in circuit.universe, domain=LEFT if inspection is not None else (0, 1))
-    figure.update_layout(hovermode="closest", showlegend=False)
+    if edges is not None and not meaning:
+        meaning = {"helps": POSITIVE, "hurts": NEGATIVE}
+    figure.update_traces(showlegend=False)
+    for name, color in meaning.items():
+        mark = {"color": color, "size": 10, "line": {"color": "#555555", "width": 1}}
+        figure.add_scatter(x=[None], y=[None], mode="markers", name=name, marker=mark)
+    figure.update_layout(hovermode="closest", showlegend=bool(meaning), legend=styling.LEGEND_ABOVE)
     table = pd.DataFrame({"node": circuit.universe.names, "in_circuit": circuit.kept.numpy(), "score": numbers})
     if inspection is None:
         shrink = picture.Reaction("nodes.js", None)
@@ -140,18 +146,20 @@ def node_graph(
     )
 
 
-def _coloured(circuit: Circuit, scores: NodeScores | None) -> tuple[np.ndarray, list[str], list[str]]:
-    """Of every node of the universe its number, what is said of it, and its colour in the circuit."""
+def _coloured(circuit: Circuit, scores: NodeScores | None) -> tuple[np.ndarray, list[str], list[str], dict[str, str]]:
+    """Of every node of the universe its number, what is said of it, and its colour in the circuit; what these mean."""
     n = len(circuit.universe)
     if scores is None:
-        return np.full(n, np.nan), [""] * n, [KEPT] * n
+        return np.full(n, np.nan), [""] * n, [KEPT] * n, {}
     mask = mask_of(scores)
     values = scores.values.double().numpy() if mask is None else mask
     limit = styling.robust_limit(values) if mask is None else 1.0
     ranks = [int(rank) for rank in scores.ranks()]
     word, form = ("score", "+.4g") if mask is None else ("mask", ".3f")
     said = [f"<br>{word} {value:{form}}, rank {rank}" for value, rank in zip(values, ranks, strict=True)]
-    return values, said, [_color(value / limit) for value in values]
+    meaning = {"helps": 1, "hurts": -1} if mask is None else {"mask 1 (kept)": 1, "mask 0 (left out)": 0}
+    colors = [_color(value / limit) for value in values]
+    return values, said, colors, {name: _color(value) for name, value in meaning.items()}
 
 
 def _color(value: float) -> str:
@@ -356,6 +364,7 @@ class Told:
             y=[where[1]],
             mode="markers",
             name="chosen",
+            showlegend=False,
             hoverinfo="skip",
             marker={"size": 30, "symbol": "circle-open", "color": "#E69F00", "line": {"width": 3}},
         )

@@ -103,6 +103,7 @@ def report(
         significant=SIGNIFICANT,
         above=ABOVE,
         unlike=UNLIKE,
+        transfers=bool(found.rows or results.tasks),
         findings=found.findings,
         summary=packed(json.dumps({"summary": parts_of(found.figure)})) if found.figure is not None else "",
         columns=found.columns,
