@@ -191,6 +191,46 @@ def test_the_ranking_travels_with_the_scores(taught, tmp_path):
         unchecked(dfa.fit_functional)(*taught, trees=2, ranking="size")
 
 
+def test_sizes_are_learned_where_signs_cancel(tmp_path):
+    """Where nothing that is measured says the sign; as if sizes had been given, shares in groups among them."""
+    nodes = [dfa.NodeSet.for_sizes(6, 7), dfa.NodeSet.for_sizes(5, 4)]
+    generator = torch.Generator().manual_seed(0)
+
+    def made(nodes):
+        sign = torch.randint(2, (len(nodes),), generator=generator) * 2.0 - 1
+        values = torch.randn(len(nodes), 2, generator=generator)
+        share = sign * values[:, :1].abs().T[0]
+        return dfa.NodeScores(values[:, 0].abs() * sign.flip(0), nodes), dfa.Measurements(
+            torch.stack([values[:, 0], share], 1), nodes, ["change", "group-share"]
+        )
+
+    def unsigned(found):
+        values = torch.stack([found["change"], found["group-share"].abs()], 1)
+        return dfa.Measurements(values, found.nodes, found.names)
+
+    source = {task: made(nodes[0]) for task in "abcd"}
+    (truth, target), (own, on_source) = made(nodes[1]), made(nodes[0])
+    scores, measurements = ({task: both[i] for task, both in source.items()} for i in (0, 1))
+    functional = dfa.fit_functional(scores, measurements, trees=30, learns="sizes")
+    found = functional.transfer(target, own, on_source)
+    sizes = {task: dfa.NodeScores(each.values.abs(), each.nodes) for task, each in scores.items()}
+    by_hand = dfa.fit_functional(sizes, {task: unsigned(each) for task, each in measurements.items()}, trees=30)
+    expected = by_hand.transfer(unsigned(target), dfa.NodeScores(own.values.abs(), own.nodes), unsigned(on_source))
+    assert torch.equal(found.values, expected.values)
+    signed = dfa.fit_functional(scores, measurements, trees=30, guard=0.0).transfer(target)
+    right = [np.corrcoef(each.values.abs(), truth.values.abs())[0, 1] for each in (found, signed)]
+    assert right[0] > 0.8
+    assert right[1] < 0.65
+    assert functional.trust(target).interval.shape == (len(target), 2)
+    functional.save(tmp_path / "f.safetensors")
+    assert dfa.FunctionalAlignment.load(tmp_path / "f.safetensors") == functional != by_hand
+    with pytest.raises(AlignmentError, match="Unknown learns 'size'"):
+        unchecked(dfa.fit_functional)(scores, measurements, learns="size")
+    attention = dfa.fit_functional(scores, measurements, reader="attention", steps=2, learns="sizes")
+    with pytest.raises(AlignmentError, match="no linear map of them"):
+        attention.alignment(target, own, on_source)
+
+
 # --- attention -----------------------------------------------------------------------------------------------------
 
 

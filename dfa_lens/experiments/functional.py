@@ -17,7 +17,7 @@ from dfa_lens.errors import AlignmentError
 from dfa_lens.experiments.experiment import Experiment
 from dfa_lens.experiments.setting import Circuits, Needed, Setting, Side
 from dfa_lens.transfer import controls
-from dfa_lens.transfer.functional import fit_functional
+from dfa_lens.transfer.functional import Learned, fit_functional
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Functional(Circuits):
         Teach with the scores of the wrong nodes, within kinds and thirds of depth.
     without:
         Measurements that are left out.
-    ranking:
+    ranking, learns:
         As for :func:`dfa_lens.fit_functional`.
     """
 
@@ -50,6 +50,7 @@ class Functional(Circuits):
     scramble: bool = False
     without: tuple[str, ...] = ()
     ranking: Ranking = "absolute"
+    learns: Learned = "scores"
 
     def needs(  # noqa: D102
         self, experiment: Experiment, task: str, trained: tuple[str, ...]
@@ -81,6 +82,7 @@ class Functional(Circuits):
             reader=self.reader,
             families=experiment.families,
             ranking=self.ranking,
+            learns=self.learns,
         )
         read = self._another(experiment, task) if self.wrong else task
         target = experiment.measured(read, "target")

@@ -98,6 +98,8 @@ class Pair:
             **{f"{name} alone": lambda task, name=name: target.measured(task).scores(name) for name in SINGLE},
             "functional, no guard": lambda task: self.functional(task, guard=0.0),
             "functional, own scores, no guard": lambda task: self.functional(task, own=True, guard=0.0),
+            "functional, sizes learned": lambda task: self.functional(task, learns="sizes"),
+            "functional, own scores, sizes learned": lambda task: self.functional(task, own=True, learns="sizes"),
             "without groups": lambda task: self.functional(task, without=GROUP_MEASURES),
             "without attention": lambda task: self.functional(task, without=PATTERNS),
             "without attention, own scores": lambda task: self.functional(task, own=True, without=PATTERNS),
@@ -153,6 +155,7 @@ class Pair:
         reader: str = "trees",
         without: tuple[str, ...] = (),
         guard: float | None = None,
+        learns: str = "scores",
         also: bool = False,
     ) -> dfa.FunctionalAlignment:
         """What ``teaching`` teaches, and with ``also`` all tasks of the other pair that are no relatives of ``task``."""
@@ -175,6 +178,7 @@ class Pair:
             seed=side.seed,
             reader=reader,
             guard=guard,
+            learns=learns,
         )
 
     def trained(self, task: str, *, uniform: bool = False) -> dfa.NodeScores:

@@ -62,6 +62,8 @@ SETTINGS = (
     "gold",
     "functional, by size",
     "own scores, by size",
+    "functional, sizes learned",
+    "functional, own scores, sizes learned",
     "functional",
     "functional, own scores",
     "nap on the target",
@@ -75,12 +77,18 @@ SETTINGS = (
     "functional, no guard",
     "functional, own scores, no guard",
 )
-METHODS = ("functional", "functional, own scores", "functional, by size", "own scores, by size")
+METHODS = (
+    "functional",
+    "functional, own scores",
+    "functional, by size",
+    "own scores, by size",
+    "functional, sizes learned",
+    "functional, own scores, sizes learned",
+)
 #: Other ways to teach, to guard and to rank, that were tried: ``--settings tried`` runs them all.
 TRIED = (
     "gold, by size",
     "group-share alone, by size",
-    "sizes teach",
     "places teach",
     "the best fifth teach",
     "masks teach",
@@ -195,7 +203,6 @@ class RealPair(Pair):
         self.settings |= {
             "functional, by size": self.by_size("functional"),
             "own scores, by size": self.by_size("functional, own scores"),
-            "sizes teach": lambda task: self.taught(task, from_scores(torch.abs), sizes=True),
             "places teach": lambda task: self.taught(task, from_scores(places)),
             "the best fifth teach": lambda task: self.taught(task, from_scores(best_fifth)),
             "masks teach": lambda task: self.taught(task, source.mask),
@@ -214,18 +221,14 @@ class RealPair(Pair):
         """The sizes of a setting's scores, for every task."""
         return lambda task: changed(self.settings[setting](task), torch.abs)
 
-    def taught(self, task: str, teacher: Callable[[str], dfa.NodeScores], *, sizes: bool = False) -> dfa.NodeScores:
+    def taught(self, task: str, teacher: Callable[[str], dfa.NodeScores]) -> dfa.NodeScores:
         """A functional alignment, with the task's own, that learns something else than the source's scores."""
         teaching = (*self.others(task), task)
         scores = {name: teacher(name) for name in teaching}
         measured = {name: self.source.measured(name) for name in teaching}
-        target = self.target.measured(task)
-        if sizes:  # the guard's share, too
-            measured = {name: unsigned(found) for name, found in measured.items()}
-            target = unsigned(target)
         own = scores.pop(task), measured.pop(task)
         fitted = dfa.fit_functional(scores, measured, families=dfa.tasks.FAMILIES, seed=self.given.seed)
-        return fitted.transfer(target, *own)
+        return fitted.transfer(self.target.measured(task), *own)
 
     def choose(self) -> pd.DataFrame:
         """Find the tasks that both solve; the target is asked only where the source does."""
@@ -314,14 +317,6 @@ def places(values: torch.Tensor) -> torch.Tensor:
 def best_fifth(values: torch.Tensor) -> torch.Tensor:
     """1 for the best fifth: what trees say of it is how probable it is that a node is among them."""
     return (values >= values.quantile(0.8)).float()
-
-
-def unsigned(measured: dfa.Measurements) -> dfa.Measurements:
-    """The same with shares of their groups' effects that say how large they are, not which way they work."""
-    values = measured.values.clone()
-    at = measured.names.index("group-share")
-    values[:, at] = values[:, at].abs()
-    return dfa.Measurements(values, measured.nodes, measured.names, measured.meta)
 
 
 def judged(curve: dict[str, np.ndarray]) -> dict[str, Any]:
