@@ -263,7 +263,7 @@ def _inspection(path: Path, target: Any) -> Any:
 def _look_at(results: Any, pairs: list[str] | None, collection: str, load: Callable[[], Any]) -> None:
     """Add what the target's nodes do on each task's first test pair, and what matters where in it."""
     import dfa_lens as dfa
-    from dfa_lens.experiments.demo import looked_at
+    from dfa_lens.experiments.demo import by_token, looked_at
     from dfa_lens.tasks.own import sources
 
     known = sources({name: name for name in dfa.tasks.names("all")} | reading.own_tasks(pairs), collection)
@@ -276,10 +276,8 @@ def _look_at(results: Any, pairs: list[str] | None, collection: str, load: Calla
         if result.circuits["transfer"].nodes != every:
             raise DfaError(f"The target's scores of {result.task!r} are of other nodes than those of --model.")
         example = known[result.task](model.tokenizer, split="test", n=1, seed=0)
-        spans = dfa.Schema.by_token(example)
-        scores = dfa.attribute(model, spans.apply(example), nodes=every.at_spans(spans.names), method="nap")
         seen = result.inspection or looked_at(model, example)
-        results.tasks[i] = replace(result, inspection=seen, by_token=scores)
+        results.tasks[i] = replace(result, inspection=seen, by_token=by_token(model, example, every))
 
 
 def _nodes(path: Path, task: str) -> Any:

@@ -21,7 +21,9 @@ import dfa_lens
 from dfa_lens import zoo
 from dfa_lens.attribution.attribute import attribute
 from dfa_lens.data.inspection import Inspection
+from dfa_lens.data.nodes import NodeSet
 from dfa_lens.data.pairs import PromptPairs
+from dfa_lens.data.scores import NodeScores
 from dfa_lens.data.spans import Schema
 from dfa_lens.errors import ModelError, TaskError, unknown
 from dfa_lens.evaluation.inspection import inspect
@@ -198,8 +200,6 @@ def task_result(experiment: Experiment, outcomes: Sequence[Outcome]) -> TaskResu
     """What a report needs of one task: gold's outcome and those of the settings, and a look at the first test pair."""
     task = outcomes[0].task
     example = experiment.test(task)[:1]
-    tokens = Schema.by_token(example)
-    nodes = experiment.target_nodes.at_spans(tokens.names)
     return TaskResult(
         experiment.models.name,
         task,
@@ -211,8 +211,14 @@ def task_result(experiment: Experiment, outcomes: Sequence[Outcome]) -> TaskResu
         experiment.seed,
         {each.name: each.labels for each in outcomes},
         looked_at(experiment.target, example),
-        attribute(experiment.target, tokens.apply(example), nodes=nodes, method="nap"),
+        by_token(experiment.target, example, experiment.target_nodes),
     )
+
+
+def by_token(model: HookedModel, example: PromptPairs, nodes: NodeSet) -> NodeScores:
+    """What matters where in an example: ``nap`` of the nodes at each of its tokens."""
+    tokens = Schema.by_token(example)
+    return attribute(model, tokens.apply(example), nodes=nodes.at_spans(tokens.names), method="nap")
 
 
 def looked_at(model: HookedModel, example: PromptPairs) -> Inspection | None:
