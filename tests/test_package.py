@@ -143,6 +143,27 @@ def test_families_in_processes_of_their_own():
     ]
 
 
+def test_models_of_ones_own_train_by_themselves(monkeypatch):
+    """They may be too large for the examples of so many trainings at once."""
+    from dfa_lens.experiments import demo
+    from dfa_lens.experiments.experiment import ModelPair
+
+    made = []
+
+    class StandIn:
+        jobs_per_pass = None
+
+        def __init__(self, *args, **options):
+            made.append(self)
+
+        def run(self, *args):
+            return ()
+
+    monkeypatch.setattr(demo, "Experiment", StandIn)
+    demo.run(families=["llama3", ModelPair("own", lambda: None, lambda: None)], only=["addition"])
+    assert [each.jobs_per_pass for each in made] == [demo.JOBS_PER_PASS, None]
+
+
 def test_labels_in_the_report_are_escaped(tmp_path):
     from dataclasses import replace
 

@@ -188,7 +188,8 @@ def _family(
         tell(Step(_OF_A_STEP, f"{models.name}: training"))
 
     experiment = Experiment(models, seed, budget, on_step=on_step, **options)
-    experiment.jobs_per_pass = JOBS_PER_PASS
+    if isinstance(models.target, str):  # one's own may be too large for so many examples at once
+        experiment.jobs_per_pass = JOBS_PER_PASS
     found = dict[str, list[Outcome]]()
     for outcome in experiment.run(SHOWN, names):
         found.setdefault(outcome.task, []).append(outcome)
