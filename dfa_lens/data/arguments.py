@@ -9,7 +9,7 @@ from dfa_lens.errors import AlignmentError, ArgumentError, short
 _NUMBERS = ("first", "second", "third", "fourth")
 
 
-def expect(place: int, name: str, value: object, *kinds: type) -> None:
+def expect(place: int, name: str, value: object, *kinds: type, note: str = "") -> None:
     """An :class:`~dfa_lens.errors.ArgumentError` unless an argument is of one of some kinds.
 
     Parameters
@@ -18,6 +18,8 @@ def expect(place: int, name: str, value: object, *kinds: type) -> None:
         Which argument it is, counted from 1.
     name:
         What it is called.
+    note:
+        Said behind what was given instead.
 
     Examples
     --------
@@ -31,7 +33,7 @@ def expect(place: int, name: str, value: object, *kinds: type) -> None:
     if not isinstance(value, kinds):
         wanted = " or ".join(kind.__name__ for kind in kinds)
         raise ArgumentError(
-            f"The {_NUMBERS[place - 1]} argument ({name}) must be {wanted}, got {type(value).__name__}."
+            f"The {_NUMBERS[place - 1]} argument ({name}) must be {wanted}, got {type(value).__name__}{note}."
         )
 
 

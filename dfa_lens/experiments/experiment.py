@@ -371,33 +371,31 @@ class Experiment:
         One is used again for a setting whose recipe asks for the same on the same scores.
         """
         asked = []
-        missing: dict[Any, tuple[Job[NodeScores], str]] = {}
+        missing: dict[Any, Job[NodeScores]] = {}
         for setting, trained in wanted:
             recipe = self.recipe(setting, trained)
             key = (setting.control if setting.control in OTHER_SCORES else "", recipe.key(), trained)
-            name = None if self.folder is None else self.key("fit", setting, trained)
-            if key not in self._trained and self.folder is not None and name is not None:
+            name = "" if self.folder is None else self.key("fit", setting, trained)
+            if key not in self._trained and self.folder is not None:
                 known = self.folder.value(name, Alignment.load)
                 if known is not None:
                     self._trained[key] = (known, 0.0)
             asked.append((key, name))
             if key not in self._trained and key not in missing:
-                job = Job({task: self.stand_in(setting, task) for task in trained}, recipe)
-                missing[key] = job, " ".join(trained)
+                missing[key] = Job({task: self.stand_in(setting, task) for task in trained}, recipe)
         if missing:
-            self._train(missing)
-        for key, name in asked:
-            if self.folder is not None and name is not None:
+            self._fit(missing)
+        if self.folder is not None:
+            for key, name in asked:
                 self.seconds[name] = self._trained[key][1]
                 self.folder.keep(name, self._trained[key][0])
         return [self._trained[key] for key, _ in asked]
 
-    def _train(self, missing: Mapping[Any, tuple[Job[NodeScores], str]]) -> None:
-        """Train what is missing: by its key, the job and what it is trained on."""
-        jobs = {str(number): job for number, (job, _) in enumerate(missing.values())}
-        names = {str(number): name for number, (_, name) in enumerate(missing.values())}
+    def _fit(self, missing: Mapping[Any, Job[NodeScores]]) -> None:
+        """Train what is missing, by its key."""
+        jobs = {str(number): job for number, job in enumerate(missing.values())}
         on_step, train = self.on_step, self.train
-        tell = None if on_step is None else lambda number, record: on_step(names[number], record)
+        tell = None if on_step is None else lambda number, record: on_step(" ".join(jobs[number].scores), record)
         started = time.perf_counter()
         found = fit_many(self.target, jobs, train, cache=self.cache, jobs_per_pass=self.jobs_per_pass, on_step=tell)
         seconds = (time.perf_counter() - started) / len(jobs)

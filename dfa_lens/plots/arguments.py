@@ -33,10 +33,7 @@ def expect(place: int, name: str, value: object, *kinds: type) -> None:
         ...
     dfa_lens.errors.ArgumentError: The first argument (scores) must be NodeScores, got Circuit (drawn by node_graph).
     """
-    try:
-        arguments.expect(place, name, value, *kinds)
-    except ArgumentError as error:
-        raise ArgumentError(f"{str(error)[:-1]}{_drawn_by(value)}.") from None
+    arguments.expect(place, name, value, *kinds, note=_drawn_by(value))
 
 
 def expect_each(name: str, values: object, *kinds: type) -> None:

@@ -321,7 +321,7 @@ class Told:
         return [line for text in (*self.words[name], *([last] * bool(self.patterns))) for line in self._wrapped(text)]
 
     def _wrapped(self, text: str) -> list[str]:
-        """A text in lines; as in nodes.js, where the browser measures it."""
+        """A text in lines; as in fit.js, where the browser measures it."""
         lines: list[str] = []
         for word in text.split(" "):
             longer = f"{lines[-1]} {word}" if lines else word

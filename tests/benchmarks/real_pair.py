@@ -201,7 +201,6 @@ class RealPair(Pair):
             return lambda task: changed(source.scores(task), how)
 
         self.settings |= {
-            "functional, by size": self.by_size("functional"),
             "own scores, by size": self.by_size("functional, own scores"),
             "places teach": lambda task: self.taught(task, from_scores(places)),
             "the best fifth teach": lambda task: self.taught(task, from_scores(best_fifth)),
@@ -216,10 +215,6 @@ class RealPair(Pair):
         if setting not in self.settings and setting.endswith(BY_SIZE):
             return self.by_size(setting.removesuffix(BY_SIZE))(task)
         return self.settings[setting](task)
-
-    def by_size(self, setting: str) -> Callable[[str], dfa.NodeScores]:
-        """The sizes of a setting's scores, for every task."""
-        return lambda task: changed(self.settings[setting](task), torch.abs)
 
     def taught(self, task: str, teacher: Callable[[str], dfa.NodeScores]) -> dfa.NodeScores:
         """A functional alignment, with the task's own, that learns something else than the source's scores."""

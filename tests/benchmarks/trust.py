@@ -20,6 +20,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -74,20 +75,30 @@ def trust(pair: Pair) -> Rows:
 
 def trusted(pair: Pair, task: str, names: list[str], way: Way) -> dict[str, float]:
     without = () if way.groups else GROUP_MEASURES
-    fitted = pair.fitted(task, names, without=without, scramble=way.scrambled)
+    fitted, rehearsed = taught(pair, task, tuple(names), without, way.scrambled)
     read = pair.measured(pair.target, pair.others(task)[0] if way.wrong else task, without)
     circuit = fitted.transfer(read)
     found: dict[str, float] = {"families": len(set(fitted.meta["families"].values()))}
-    if found["families"] > 1:
+    if rehearsed is not None:
         said = fitted.trust(read)
         found |= {"distance": said.distance, "spread": said.spread, "unlabelled": unlabelled(pair, task, circuit)}
-        held_out = {name: pair.source.pairs(name, "test", TEST) for name in names}
-        measured = {name: pair.measured(pair.source, name, without) for name in names}
-        # signed, as the circuits that are judged
-        rehearsed = dfa.rehearse(fitted, pair.source.model, measured, held_out, ranking="signed", batch_size=32)
         low, high = rehearsed.interval(confidence=0.9)
         found |= {"low": low, "high": high, "rehearsed": float(rehearsed.cpr.mean())}
     return found | pair.judged(task, circuit)
+
+
+@lru_cache(maxsize=len(WAYS))
+def taught(
+    pair: Pair, task: str, names: tuple[str, ...], without: tuple[str, ...], scrambled: bool
+) -> tuple[dfa.FunctionalAlignment, dfa.Rehearsal | None]:
+    """What was learned, and its rehearsal if there is more than one family: the same whatever it then reads."""
+    fitted = pair.fitted(task, names, without=without, scramble=scrambled)
+    if len(set(fitted.meta["families"].values())) < 2:
+        return fitted, None
+    held_out = {name: pair.source.pairs(name, "test", TEST) for name in names}
+    measured = {name: pair.measured(pair.source, name, without) for name in names}
+    # signed, as the circuits that are judged
+    return fitted, dfa.rehearse(fitted, pair.source.model, measured, held_out, ranking="signed", batch_size=32)
 
 
 def unlabelled(pair: Pair, task: str, circuit: dfa.NodeScores) -> float:
